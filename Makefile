@@ -1,0 +1,122 @@
+# Every command of the project; `make` alone lists them.
+#
+# Virtual environments are made where they are missing, with $(PYTHON), and installed again when a file that says
+# what goes into them changes: a .stamp file in each environment remembers when that was.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+PY := $(VENV)/bin/python
+TF4 := .venv-tf4
+PEFT050 := .venv-peft050
+
+# Models and data come from installed packages: no run needs a model hub.
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# --no-compile: most of what is installed is never imported. Twice --quiet: errors only.
+INSTALL := -m pip install --quiet --quiet --no-compile
+# --no-deps needs --no-warn-conflicts in every later install: pip would list what was left out on purpose.
+INSTALL += --no-warn-conflicts
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format doctest bench docs notebooks test-transformers4 test-peft050 clean
+
+help:  ## list the commands
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 22
+
+demo: $(VENV)/demo.stamp  ## fine-tune a real model on real text, in about three minutes on two CPU cores
+	$(PY) -m peftfn demo $(ARGS)
+
+test: lint doctest  ## lint, types, doctests and tests; ARGS="-k merge" goes to the last
+	$(PY) -m pytest $(ARGS)
+
+lint: $(VENV)/dev.stamp  ## ruff and pyright
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m pyright --pythonpath $(PY)
+
+format: $(VENV)/dev.stamp  ## put the code in order
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+doctest: $(VENV)/dev.stamp  ## run the examples in the docstrings
+	$(PY) -m pytest --doctest-modules peftfn
+
+bench: $(VENV)/dev.stamp  ## time a training step against peft and the bare base
+	$(PY) benchmarks/training_step.py $(ARGS)
+
+docs: $(VENV)/docs.stamp  ## write the reference to site/, from the docstrings
+	$(PY) -m pdoc --docformat google --math --output-directory site peftfn
+
+notebooks: $(VENV)/dev.stamp  ## run every notebook
+	$(PY) -m pytest --nbmake --nbmake-timeout=600 notebooks
+
+test-transformers4: $(TF4)/dev.stamp  ## the tests with transformers 4.57 and peft 0.17
+	$(TF4)/bin/python -m pytest $(ARGS)
+
+# Bit for bit, but for what peft computed: another CPU may round it differently.
+test-peft050: $(PEFT050)/peft.stamp  ## make tests/files/peft-0.5.0 again with that peft, and compare
+	made=$$(mktemp -d) && trap 'rm -rf "$$made"' EXIT && \
+	PYTHONHASHSEED=0 $(PEFT050)/bin/python -W ignore tests/make_peft_files.py "$$made" && \
+	diff -r --exclude=expected.safetensors "$$made/peft-0.5.0" tests/files/peft-0.5.0 && \
+	$(PEFT050)/bin/python -c "$$COMPARE" "$$made/peft-0.5.0" tests/files/peft-0.5.0
+
+define COMPARE
+import pathlib, sys
+from safetensors.torch import load_file
+from torch.testing import assert_close
+made, kept = map(pathlib.Path, sys.argv[1:])
+files = [path.relative_to(kept) for path in kept.rglob("expected.safetensors")]
+assert files and {path.relative_to(made) for path in made.rglob("expected.safetensors")} == set(files)
+for path in files:
+    assert_close(load_file(made / path), load_file(kept / path), msg=lambda text: f"{path}: {text}")
+print(f"peft 0.5.0 made the same files again; its outputs and gradients agree in {len(files)} of {len(files)}")
+endef
+export COMPARE
+
+clean:  ## remove the environments, the caches and what runs have written
+	rm -rf .venv .venv-tf4 .venv-peft050 .pytest_cache .ruff_cache build dist site peftfn-demo runs
+	find benchmarks notebooks peftfn tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+# $(call environment,FOLDER,SIZE): makes the virtual environment where it is missing, and says what comes next.
+define environment
+@test -x $(1)/bin/python || { $(PYTHON) -c "$$CHECK_PYTHON" && $(PYTHON) -m venv $(1); }
+@echo "Installing into $(1): $(2), from a minute to a few ..."
+endef
+
+define CHECK_PYTHON
+import sys
+if sys.version_info < (3, 11):
+    sys.exit(f"peftfn needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}. Give another one: make PYTHON=python3.12 ...")
+endef
+export CHECK_PYTHON
+
+$(VENV)/demo.stamp: pyproject.toml constraints.txt demo-requirements.txt
+	$(call environment,$(VENV),1.5 GB)
+	@$(PY) $(INSTALL) --editable '.[cli]' peft --constraint constraints.txt
+	@$(PY) $(INSTALL) --no-deps --requirement demo-requirements.txt
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt demo-requirements.txt test-requirements.txt
+	$(call environment,$(VENV),2 GB)
+	@$(PY) $(INSTALL) --editable '.[cli,dev]' --constraint constraints.txt
+	@$(PY) $(INSTALL) --no-deps --requirement test-requirements.txt
+	@touch $@
+
+$(VENV)/docs.stamp: pyproject.toml constraints.txt
+	$(call environment,$(VENV),1.5 GB)
+	@$(PY) $(INSTALL) --editable '.[cli,docs]' --constraint constraints.txt
+	@touch $@
+
+$(TF4)/dev.stamp: pyproject.toml constraints-transformers4.txt demo-requirements.txt test-requirements.txt
+	$(call environment,$(TF4),2 GB)
+	@$(TF4)/bin/python $(INSTALL) --editable '.[cli,dev]' peft==0.17.1 --constraint constraints-transformers4.txt
+	@$(TF4)/bin/python $(INSTALL) --no-deps --requirement test-requirements.txt
+	@touch $@
+
+$(PEFT050)/peft.stamp: constraints-transformers4.txt tests/requirements-peft050.txt
+	$(call environment,$(PEFT050),1 GB)
+	@$(PEFT050)/bin/python $(INSTALL) --requirement tests/requirements-peft050.txt --constraint constraints-transformers4.txt
+	@touch $@

@@ -1,0 +1,151 @@
+"""An adapter: a frozen pytree of tensors, for `torch.func` and for optree alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import optree
+import torch
+import torch.utils._pytree as torch_pytree
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from peftfn.config import PeftConfig
+
+Leaf = dict[str, Tensor]
+"""The tensors of one adapter at one site, by name."""
+
+Tree = dict[str, Leaf]
+"""Leaves by the path of their site."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapter:
+    """Tensors that change what a frozen base computes, and the config that says how.
+
+    Attributes:
+        params: what is trained, `site path -> {name -> tensor}`; for LoRA on a linear layer
+            `{"encoder.layer.0.query": {"lora_A": (r, in), "lora_B": (out, r)}}`. A name that is a parameter of
+            the base's module (`weight`, `bias`) replaces that parameter: this is how `modules_to_save` and
+            trained biases are held.
+        buffers: what is not trained, nested the same way (LoRA: `scaling`, a 0-d tensor).
+        config: the frozen config; static for every transform. A stack has a `peftfn.stacking.Stacked` here.
+
+    Both mappings are kept sorted, so that `torch.func` (insertion order) and optree (sorted keys) agree.
+    """
+
+    params: Tree
+    buffers: Tree
+    config: PeftConfig
+
+    def replace(self, **changes: Any) -> Adapter:
+        """This adapter with other `params`, `buffers` or `config`: `adapter.replace(params=new)`."""
+        return dataclasses.replace(self, **changes)
+
+
+class Count(NamedTuple):
+    """How many numbers are trained, and how many there are in all."""
+
+    trained: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """Trained over total, between 0 and 1."""
+        return self.trained / max(self.total, 1)
+
+    def __str__(self) -> str:
+        return f"trained {self.trained:,} of {self.total:,} parameters ({self.share:.2%})"
+
+
+def sorted_tree(tree: Mapping[str, Mapping[str, Tensor]]) -> Tree:
+    """The same tree with sites and names in sorted order, and without empty leaves."""
+    return {path: dict(sorted(tree[path].items())) for path in sorted(tree) if tree[path]}
+
+
+def as_tuple(adapters: Adapter | Iterable[Adapter]) -> tuple[Adapter, ...]:
+    """One adapter or several as a tuple; anything else is a `TypeError` that names what it was."""
+    found = (adapters,) if isinstance(adapters, Adapter) else adapters
+    if isinstance(found, (tuple, list)) and all(isinstance(one, Adapter) for one in found):
+        return tuple(found)
+    given = type(adapters).__name__
+    if isinstance(found, (tuple, list)):
+        given += " of " + ", ".join(sorted({type(one).__name__ for one in found}))
+    raise TypeError(
+        f"adapter is a {given}; expected a peftfn.Adapter or a tuple of them, as peftfn.init and peftfn.load "
+        "return it (an empty tuple is the bare base)."
+    )
+
+
+def leaves(adapter: Adapter | Iterable[Adapter]) -> list[Tensor]:
+    """The trained tensors, in the form a `torch.optim` optimizer takes.
+
+    They are the adapter's own tensors, and from now on they require grad: an optimizer changes them in place.
+    Functional training (`torch.func.grad` on `adapter.params`) has no need of this function.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> adapter = pf.init(model, pf.LoraConfig(r=2, target_modules=["0"]))
+        >>> [tuple(t.shape) for t in pf.leaves(adapter)]
+        [(2, 4), (4, 2)]
+    """
+    return [
+        tensor.requires_grad_(True)
+        for one in as_tuple(adapter)
+        for leaf in one.params.values()
+        for tensor in leaf.values()
+    ]
+
+
+def count(adapter: Adapter | Iterable[Adapter], model: nn.Module | None = None) -> Count:
+    """How many numbers the adapter trains, of how many in all.
+
+    Args:
+        adapter: one adapter or several.
+        model: the base. With it the total is the base's parameters and the adapter's together, as PEFT's
+            `print_trainable_parameters` counts; without it, the adapter's tensors alone.
+    """
+    adapters = as_tuple(adapter)
+    trained = sum(t.numel() for one in adapters for leaf in one.params.values() for t in leaf.values())
+    if model is None:
+        rest = sum(t.numel() for one in adapters for leaf in one.buffers.values() for t in leaf.values())
+    else:
+        rest = sum(parameter.numel() for parameter in model.parameters())
+    return Count(trained, trained + rest)
+
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether the values cannot be looked at now: under `torch.compile`, or inside a `torch.func` transform."""
+    if torch.compiler.is_compiling():
+        return True
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+
+
+def _flatten(adapter: Adapter) -> tuple[tuple[Tree, Tree], PeftConfig]:
+    return (adapter.params, adapter.buffers), adapter.config
+
+
+def _unflatten(children: Iterable[Any], config: PeftConfig) -> Adapter:
+    params, buffers = children
+    return Adapter(params, buffers, config)
+
+
+torch_pytree.register_pytree_node(
+    Adapter,
+    _flatten,
+    _unflatten,
+    flatten_with_keys_fn=lambda adapter: (
+        [(torch_pytree.GetAttrKey("params"), adapter.params), (torch_pytree.GetAttrKey("buffers"), adapter.buffers)],
+        adapter.config,
+    ),
+    serialized_type_name="peftfn.Adapter",
+)
+optree.register_pytree_node(
+    Adapter,
+    lambda adapter: ((adapter.params, adapter.buffers), adapter.config, ("params", "buffers")),
+    lambda config, children: _unflatten(children, config),
+    namespace=optree.registry.__GLOBAL_NAMESPACE,
+)

@@ -1,0 +1,207 @@
+"""`init` makes an adapter for a base; `apply` runs the base with adapters, and writes to nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftfn import attach, graft, layers, methods, routing, stacking, targets
+from peftfn.adapter import Adapter, Tree, as_tuple, sorted_tree
+from peftfn.config import PeftConfig
+
+
+def init(
+    model: nn.Module,
+    config: PeftConfig,
+    generator: torch.Generator | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Adapter:
+    """A fresh adapter for the model: with the default init, one that changes nothing yet.
+
+    A pure function: the same arguments give the same adapter, and the model and the global random state are left
+    as they are.
+
+    Args:
+        model: the base; only its structure, shapes, dtypes and devices are read. It may be on the meta device.
+        config: what to adapt, and how.
+        generator: where random numbers come from; by default a new one seeded with 0. Give differently seeded ones
+            to get different adapters.
+        dtype: of the method's tensors. By default the weight's own, but float32 for a half-precision or packed one.
+
+    Returns:
+        The adapter. Its `config` is the given one with what the model decided filled in: target modules, heads, the
+        base's name.
+
+    Raises:
+        ValueError: the config names nothing in this model (near names are offered), or something that its method
+            cannot act on.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> adapter = pf.init(model, pf.LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"]))
+        >>> {path: sorted(leaf) for path, leaf in adapter.params.items()}
+        {'0': ['lora_A', 'lora_B'], '2': ['bias', 'weight']}
+    """
+    method = methods.of(config)
+    heads = targets.HEADS.get(config.task_type or "", ())
+    resolved = method.resolve(model, config)
+    generator = generator if generator is not None else torch.Generator().manual_seed(0)
+    params: Tree = {}
+    buffers: Tree = {}
+    places = method.sites(model, resolved)
+    for path, place in places.items():
+        site = layers.Site(path, place.kind, model.get_submodule(place.owner), place.weight)
+        at = layers.pattern_path(path, places)
+        params[path], buffers[path] = method.init(resolved, at, site, generator, dtype)
+        params[path] = _detached(params[path])
+    _add_replaced(model, resolved, heads, places, params, buffers)
+    resolved = _with_base(model, resolved, any(place.kind == layers.TRANSPOSED for place in places.values()))
+    return Adapter(sorted_tree(params), sorted_tree(buffers), resolved)
+
+
+def _detached(leaf: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in leaf.items()}
+
+
+def _add_replaced(
+    model: nn.Module,
+    config: PeftConfig,
+    heads: Sequence[str],
+    places: Mapping[str, layers.Place],
+    params: Tree,
+    buffers: Tree,
+) -> None:
+    """Whole modules (`modules_to_save`) and biases that are trained beside the method: copies of the base's own."""
+    names = cast("Sequence[str]", getattr(config, "modules_to_save", None) or ())
+    for path, module in targets.saved_modules(model, names, optional=heads).items():
+        persistent = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
+        params.setdefault(path, {}).update(_copies(module._parameters))
+        buffers.setdefault(path, {}).update(_copies(persistent))
+    bias = getattr(config, "bias", "none")
+    paths = {"all": [path for path, _ in layers.named_modules(model)], "lora_only": list(places)}.get(bias, [])
+    for path in paths:
+        owner = model.get_submodule(places[path].owner) if path in places else model.get_submodule(path)
+        at = places[path].owner if path in places else path
+        params.setdefault(at, {}).update(_copies({"bias": owner._parameters.get("bias")}))
+
+
+def _copies(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items() if tensor is not None}
+
+
+def _with_base(model: nn.Module, config: PeftConfig, transposed: bool) -> PeftConfig:
+    changes: dict[str, Any] = {}
+    if config.base_model_name_or_path is None:
+        found = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+        if isinstance(found, str) and found:
+            changes["base_model_name_or_path"] = found
+    if config.task_type is None and config.auto_mapping is None:
+        changes["auto_mapping"] = {
+            "base_model_class": type(model).__name__,
+            "parent_library": type(model).__module__,
+        }
+    if hasattr(config, "fan_in_fan_out") and config.fan_in_fan_out != transposed:
+        changes["fan_in_fan_out"] = transposed  # as PEFT, which corrects it from the layers that it finds
+    return dataclasses.replace(config, **changes)
+
+
+def apply(
+    model: nn.Module,
+    adapter: Adapter | Iterable[Adapter],
+    batch: Any,
+    *,
+    params: Mapping[str, Tensor] | None = None,
+    index: Any = None,
+) -> Any:
+    """What `model(**batch)` returns, adapted.
+
+    The model is a constant: nothing is written to it, it gets no gradient, and other threads may use it. Everything
+    else is differentiable and can be mapped: the adapter's tensors, the batch, and `params`.
+
+    Args:
+        model: the base, any `nn.Module`, in training or evaluation mode as it is to be run.
+        adapter: one adapter, or several that are active together (in this order); `()` is the base itself. A stack
+            is mapped by `torch.vmap`, or routed by `index`.
+        batch: a mapping is keyword arguments, a tuple or list positional ones, a tensor the only argument.
+        params: base parameters and buffers by name, in place of the model's own: any part of
+            `dict(model.named_parameters())` or a state dict; all of them for a model on the meta device.
+        index: for a stack, the number of the adapter for each row of the batch, -1 for the bare base.
+
+    Raises:
+        TypeError: batch, adapter or index is of the wrong type.
+        KeyError: the adapter or `params` names something that the model does not have.
+        ValueError: a tensor does not fit.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> adapter = pf.init(model, pf.LoraConfig(r=2, target_modules=["0"]))
+        >>> x = torch.ones(3, 4)
+        >>> torch.equal(pf.apply(model, adapter, x), model(x))
+        True
+    """
+    adapters = as_tuple(adapter)
+    arguments, keywords = as_call(batch)
+    rows = _check_stacks(adapters, index)
+    twins = graft.Twins(model, params)
+    armed = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    attach.attach(twins.root, twins.by_path, attach.parts(adapters, rows), _put, armed)
+    if twins.checkpointing:
+        graft.let_inputs_require_grad(twins.root)
+    try:
+        # The twins hold what was given already, and keep it for the backward pass: functional_call finds each tensor
+        # in its place, and leaves it there.
+        return torch.func.functional_call(twins.root, dict(params or {}), arguments, keywords, tie_weights=False)
+    except RuntimeError as error:
+        raise graft.explained(error) from error
+
+
+def _put(twin: nn.Module, name: str, compute: Any) -> None:
+    graft.put(twin, name, compute())
+
+
+def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The batch as positional and keyword arguments."""
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        items = cast("Mapping[Any, Any]", batch)
+        wrong = [key for key in items if not isinstance(key, str)]
+        if wrong:
+            raise TypeError(
+                f"batch is a mapping with keys {wrong[:3]} of type {type(wrong[0]).__name__}; expected the names of the "
+                "model's arguments, e.g. 'input_ids'. Positional arguments go in a tuple."
+            )
+        if items:
+            return (), dict(items)
+    elif isinstance(batch, (tuple, list)):
+        if batch:
+            return tuple(cast("Sequence[Any]", batch)), {}
+    else:
+        raise TypeError(
+            f"batch is a {type(batch).__name__}; expected a mapping (keyword arguments), a tuple or list (positional "
+            "arguments) or a tensor (the only argument)."
+        )
+    raise ValueError(f"batch is an empty {type(batch).__name__}; expected the model's inputs.")
+
+
+def _check_stacks(adapters: Sequence[Adapter], index: Any) -> Tensor | None:
+    stacks = [adapter for adapter in adapters if isinstance(adapter.config, stacking.Stacked)]
+    if index is None:
+        for adapter in stacks:
+            leaf = next(iter(adapter.buffers.values()))
+            if "scaling" in leaf and leaf["scaling"].dim() > 0:
+                raise ValueError(
+                    f"the adapter is a stack of {stacking.size(adapter)}; pass index=..., one number per row of the batch, or "
+                    "map over it: torch.vmap(lambda a: pf.apply(model, a, batch))(stacked)."
+                )
+        return None
+    if len(stacks) != 1:
+        raise ValueError(f"index is given and {len(stacks)} of the adapters are stacks; expected exactly one stack.")
+    return routing.as_rows(index, stacking.size(stacks[0]))

@@ -1,0 +1,209 @@
+"""Putting adapters on twins: each site's chain of methods, and tensors that replace the base's."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
+
+from peftfn import codecs, graft, layers, methods, routing
+from peftfn.adapter import Adapter
+from peftfn.config import PeftConfig
+from peftfn.layers import Place, Site
+from peftfn.methods import Method
+from peftfn.stacking import Stacked
+
+Hold = Callable[[nn.Module, str, Callable[[], Tensor]], None]
+"""How a weight that the base reads itself is put on its twin: `(twin, name, compute)`."""
+
+
+class Part(NamedTuple):
+    """What one adapter brings to one site.
+
+    Attributes:
+        config: the adapter's config; of a stack, the first one's (they agree in what a forward reads).
+        method: its method.
+        leaf: the method's tensors, params and buffers together.
+        replaced: tensors that take the place of parameters and buffers of the layer.
+        fixed: names of `replaced` that are not trained (an embedding saved along, of any number of rows).
+        rows: which adapter of a stack each row of the batch uses, or `None`.
+    """
+
+    config: PeftConfig
+    method: Method
+    leaf: Mapping[str, Tensor]
+    replaced: Mapping[str, Tensor]
+    fixed: frozenset[str]
+    rows: Tensor | None
+
+
+def parts(adapters: Sequence[Adapter], rows: Tensor | None = None) -> dict[str, list[Part]]:
+    """What the adapters bring, by site path, in the adapters' order."""
+    found: dict[str, list[Part]] = {}
+    for adapter in adapters:
+        stacked = isinstance(adapter.config, Stacked)
+        config = adapter.config.configs[0] if isinstance(adapter.config, Stacked) else adapter.config
+        method = methods.of(config)
+        for path in {**adapter.params, **adapter.buffers}:
+            fixed = adapter.buffers.get(path, {})
+            both = {**adapter.params.get(path, {}), **fixed}
+            replaced = {name: tensor for name, tensor in both.items() if method.replaces(name)}
+            leaf = {name: tensor for name, tensor in both.items() if name not in replaced}
+            part = Part(config, method, leaf, replaced, frozenset(fixed), rows if stacked else None)
+            found.setdefault(path, []).append(part)
+    return found
+
+
+def attach(
+    root: nn.Module, by_path: Mapping[str, nn.Module], found: Mapping[str, Sequence[Part]], hold: Hold, armed: bool
+) -> None:
+    """Make the twins of the sites compute what the adapters say.
+
+    Args:
+        root: the twin of the whole model.
+        by_path: the twins, by module path.
+        found: what the adapters bring, from `parts`.
+        hold: how to put an adapted weight on a twin whose base reads that weight itself.
+        armed: whether a site that runs without gradients is to be looked at (see `_watched`).
+
+    Raises:
+        KeyError: an adapter has a site that the model does not have.
+        ValueError: a tensor does not fit its site, or two adapters replace the same tensor.
+    """
+    for path, here in found.items():
+        twin = by_path.get(path)
+        if twin is None:
+            place = _parameter_place(root, by_path, path)
+            _adapt(by_path[place.owner], place, path, here, hold, armed)
+            continue
+        _replace(twin, path, here)
+        if any(part.leaf for part in here):
+            _leave_fast_path(by_path, path)
+            _adapt(twin, _module_place(root, by_path, path, twin), path, here, hold, armed)
+
+
+def _parameter_place(root: nn.Module, by_path: Mapping[str, nn.Module], path: str) -> Place:
+    owner, _, name = path.rpartition(".")
+    twin = by_path.get(owner)
+    if twin is not None and name in twin._parameters:
+        return layers.place_of_parameter(root, path)
+    last = path.rpartition(".")[2]
+    near = [name for name in by_path if name.rpartition(".")[2] == last][:3]
+    hint = f"; paths that end in {last!r} here: {', '.join(near)}" if near else ""
+    raise KeyError(
+        f"the adapter has a site {path!r}, which {type(root).__name__} does not have{hint}. It was made for another "
+        "architecture, or for this one inside a wrapper."
+    )
+
+
+def _module_place(root: nn.Module, by_path: Mapping[str, nn.Module], path: str, twin: nn.Module) -> Place:
+    kind = layers.kind_of(twin)
+    if kind is not None:
+        parent = by_path.get(path.rpartition(".")[0]) if path else None
+        return Place(path, "weight", layers.PARAMETER if isinstance(parent, nn.MultiheadAttention) else kind)
+    place = layers.places(root, path).get(path)
+    if place is None:
+        raise ValueError(
+            f"the adapter acts on {path!r}, which is a {type(twin).__name__} here: no method acts on that."
+        )
+    return place
+
+
+def _replace(twin: nn.Module, path: str, here: Sequence[Part]) -> None:
+    """Put whole tensors (heads, biases) in place of the twin's."""
+    taken: set[str] = set()
+    for part in here:
+        for name, tensor in part.replaced.items():
+            if name in taken:
+                raise ValueError(f"two of the active adapters replace {path}.{name}; only one can. Apply them apart.")
+            taken.add(name)
+            home: dict[str, Any] = twin._parameters if name in twin._parameters else twin._buffers
+            _check_replacement(home.get(name), twin, f"{path}.{name}", tensor, part, name in part.fixed)
+            if part.rows is None:
+                graft.put(twin, name, tensor)
+        if part.rows is not None and part.replaced:
+            graft.set_forward(twin, routing.replaced(twin, path, part.replaced, part.rows))
+
+
+def _check_replacement(old: Tensor | None, twin: nn.Module, name: str, tensor: Tensor, part: Part, fixed: bool) -> None:
+    if old is None:
+        raise KeyError(f"the adapter replaces {name}, which this {type(twin).__name__} does not have.")
+    shape = tensor.shape if part.rows is None else tensor.shape[1:]
+    if shape == old.shape or (fixed and shape[1:] == old.shape[1:]):
+        return
+    raise ValueError(
+        f"{name}: the adapter has shape {tuple(shape)}, the model {tuple(old.shape)}; build the model as it was when the "
+        "adapter was made (num_labels, vocabulary size)."
+    )
+
+
+def _adapt(twin: nn.Module, place: Place, path: str, here: Sequence[Part], hold: Hold, armed: bool) -> None:
+    _check_leaves(twin, place, path, here)
+    here = [part for part in here if part.leaf]
+    if place.kind in layers.WEIGHT_KINDS:
+        if any(part.rows is not None for part in here):
+            routing.refuse(path, twin)
+        hold(twin, place.weight, functools.partial(_merged, twin, place, here))
+        return
+    run = graft.base_forward(twin)
+    for part in here:
+        site = Site(path, place.kind, twin, place.weight, run)
+        if part.rows is None:
+            run = functools.partial(part.method.forward, part.config, part.leaf, site)
+        else:
+            run = routing.step(part.method, part.config, part.leaf, part.rows, run, site)
+    if armed:
+        run = functools.partial(_watched, run, twin, path, [tensor for part in here for tensor in part.leaf.values()])
+    graft.set_forward(twin, run)
+
+
+def _check_leaves(twin: nn.Module, place: Place, path: str, here: Sequence[Part]) -> None:
+    site = Site(path, place.kind, twin, place.weight)
+    for part in here:
+        if part.leaf:
+            leaf = part.leaf if part.rows is None else {name: tensor[0] for name, tensor in part.leaf.items()}
+            wrong = part.method.check(leaf, site)
+            if wrong:
+                raise ValueError(f"{path}: the adapter {wrong}. It was made for a model of another size.")
+
+
+def _merged(twin: nn.Module, place: Place, here: Sequence[Part]) -> Tensor:
+    weight = codecs.of(twin).read(twin, place.weight)
+    for part in here:
+        weight = part.method.merge(part.config, part.leaf, place.kind, weight)
+    return weight
+
+
+def _leave_fast_path(by_path: Mapping[str, nn.Module], path: str) -> None:
+    """Keep torch's encoder layer off its fused inference kernel, which reads the weights past our forward."""
+    parent = by_path.get(path.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        parent.__dict__["activation_relu_or_gelu"] = 0
+
+
+def _watched(
+    run: Callable[..., Any], twin: nn.Module, path: str, tensors: Sequence[Tensor], *args: Any, **kwargs: Any
+) -> Any:
+    """Run the site; refuse the one case in which torch would lose the adapter's gradient without a word.
+
+    Reentrant checkpointing runs a block without gradients first, and again in the backward pass only if one of the
+    block's inputs requires grad. A frozen base gives it none.
+    """
+    if twin.training and not torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        frame = sys._getframe()
+        while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+            frame = frame.f_back
+        if frame is not None:
+            inputs = frame.f_locals.get("args", ())
+            if not any(isinstance(one, Tensor) and one.requires_grad for one in inputs):
+                raise RuntimeError(
+                    f"{path}: activation checkpointing with use_reentrant=True, and no input of the checkpointed block "
+                    "requires grad: the adapter would get no gradient. Use use_reentrant=False, or make the block's "
+                    "input require grad."
+                )
+    return run(*args, **kwargs)

@@ -1,0 +1,145 @@
+"""The typer app: what is typed, read into plain values and handed to plain functions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+import peftfn as pf
+from peftfn.cli import options
+from peftfn.cli.errors import one_sentence
+from peftfn.cli.settings import EvalOptions, TrainSettings
+
+app: Any = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Fine-tune a frozen transformers model with a small adapter, in PEFT's file format.",
+    epilog="Start with `peftfn demo`. Wrong input ends with one sentence; PEFTFN_TRACEBACK=1 adds its origin.",
+)
+
+# Fields of the config that the command fills itself, or that only carry over from PEFT's files.
+FILLED = ("task_type", "base_model_name_or_path", "auto_mapping", "inference_mode", "peft_version")
+
+AdapterArgument = Annotated[
+    str, typer.Argument(metavar="ADAPTER", help="Adapter folder or hub id.", show_default=False)
+]
+OutputArgument = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder to write.", show_default=False)]
+SubfolderOption = Annotated[str | None, typer.Option(help="Folder of the adapter inside a repository or folder.")]
+ModelOption = Annotated[
+    str | None, typer.Option(metavar="FOLDER|ID", help="Base model, if not the one in the adapter's config.")
+]
+
+
+def train(settings: TrainSettings, config: pf.LoraConfig) -> None:
+    """Train an adapter on a CSV, TSV, JSONL file or a `datasets` name.
+
+    The base model stays as it is, to the bit. Into --output go the adapter, in PEFT's two files, a picture of
+    the loss, and a line of numbers for each step. Killed and started again, the same command goes on where it
+    was.
+
+    Example: `peftfn train --model MODEL --data train.csv --eval-data test.csv --output out --r 8`
+    """
+    from peftfn.cli.bases import quiet  # transformers takes seconds to import: not before --help
+    from peftfn.cli.training import describe, fit, prepare
+
+    quiet()
+    job = prepare(settings, config)
+    typer.echo(describe(job))
+    fit(job, typer.echo)
+
+
+app.command("train")(
+    one_sentence(
+        options.command(
+            train, {TrainSettings: "Run", pf.LoraConfig: "Adapter (the fields of LoraConfig)"}, fixed=FILLED
+        )
+    )
+)
+
+
+def evaluate(chosen: EvalOptions) -> None:
+    """Measure the base, and the base with an adapter, on the same rows.
+
+    Accuracy and loss for classification, perplexity and loss for a language model. What is not given is as in
+    the adapter's training.
+
+    Example: `peftfn eval --adapter out --data test.csv`
+    """
+    from peftfn.cli.measure import compare
+
+    typer.echo(str(compare(chosen)))
+
+
+app.command("eval")(one_sentence(options.command(evaluate, {EvalOptions: "Options"})))
+
+
+@app.command("merge")
+@one_sentence
+def merge(
+    adapter: AdapterArgument,
+    output: OutputArgument,
+    model: ModelOption = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: as the base's files have it.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "cpu",
+) -> None:
+    """Write a plain model folder with the adapter merged in, for `from_pretrained` and nothing else.
+
+    Example: `peftfn merge out merged`
+    """
+    from peftfn.cli import folders
+    from peftfn.cli.bases import device_of
+
+    target = folders.merge(adapter, output, model, dtype, device_of(device))
+    typer.echo(f"merged model in {target}")
+
+
+@app.command("convert")
+@one_sentence
+def convert(
+    adapter: AdapterArgument,
+    output: OutputArgument,
+    subfolder: SubfolderOption = None,
+    adapter_name: Annotated[str | None, typer.Option(help="Name of the adapter, if not `default`.")] = None,
+) -> None:
+    """Write an adapter of any PEFT version since 0.5.0, `.bin` or safetensors, in today's layout.
+
+    Example: `peftfn convert old-adapter new-adapter`
+    """
+    from peftfn import files
+    from peftfn.cli import folders
+
+    found = folders.convert(adapter, output, subfolder, adapter_name)
+    typer.echo(
+        f"{found.config.peft_type} adapter with {len(found.params)} sites written to {output}: "
+        f"{files.CONFIG}, {files.WEIGHTS}"
+    )
+
+
+@app.command("inspect")
+@one_sentence
+def inspect(adapter: AdapterArgument, model: ModelOption = None, subfolder: SubfolderOption = None) -> None:
+    """Show what an adapter is: method, config, sites, number of parameters, shapes. The base is not needed.
+
+    Example: `peftfn inspect out`
+    """
+    from peftfn.cli import folders
+
+    typer.echo(folders.inspect(adapter, model, subfolder))
+
+
+@app.command("demo")
+@one_sentence
+def demo(
+    output: Annotated[str, typer.Option(help="Folder for the adapter and the picture.")] = "peftfn-demo",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; torch decides if not given.")] = None,
+) -> None:
+    """Fine-tune a real model on real news within three minutes on a CPU, and prove what was left alone.
+
+    Example: `peftfn demo`
+    """
+    from peftfn.cli.demo import run
+
+    run(output, threads, typer.echo)

@@ -1,0 +1,122 @@
+"""The base model and its tokenizer, straight from `from_pretrained`, and its train or eval mode."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import nn
+
+from peftfn.cli.errors import UserError, sentence
+
+
+class Base(NamedTuple):
+    """A loaded base model.
+
+    Attributes:
+        model: the transformers model, on its device.
+        tokenizer: its tokenizer.
+        pad: the id that fills up short rows (the attention mask hides it).
+        new: modules whose weights the folder does not have, so that they were drawn at random: a new head.
+    """
+
+    model: Any
+    tokenizer: Any
+    pad: int
+    new: list[str]
+
+
+def device_of(name: str) -> torch.device:
+    """The device that `name` means; `auto` is a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here ({sentence(error)}); try cpu") from None
+    return device
+
+
+def quiet() -> None:
+    """Keep transformers' bars and reports off the terminal: what matters of them is said in our own words."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _loaded(what: str, name: str, load: Any) -> Any:
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UserError(f"--model {name} has no config.json; give the folder of a transformers model")
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise UserError(f"the {what} of --model {name} could not be loaded: {sentence(error)}") from error
+
+
+def load_tokenizer(name: str, revision: str | None) -> Any:
+    """The tokenizer of a model folder or hub id."""
+    return _loaded("tokenizer", name, lambda: transformers.AutoTokenizer.from_pretrained(name, revision=revision))
+
+
+def in_base_order(name: str, revision: str | None, labels: Sequence[str]) -> list[str]:
+    """The base's own label names where it knows all of `labels` (a trained classifier), else `labels`."""
+    config = _loaded("config", name, lambda: transformers.AutoConfig.from_pretrained(name, revision=revision))
+    own = [str(config.id2label[i]) for i in sorted(config.id2label)] if config.id2label else []
+    return own if labels and set(labels) <= set(own) else list(labels)
+
+
+def load_base(
+    name: str,
+    auto_class: str,
+    labels: Sequence[str] = (),
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: torch.device | None = None,
+    seed: int = 0,
+) -> Base:
+    """The base as transformers' `auto_class` loads it, on `device`.
+
+    Where `labels` are given it has a head for them: its own if that fits, else a new one, drawn from `seed`.
+    """
+    quiet()
+    tokenizer = load_tokenizer(name, revision)
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    extra: dict[str, Any] = {}
+    if labels:
+        extra = {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+            "pad_token_id": pad,  # decoder models find a row's last token by it
+            "ignore_mismatched_sizes": True,  # a head for other labels is replaced by a new one
+        }
+    auto = getattr(transformers, auto_class)
+    torch.manual_seed(seed)
+    model, info = _loaded(
+        "model",
+        name,
+        lambda: auto.from_pretrained(name, revision=revision, dtype=dtype, output_loading_info=True, **extra),
+    )
+    return Base(model.to(device or torch.device("cpu")), tokenizer, pad, _new_modules(info))
+
+
+def _new_modules(info: dict[str, Any]) -> list[str]:
+    missing = [key if isinstance(key, str) else key[0] for key in (*info["missing_keys"], *info["mismatched_keys"])]
+    return sorted({key.rpartition(".")[0] for key in missing})
+
+
+@contextlib.contextmanager
+def mode(model: nn.Module, training: bool) -> Generator[None]:
+    """Put the model into train or eval mode, and each module back to its own flag at the end."""
+    flags = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag

@@ -1,0 +1,52 @@
+"""Loss and accuracy, or loss and perplexity, of a base with or without an adapter."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+import peftfn as pf
+from peftfn.cli import batches
+from peftfn.cli.bases import Base, mode
+from peftfn.cli.tasks import TASKS, Examples
+
+
+class Score(NamedTuple):
+    """Mean loss over all examples (or tokens), and the share of right labels (a language model has none)."""
+
+    loss: float
+    accuracy: float | None
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss): for a language model, how many tokens it wavers between."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf  # exp(710) overflows a double
+
+    @property
+    def named(self) -> dict[str, float]:
+        """The numbers that the task is judged by, by name."""
+        if self.accuracy is None:
+            return {"loss": self.loss, "perplexity": self.perplexity}
+        return {"loss": self.loss, "accuracy": self.accuracy}
+
+    def __str__(self) -> str:
+        return "  ".join(f"{name} {value:.4f}" for name, value in self.named.items())
+
+
+def evaluate(base: Base, task: str, examples: Examples, adapter: pf.Adapter | None, batch_size: int) -> Score:
+    """The score on `examples`, in eval mode and without gradients; the base alone where `adapter` is None."""
+    how = TASKS[task]
+    losses, terms, right = 0.0, 0, 0
+    with mode(base.model, training=False), torch.no_grad():
+        for chosen in batches.in_order([len(ids) for ids in examples.ids], batch_size):
+            batch = how.batch(examples, chosen, base.pad)
+            weight = how.weight(batch)
+            batch = {name: tensor.to(base.model.device) for name, tensor in batch.items()}
+            output = pf.apply(base.model, adapter if adapter is not None else (), batch)
+            losses += float(output.loss) * weight
+            terms += weight
+            if examples.labels:
+                right += int((output.logits.argmax(-1) == batch["labels"]).sum())
+    return Score(losses / terms, right / terms if examples.labels else None)

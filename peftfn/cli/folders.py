@@ -1,0 +1,171 @@
+"""Adapter folders: what is in one, one in another layout, one merged into its base."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import peftfn as pf
+from peftfn.cli import state
+from peftfn.cli.bases import Base, load_base
+from peftfn.cli.errors import UserError
+
+AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""The transformers class that loads the base of an adapter, by PEFT's task type."""
+
+
+def base_name(adapter: pf.Adapter, given: str | None) -> str:
+    """The base's folder or hub id: given, or as the adapter's config has it."""
+    name = given or adapter.config.base_model_name_or_path
+    if not name:
+        raise UserError("the adapter's config does not name its base; give --model")
+    return name
+
+
+def head_labels(adapter: pf.Adapter, folder: str) -> list[str]:
+    """The label names of a classification adapter: from its training, or as many as its head has rows."""
+    if labels := state.read_run(Path(folder)).get("columns", {}).get("labels"):
+        return list(labels)
+    for site, leaf in adapter.params.items():
+        # a saved head is a replacement weight; for one of several layers the last one decides
+        if site.split(".")[0] in ("classifier", "score") and "weight" in leaf and site.split(".")[-1] != "dense":
+            return [f"LABEL_{i}" for i in range(leaf["weight"].shape[0])]
+    return []
+
+
+def load_base_of(adapter: pf.Adapter, folder: str, model: str | None, dtype: str, device: torch.device) -> Base:
+    """The base that the adapter was made for, refused where weights would be left at random."""
+    name = base_name(adapter, model)
+    task = adapter.config.task_type or "FEATURE_EXTRACTION"
+    labels = head_labels(adapter, folder) if task in ("SEQ_CLS", "TOKEN_CLS") else []
+    seed = state.read_run(Path(folder)).get("settings", {}).get("seed", 0)
+    return load_base(
+        name,
+        AUTO_CLASSES[task],
+        labels,
+        revision=adapter.config.revision,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+    )
+
+
+def untrained(base: Base, adapter: pf.Adapter) -> list[str]:
+    """New modules of the base that the adapter does not replace: their weights are random."""
+    return [
+        module
+        for module in base.new
+        if not any(
+            (site + ".").startswith(module + ".") or (module + ".").startswith(site + ".") for site in adapter.params
+        )
+    ]
+
+
+def merge(source: str, output: str, model: str | None, dtype: str, device: torch.device) -> Path:
+    """Write a plain model folder whose weights are base and adapter together; its path."""
+    target = Path(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{output} is there already; give a folder that is new or empty")
+    adapter = pf.load(source)
+    base = load_base_of(adapter, source, model, dtype, device)
+    if left := untrained(base, adapter):
+        raise UserError(f"{', '.join(left)}: neither the base nor the adapter has these weights; give another --model")
+    temporary = target.absolute().with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        bound: Any = pf.bind(base.model, adapter)
+        bound.save_pretrained(temporary)
+        base.tokenizer.save_pretrained(temporary)
+        if target.exists():
+            target.rmdir()  # empty, as checked above
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def convert(source: str, output: str, subfolder: str | None = None, adapter_name: str | None = None) -> pf.Adapter:
+    """Write the adapter in `source`, whatever PEFT's layout, as `output` in today's; the adapter."""
+    adapter = pf.load(source, subfolder=subfolder, adapter_name=adapter_name)
+    pf.save(adapter, output)
+    return adapter
+
+
+def _total(adapter: pf.Adapter, folder: str, model: str | None) -> int | None:
+    """Parameters of base and adapter: from the training's record, or counted in an empty copy of `model`."""
+    if model is None:
+        return state.read_run(Path(folder)).get("parameters")
+    import transformers  # seconds to import, and `inspect` mostly has no need of it
+
+    config = transformers.AutoConfig.from_pretrained(model)
+    labels = head_labels(adapter, folder)
+    if labels:
+        config.num_labels = len(labels)
+    auto = getattr(transformers, AUTO_CLASSES[adapter.config.task_type or "FEATURE_EXTRACTION"])
+    with torch.device("meta"):
+        return pf.count(adapter, auto.from_config(config)).total
+
+
+def changed_fields(config: Any) -> dict[str, Any]:
+    """The config's fields that differ from their default."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        value = getattr(config, field.name)
+        if value != default and value not in (None, (), {}, []):
+            found[field.name] = value
+    return found
+
+
+def _rows(adapter: pf.Adapter) -> list[tuple[str, str, str, str]]:
+    return [
+        (
+            site if first else "",
+            name,
+            "×".join(map(str, tensor.shape)) or "1",
+            str(tensor.dtype).removeprefix("torch."),
+        )
+        for site, leaf in adapter.params.items()
+        for first, (name, tensor) in zip([True, *[False] * len(leaf)], leaf.items(), strict=False)
+    ]
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Rows as text, each column as wide as its widest cell."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def inspect(folder: str, model: str | None = None, subfolder: str | None = None) -> str:
+    """What the adapter in `folder` is, as text. The base is not loaded, nor needed."""
+    adapter = pf.load(folder, subfolder=subfolder)
+    config = adapter.config
+    trained = pf.count(adapter).trained
+    total = _total(adapter, folder, model)
+    share = f"{trained / total:.2%} of {total:,} with the base" if total else "give --model for their share"
+    fields = [(f"  {name}", str(value)) for name, value in changed_fields(config).items()]
+    return "\n".join(
+        [
+            f"method   {config.peft_type} ({type(config).__name__})",
+            f"base     {config.base_model_name_or_path or 'not named in the config'}",
+            f"sites    {len(adapter.params)}",
+            f"trained  {trained:,} parameters, {share}",
+            "",
+            "config, where it differs from the default" + ("" if fields else ": nowhere"),
+            *([table(fields)] if fields else []),
+            "",
+            table([("site", "tensor", "shape", "type"), *_rows(adapter)]),
+        ]
+    )

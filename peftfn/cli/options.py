@@ -1,0 +1,182 @@
+"""Command line options out of dataclass fields: a new field of a config appears as an option by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+_SEQUENCES = (list, tuple, set, frozenset, Sequence, Collection, Iterable)
+
+
+def kinds(hint: Any) -> tuple[Any, ...]:
+    """The members of a union without None, or the type itself: `list[str] | str | None` gives two."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return tuple(kind for member in get_args(hint) for kind in kinds(member))
+    return () if hint in (None, type(None)) else (hint,)
+
+
+def _plain(kind: Any) -> Any:
+    return get_origin(kind) or kind
+
+
+def _literals(hint: Any) -> list[Any]:
+    return [value for kind in kinds(hint) if get_origin(kind) is Literal for value in get_args(kind)]
+
+
+def _sequence(hint: Any) -> Any:
+    """The sequence member of a union (`list[str]`), or None."""
+    return next((kind for kind in kinds(hint) if _plain(kind) in _SEQUENCES), None)
+
+
+def _is_json(hint: Any) -> bool:
+    """Whether a value is written as JSON: mappings, sequences of sequences, nested configs."""
+    plain = [_plain(kind) for kind in kinds(hint)]
+    sequence = _sequence(hint)
+    nested = sequence is not None and any(_sequence(item) for item in get_args(sequence))
+    known = {bool, int, float, str, Literal, *_SEQUENCES}
+    return nested or (bool(plain) and not any(kind in known for kind in plain))
+
+
+def _one(hint: Any, text: str) -> Any:
+    """`text` as the first member of `hint` that can hold it."""
+    plain = [_plain(kind) for kind in kinds(hint)]
+    by_name = {str(value).lower(): value for value in _literals(hint)}
+    if text.lower() in by_name:
+        return by_name[text.lower()]
+    if bool in plain and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        if kind in plain:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    if str in plain or not plain:
+        return text
+    wanted = [*by_name, *(["true", "false"] if bool in plain else [])]
+    raise ValueError(f"{text!r} is not {_metavar(hint)}" + (f": one of {', '.join(wanted)}" if wanted else ""))
+
+
+def _json(hint: Any, text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{text!r} is not JSON ({error}); write it as '{{\"name\": 8}}'") from None
+    if _sequence(hint) is None and not isinstance(value, dict):
+        raise ValueError(f"{text!r} is JSON but not an object; write it as '{{\"name\": 8}}'")
+    return value
+
+
+def parse(hint: Any, texts: list[str]) -> Any:
+    """What the option's values mean for a field of type `hint`.
+
+    Lists are comma-separated or the option is repeated. Where a field takes a string or a list (target
+    modules), `all-linear` and `regex:PATTERN` give the string. Mappings are JSON.
+    """
+    if _is_json(hint) or (texts[0].startswith("{") and dict in [_plain(kind) for kind in kinds(hint)]):
+        return _json(hint, texts[-1])
+    sequence = _sequence(hint)
+    if sequence is None:
+        return _one(hint, texts[-1])
+    if str in kinds(hint) and texts[0].startswith("regex:"):
+        return texts[0].removeprefix("regex:")
+    if str in kinds(hint) and texts == ["all-linear"]:
+        return texts[0]
+    item = next(iter(get_args(sequence)), str)
+    return [_one(item, part.strip()) for text in texts for part in text.split(",") if part.strip()]
+
+
+def _metavar(hint: Any) -> str:
+    plain = [_plain(kind) for kind in kinds(hint)]
+    if _is_json(hint):
+        return "JSON"
+    if sequence := _sequence(hint):
+        return "INT,..." if int in get_args(sequence) else "NAME,..."
+    if literals := _literals(hint):
+        return "|".join([*(["true", "false"] if bool in plain else []), *(str(value) for value in literals)])
+    named: dict[Any, str] = {int: "INT", float: "FLOAT", bool: "true|false"}
+    return next((name for kind, name in named.items() if kind in plain), "TEXT")
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _reader(hint: Any) -> Callable[[Any], Any]:
+    """The typer callback that turns what was typed into the field's value, so that errors name the option."""
+
+    def read(typed: Any) -> Any:
+        if not typed:  # not given: None, or an empty list where the option may be repeated
+            return None
+        try:
+            return parse(hint, typed if isinstance(typed, list) else [typed])
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return read
+
+
+def parameter(field: dataclasses.Field[Any], hint: Any, panel: str) -> inspect.Parameter:
+    """The typer parameter of one dataclass field: `--its-name`, with the field's type, default and help."""
+    default = _default(field)
+    text = field.metadata.get("help", "")
+    if _sequence(hint) is not None and str in kinds(hint):
+        text += " Write a regex as regex:PATTERN."
+    shared: dict[str, Any] = {"help": text.strip(), "rich_help_panel": panel}
+    required = default is dataclasses.MISSING
+    if kinds(hint) == (bool,):
+        annotation: Any = Annotated[bool, typer.Option(**shared)]
+        return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    shared |= {"callback": _reader(hint), "metavar": field.metadata.get("metavar", _metavar(hint))}
+    typed: Any = list[str] if _sequence(hint) is not None and not _is_json(hint) else str
+    annotation = Annotated[typed if required else typed | None, typer.Option(**shared)]
+    shown = inspect.Parameter.empty if required else _shown(default)
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=shown, annotation=annotation)
+
+
+def _shown(default: Any) -> Any:
+    """The default as it would be typed, so that --help shows it; None where there is nothing to type."""
+    if default is None or (isinstance(default, (Mapping, Collection)) and not default):
+        return None
+    if isinstance(default, (list, tuple)):
+        return [str(item) for item in default]
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def command(
+    run: Callable[..., None],
+    panels: Mapping[type, str],
+    fixed: Collection[str] = (),
+) -> Callable[..., None]:
+    """A typer command whose options are the fields of the dataclasses in `panels`, in order.
+
+    `run` is called with one value of each class; `fixed` names fields that `run` fills itself.
+    """
+    chosen: dict[type, list[str]] = {}
+    parameters: dict[str, inspect.Parameter] = {}
+    for kind, panel in panels.items():
+        hints = get_type_hints(kind)
+        fields = [f for f in dataclasses.fields(kind) if f.init and f.name not in fixed]
+        fields.sort(key=lambda field: _default(field) is not dataclasses.MISSING)  # what has to be given comes first
+        chosen[kind] = [field.name for field in fields]
+        for field in fields:
+            if field.name in parameters:
+                raise TypeError(f"{kind.__name__}.{field.name} would hide another option of that name")
+            parameters[field.name] = parameter(field, hints[field.name], panel)
+
+    def typed(**values: Any) -> None:
+        given = {name: value for name, value in values.items() if value is not None}
+        run(*(kind(**{n: given[n] for n in names if n in given}) for kind, names in chosen.items()))
+
+    typed.__name__, typed.__doc__ = run.__name__, run.__doc__
+    # typer reads a command's options from its signature
+    typed.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    return typed

@@ -1,0 +1,107 @@
+"""Checkpoints that a killed run goes on from: adapter, optimizer and random state, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+import peftfn as pf
+from peftfn import files
+from peftfn.cli.errors import UserError
+
+FOLDER = "checkpoint"
+"""Checkpoints are `checkpoint/step-00000100`; at most one is kept."""
+
+STATE = "training_state.pt"
+RUN = "training.json"
+"""What the run is: settings, task, columns, labels. `--resume`, `eval` and `merge` read it."""
+
+
+class State(NamedTuple):
+    """Where a run stands after `step` optimizer steps."""
+
+    step: int
+    adapter: pf.Adapter
+    optimizer: dict[str, Any]
+    rng: dict[str, torch.Tensor]
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """torch's random state (dropout draws from it), of the CPU and of the GPU where one is used."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_rng_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put back what `rng_state` returned."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def write(output: Path, state: State) -> None:
+    """Add a checkpoint and remove the older ones; a kill at any moment leaves one that is whole."""
+    folder = output / FOLDER
+    final = folder / f"step-{state.step:08d}"
+    if final.exists():  # the last step, when it is also one of --save-every
+        return
+    temporary = folder / f"writing-{uuid.uuid4().hex}"
+    temporary.mkdir(parents=True)
+    try:
+        pf.save(state.adapter, temporary)
+        rest = {"step": state.step, "optimizer": state.optimizer, "rng": state.rng}
+        files.write_atomic(temporary / STATE, lambda path: torch.save(rest, path))
+        temporary.replace(final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _remove_all_but(folder, final)
+
+
+def _remove_all_but(folder: Path, kept: Path) -> None:
+    for path in folder.iterdir():
+        if path != kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def newest(output: Path) -> Path | None:
+    """The newest whole checkpoint in `output`, or None; a half-written one has another name."""
+    return max((output / FOLDER).glob("step-*"), default=None)
+
+
+def read(checkpoint: Path, model: nn.Module, device: torch.device) -> State:
+    """The state in a checkpoint, its adapter checked against `model` and on `device`."""
+    try:
+        # weights_only: tensors and plain containers, no code
+        rest = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu")
+        adapter = pf.load(checkpoint, model=model, device=device)
+        return State(int(rest["step"]), adapter, rest["optimizer"], rest["rng"])
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"the checkpoint {checkpoint} cannot be read ({error}); start over with --no-resume") from error
+
+
+def remove(output: Path) -> None:
+    """Remove what an earlier run left in `output`, and nothing else there."""
+    shutil.rmtree(output / FOLDER, ignore_errors=True)
+    for name in (RUN, files.CONFIG, files.WEIGHTS, "metrics.jsonl", "loss.png"):
+        (output / name).unlink(missing_ok=True)
+
+
+def write_run(output: Path, run: dict[str, Any]) -> None:
+    """Write what the run is."""
+    text = json.dumps(run, indent=2, sort_keys=True) + "\n"
+    files.write_atomic(output / RUN, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What `write_run` wrote, or an empty dict where the adapter does not come from `peftfn train`."""
+    path = folder / RUN
+    return files.read_json(path) if path.is_file() else {}

@@ -1,0 +1,181 @@
+"""Frozen configs with PEFT's field names and defaults, and `adapter_config.json` both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NoReturn, Self, cast
+
+from peftfn import files, hub
+
+TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+# A PEFT field that has no effect while it holds one of these values; `ANY` where it only modifies another one.
+ANY = object()
+OFF = (None, False, {}, [])
+
+
+class FrozenDict(dict[str, Any]):
+    """A dict that cannot change and can be hashed: a config is static for every transform."""
+
+    def __hash__(self) -> int:  # type: ignore[override]  # dict is unhashable because it is mutable; this is not
+        return hash(tuple(sorted(self.items(), key=lambda item: item[0])))
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("a peftfn config is frozen; make another one with dataclasses.replace(config, ...)")
+
+    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[type[FrozenDict], tuple[dict[str, Any]]]:
+        return FrozenDict, (dict(self),)
+
+
+def freeze(value: Any) -> Any:
+    """The value with lists as tuples, sets as sorted tuples and dicts as `FrozenDict`, all the way down."""
+    if isinstance(value, (set, frozenset)):
+        value = sorted(cast("set[Any]", value))
+    if isinstance(value, (list, tuple)):
+        return tuple(freeze(item) for item in cast("list[Any]", value))
+    if isinstance(value, Mapping):
+        return FrozenDict({str(key): freeze(item) for key, item in cast("Mapping[Any, Any]", value).items()})
+    return value
+
+
+def thaw(value: Any) -> Any:
+    """The value with tuples as lists and mappings as dicts, as JSON has them."""
+    if isinstance(value, (list, tuple)):
+        return [thaw(item) for item in cast("list[Any]", value)]
+    if isinstance(value, Mapping):
+        return {key: thaw(item) for key, item in cast("Mapping[str, Any]", value).items()}
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftConfig:
+    """What every adapter's config holds, whatever its method.
+
+    Attributes:
+        task_type: what the model is for; `SEQ_CLS` and its like also train the model's head, as PEFT does.
+        auto_mapping: base model class and library, kept from and for files.
+        base_model_name_or_path: the base's folder or hub id, filled by `peftfn.init` where the model knows it.
+        revision: the base's revision.
+        inference_mode: kept from and for files; it changes nothing here.
+        peft_version: the version of PEFT that wrote the file, if one did.
+    """
+
+    peft_type: ClassVar[str] = ""
+    # PEFT's fields that are not this library's (yet), with the values that ask for nothing.
+    inactive: ClassVar[Mapping[str, Any]] = {"runtime_config": ANY}
+
+    task_type: str | None = dataclasses.field(default=None, metadata={"help": "The type of task, e.g. SEQ_CLS."})
+    auto_mapping: Mapping[str, Any] | None = None
+    base_model_name_or_path: str | None = dataclasses.field(
+        default=None, metadata={"help": "The base model's folder or hub id."}
+    )
+    revision: str | None = dataclasses.field(default=None, metadata={"help": "The base model's revision."})
+    inference_mode: bool = dataclasses.field(default=False, metadata={"help": "Kept for PEFT's files."})
+    peft_version: str | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        del args
+        _check_fields(cls, kwargs)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, freeze(getattr(self, field.name)))
+        if self.task_type is not None:
+            # PEFT's TaskType is a str enum: keep its value, so that the config is plain data.
+            object.__setattr__(self, "task_type", str(getattr(self.task_type, "value", self.task_type)))
+            if self.task_type not in TASK_TYPES:
+                raise ValueError(f"task_type={self.task_type!r} is unknown; expected one of {', '.join(TASK_TYPES)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain JSON data, `peft_type` included."""
+        fields = {field.name: thaw(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {"peft_type": self.peft_type, **fields}
+
+    def to_json(self) -> str:
+        """The text of `adapter_config.json`."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], source: str = "the given mapping") -> PeftConfig:
+        """The config that `data` describes, of the class that its `peft_type` names.
+
+        Raises:
+            ValueError: `peft_type` is missing or unknown, or a field asks for what is not supported here.
+        """
+        given = dict(data)
+        kind = given.pop("peft_type", None) or cls.peft_type
+        found = next((one for one in _family(PeftConfig) if one.peft_type == kind), None)
+        if not kind or found is None:
+            known = ", ".join(sorted(one.peft_type for one in _family(PeftConfig) if one.peft_type))
+            raise ValueError(f"{source} has peft_type={kind!r}; expected one of: {known}.")
+        if not issubclass(found, cls):
+            raise ValueError(f"{source} holds a {found.__name__} (peft_type={kind!r}), not a {cls.__name__}.")
+        for name in [name for name, value in given.items() if found.is_inactive(name, value)]:
+            del given[name]
+        try:
+            return found(**given)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{source}: {error}") from error
+
+    @classmethod
+    def is_inactive(cls, name: str, value: Any) -> bool:
+        """Whether `name` is a field of PEFT's that is not held here, at a value that asks for nothing."""
+        for one in cls.__mro__:
+            off = vars(one).get("inactive", {}).get(name)
+            if off is not None:
+                return off is ANY or value in off
+        return False
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write `adapter_config.json` into `folder` (made if missing), atomically; its path."""
+        path = Path(folder) / files.CONFIG
+        files.write_atomic(path, lambda temporary: temporary.write_text(self.to_json()))
+        return path
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_hub_id: str | Path,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> PeftConfig:
+        """The config in a folder or hub repository, of the class that its `peft_type` names."""
+        origin = hub.Origin(str(folder_or_hub_id), subfolder, revision, token, cache_dir)
+        path = hub.find(origin, files.CONFIG)
+        return cls.from_dict(files.read_json(path), source=str(path))
+
+    def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> str:
+        """Upload `adapter_config.json` alone to a hub repository; the commit's address."""
+        return hub.push(repo_id, self.save_pretrained, token=token, private=private)
+
+
+def _family(cls: type[PeftConfig]) -> Iterator[type[PeftConfig]]:
+    yield cls
+    for child in cls.__subclasses__():
+        yield from _family(child)
+
+
+def _check_fields(cls: type[PeftConfig], given: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in given:
+        if name in known:
+            continue
+        if any(name in vars(one).get("inactive", {}) for one in cls.__mro__):
+            raise ValueError(
+                f"{cls.__name__}({name}={given[name]!r}): peft has this field, peftfn does not support it yet. Leave "
+                "it out, or keep training this adapter with peft."
+            )
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise TypeError(f"{cls.__name__} has no field {name!r}.{hint} Its fields: {', '.join(known)}.")

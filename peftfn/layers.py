@@ -1,0 +1,160 @@
+"""The kinds of layer that a method can act on, and `Site`: one such layer during one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+
+from peftfn import codecs
+
+LINEAR = "linear"
+TRANSPOSED = "transposed linear"  # transformers' Conv1D: the weight is stored (in, out)
+EMBEDDING = "embedding"
+CONVOLUTION = "convolution"
+PARAMETER = "parameter"  # a bare tensor: an MoE's experts, the projections of nn.MultiheadAttention
+EXPERTS_TRANSPOSED = "transposed parameter"  # experts stored (experts, in, out)
+
+WEIGHT_KINDS = frozenset({PARAMETER, EXPERTS_TRANSPOSED})
+"""Kinds whose tensor is read by the base itself: there the adapted tensor takes its place."""
+
+
+class Place(NamedTuple):
+    """Where a site is in a model: the module that owns the tensor, the tensor's name there, and its kind."""
+
+    owner: str
+    weight: str
+    kind: str
+
+    @property
+    def name(self) -> str:
+        """The tensor's name in `named_parameters()`."""
+        return f"{self.owner}.{self.weight}" if self.owner else self.weight
+
+
+class Site:
+    """One layer of the base while a call runs (or, for `init`, as it stands).
+
+    `site(x)` is what the layer would compute without the method: the base's own forward, or, where several
+    adapters are active, the adapters before this one.
+
+    Attributes:
+        path: the module path, or the parameter path for a bare parameter.
+        kind: one of the kinds of this file.
+        layer: the module that owns the weight: a private twin during a call.
+        weight_name: the attribute of `layer` that holds the weight.
+    """
+
+    __slots__ = ("_run", "kind", "layer", "path", "weight_name")
+
+    def __init__(
+        self, path: str, kind: str, layer: nn.Module, weight_name: str, run: Callable[..., Any] | None = None
+    ) -> None:
+        self.path = path
+        self.kind = kind
+        self.layer = layer
+        self.weight_name = weight_name
+        self._run = run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._run is not None, "a site of init has nothing to run"
+        return self._run(*args, **kwargs)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as a dense tensor in the layer's own layout."""
+        return codecs.of(self.layer).read(self.layer, self.weight_name)
+
+    @property
+    def training(self) -> bool:
+        """Whether dropout is on."""
+        return self.layer.training
+
+
+def named_modules(model: nn.Module, remove_duplicate: bool = True) -> list[tuple[str, nn.Module]]:
+    """`model.named_modules()`, with the types that torch leaves out."""
+    return list(cast("Iterator[tuple[str, nn.Module]]", model.named_modules(remove_duplicate=remove_duplicate)))
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The kind of a module that is itself a site, or `None`."""
+    cls = type(module)
+    if cls not in _KINDS:
+        _KINDS[cls] = _classify(module)
+    return _KINDS[cls]
+
+
+_KINDS: dict[type[nn.Module], str | None] = {}
+
+
+def _classify(module: nn.Module) -> str | None:
+    if isinstance(module, nn.Linear) or codecs.of(module).is_linear:
+        return LINEAR
+    if is_conv1d(module):
+        return TRANSPOSED
+    if isinstance(module, nn.Embedding):
+        return EMBEDDING
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return CONVOLUTION
+    return None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether the module is transformers' `Conv1D`, a linear layer with the weight stored (in, out)."""
+    return any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") for cls in type(module).__mro__)
+
+
+def places(model: nn.Module, path: str) -> dict[str, Place]:
+    """The sites that the module at `path` stands for, by site path; empty where no method can act.
+
+    `nn.MultiheadAttention` stands for two: its input projection and its `out_proj`. Both weights are read by
+    the attention itself (the forward of `out_proj` never runs), so both are parameters.
+    """
+    module = model.get_submodule(path)
+    if isinstance(module, nn.MultiheadAttention):
+        if module.in_proj_weight is None:
+            raise ValueError(
+                f"{path!r} is an nn.MultiheadAttention with separate projections (kdim or vdim differ); it has no "
+                "in_proj_weight. Name them instead: target_parameters=['q_proj_weight', 'v_proj_weight']."
+            )
+        return {path: Place(path, "in_proj_weight", PARAMETER), **places(model, _join(path, "out_proj"))}
+    parent = model.get_submodule(path.rpartition(".")[0]) if path else model
+    kind = kind_of(module)
+    if kind is None:
+        return {}
+    if isinstance(parent, nn.MultiheadAttention):
+        kind = PARAMETER
+    return {path: Place(path, "weight", kind)}
+
+
+def place_of_parameter(model: nn.Module, name: str) -> Place:
+    """The place of a bare parameter, by its name."""
+    owner, _, weight = name.rpartition(".")
+    module = model.get_submodule(owner)
+    transposed = getattr(module, weight).ndim == 3 and getattr(module, "is_transposed", False)
+    return Place(owner, weight, EXPERTS_TRANSPOSED if transposed else PARAMETER)
+
+
+def pattern_path(path: str, paths: Container[str]) -> str:
+    """The path that rank and alpha patterns see: PEFT gives an attention's `out_proj` those of the attention."""
+    parent, _, name = path.rpartition(".")
+    return parent if name == "out_proj" and parent in paths else path
+
+
+def find(model: nn.Module, path: str) -> Place | None:
+    """The place that a site path names in this model, or `None` where the model has no such site."""
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        owner, _, weight = path.rpartition(".")
+        try:
+            module = model.get_submodule(owner)
+        except AttributeError:
+            return None
+        return place_of_parameter(model, path) if weight in module._parameters else None
+    return places(model, path).get(path)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

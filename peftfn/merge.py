@@ -1,0 +1,148 @@
+"""`merge`: the base's weights with an adapter in them, as new tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfn import layers, methods, stacking
+from peftfn.adapter import Adapter, Leaf, as_tuple, is_traced
+from peftfn.layers import Place
+from peftfn.methods import Method
+
+
+def merge(
+    params: Mapping[str, Tensor], adapter: Adapter | Iterable[Adapter], *, model: nn.Module | None = None
+) -> dict[str, Tensor]:
+    """A new dict of base parameters in which the adapter's sites hold adapted weights.
+
+    `functional_call(model, merge(params, a), batch)` computes what `apply(model, a, batch)` does. Entries that the
+    adapter does not touch are the same tensor objects; `params` itself is left as it is, so dropping the adapter is
+    going on with the old dict. Differentiable in params and adapter.
+
+    Weights that the model ties come apart where the adapter changes only one of them: give every name, as
+    `model.state_dict()` does, and call with `functional_call(..., tie_weights=False)`.
+
+    Args:
+        params: base parameters by name, `dict(model.named_parameters())` or a state dict.
+        adapter: one adapter or several, merged in order.
+        model: needed only where shapes do not tell how a square weight is stored (transposed experts; a mix of
+            `nn.Linear` and transformers' `Conv1D`); the error says so.
+
+    Raises:
+        KeyError: `params` lacks a weight that the adapter changes.
+        ValueError: a tensor does not fit, or the adapter holds NaN or infinity.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> params = dict(model.named_parameters())
+        >>> merged = pf.merge(params, pf.init(model, pf.LoraConfig(r=2, target_modules=["0"])))
+        >>> merged["0.weight"] is params["0.weight"], merged["0.bias"] is params["0.bias"]
+        (False, True)
+    """
+    merged = dict(params)
+    for one in as_tuple(adapter):
+        if isinstance(one.config, stacking.Stacked):
+            raise TypeError(
+                "merge was given a stack; merge its adapters one by one (peftfn.unstack), or under torch.vmap."
+            )
+        _refuse_not_finite(one)
+        method = methods.of(one.config)
+        for path in sorted({**one.params, **one.buffers}):
+            _merge_site(merged, method, one, path, model)
+    return merged
+
+
+def _merge_site(
+    merged: dict[str, Tensor], method: Method, adapter: Adapter, path: str, model: nn.Module | None
+) -> None:
+    both = {**adapter.params.get(path, {}), **adapter.buffers.get(path, {})}
+    leaf = {name: tensor for name, tensor in both.items() if not method.replaces(name)}
+    for name in both.keys() - leaf.keys():
+        key = f"{path}.{name}" if path else name
+        if key not in merged:
+            raise _missing(key, merged)
+        merged[key] = both[name]
+    if not leaf:
+        return
+    place = layers.find(model, path) if model is not None else _guess(merged, adapter, method, path, leaf)
+    if place is None:
+        raise KeyError(f"the adapter has a site {path!r}, which {type(model).__name__} does not have.")
+    if place.name not in merged:
+        raise _missing(place.name, merged)
+    try:
+        merged[place.name] = method.merge(adapter.config, leaf, place.kind, merged[place.name])
+    except (RuntimeError, ValueError) as error:
+        shapes = {name: tuple(tensor.shape) for name, tensor in leaf.items() if tensor.dim()}
+        raise ValueError(
+            f"{path}: cannot merge {shapes} into {place.name} of shape {tuple(merged[place.name].shape)}: {error}"
+        ) from error
+
+
+def _guess(params: Mapping[str, Tensor], adapter: Adapter, method: Method, path: str, leaf: Leaf) -> Place:
+    """Where a site's weight is, from names and shapes alone."""
+    for place in (Place(path, "weight", ""), Place(path, "in_proj_weight", ""), Place(*_split(path), "")):
+        if place.name in params:
+            weight = params[place.name]
+            bare = place.weight == "in_proj_weight" or place.owner != path
+            kinds = [kind for kind in method.kinds(leaf, weight.shape) if (kind in layers.WEIGHT_KINDS) == bare]
+            if len(kinds) > 1:
+                kinds = [_stored(params, adapter, method, path, kinds)]
+            if not kinds:
+                shapes = {name: tuple(tensor.shape) for name, tensor in leaf.items() if tensor.dim()}
+                raise ValueError(
+                    f"{path}: the adapter has {shapes}, which fits no layer with a weight of shape {tuple(weight.shape)}; it "
+                    "was made for a model of another size."
+                )
+            return place._replace(kind=kinds[0])
+    raise _missing(f"{path}.weight", params)
+
+
+def _stored(params: Mapping[str, Tensor], adapter: Adapter, method: Method, path: str, kinds: list[str]) -> str:
+    """The kind of a square weight, which may be stored either way: what the config says, if nothing contradicts it."""
+    config: Any = adapter.config
+    if kinds == [layers.LINEAR, layers.TRANSPOSED]:
+        stated = kinds[bool(getattr(config, "fan_in_fan_out", False))]
+        others = [
+            method.kinds(leaf, params[f"{other}.weight"].shape)
+            for other, leaf in adapter.params.items()
+            if f"{other}.weight" in params and not all(method.replaces(name) for name in leaf)
+        ]
+        seen = {one[0] for one in others if len(one) == 1 and one[0] in kinds}
+        if seen <= {stated}:
+            return stated
+    raise ValueError(
+        f"{path}: a square weight, and nothing here says whether it is stored (out, in) or (in, out); pass model=... to "
+        "merge."
+    )
+
+
+def _split(path: str) -> tuple[str, str]:
+    owner, _, name = path.rpartition(".")
+    return owner, name
+
+
+def _missing(name: str, params: Mapping[str, Tensor]) -> KeyError:
+    last = name.rpartition(".")[2]
+    near = [key for key in params if key.endswith(last)][:3]
+    return KeyError(
+        f"params has no {name!r}, which the adapter changes (it has e.g. {', '.join(near or list(params)[:3])}). Give "
+        "dict(model.named_parameters(remove_duplicate=False)) or model.state_dict(), which has tied weights under each name."
+    )
+
+
+def _refuse_not_finite(adapter: Adapter) -> None:
+    for path, leaf in adapter.params.items():
+        for name, tensor in leaf.items():
+            if not tensor.is_floating_point() or tensor.is_meta or is_traced(tensor):
+                continue
+            if not bool(torch.isfinite(tensor).all()):
+                count = int((~torch.isfinite(tensor)).sum())
+                raise ValueError(
+                    f"{path}.{name} has {count} of {tensor.numel()} values that are NaN or infinite; merging would spoil "
+                    "the weights. Was the training step stable?"
+                )

@@ -1,0 +1,21 @@
+"""The table of methods. A method is a tuple of functions; adding one is one file here and one line below."""
+
+from __future__ import annotations
+
+from peftfn.config import PeftConfig
+from peftfn.methods import lora
+from peftfn.methods.method import Method
+
+TABLE: tuple[Method, ...] = (lora.METHOD,)
+
+
+def of(config: PeftConfig) -> Method:
+    """The method of a config, by its `peft_type`."""
+    for method in TABLE:
+        if method.config is type(config):
+            return method
+    known = ", ".join(method.config.__name__ for method in TABLE)
+    raise TypeError(f"config is a {type(config).__name__}; expected one of: {known}.")
+
+
+__all__ = ["TABLE", "Method", "of"]

@@ -1,0 +1,330 @@
+"""LoRA: W + s·B·A with W frozen (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+
+Scaling s is alpha / r, or alpha / sqrt(r) with `use_rslora` (https://arxiv.org/abs/2312.03732). It is a tensor in the
+adapter's buffers, so that adapters of unlike alpha and rank share one compiled graph and can be stacked.
+
+dtype rules, the same as PEFT's. Outside autocast the delta is computed in the dtype of A and B: x is cast to it, the
+sum is taken in the wider of the two dtypes, and the result is cast back to the dtype of the base's output. Under
+autocast the matrix products run in autocast's dtype. Where the base reads the tensor itself (attention projections,
+experts) the delta is computed in the dtype of A and B, added, and the sum is cast to the dtype of the weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftfn import layers, targets
+from peftfn.adapter import Leaf
+from peftfn.config import ANY, OFF, PeftConfig
+from peftfn.layers import Place, Site
+from peftfn.methods import lowrank, ranks
+from peftfn.methods.lora_targets import TARGETS
+from peftfn.methods.method import Method
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig(PeftConfig):
+    """LoRA's config, with PEFT's fields and defaults.
+
+    Example:
+        >>> config = LoraConfig(r=16, lora_alpha=16, target_modules=["query", "value"], lora_dropout=0.1)
+        >>> config.r, config.target_modules
+        (16, ('query', 'value'))
+    """
+
+    peft_type: ClassVar[str] = "LORA"
+    inactive: ClassVar[Mapping[str, Any]] = {
+        **dict.fromkeys(("megatron_config", "trainable_token_indices", "loftq_config", "eva_config"), OFF),
+        **dict.fromkeys(("corda_config", "lora_ga_config", "use_dora", "velora_config", "use_qalora"), OFF),
+        **dict.fromkeys(("alora_invocation_tokens", "monteclora_config", "layer_replication", "lora_bias"), OFF),
+        **dict.fromkeys(("use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"), OFF),
+        **dict.fromkeys(("megatron_core", "qalora_group_size"), ANY),
+    }
+
+    r: int = dataclasses.field(default=8, metadata=_help("Rank of the update."))
+    target_modules: Sequence[str] | str | None = dataclasses.field(
+        default=None, metadata=_help("Module names (a path's ending), a regex, or 'all-linear'.")
+    )
+    exclude_modules: Sequence[str] | str | None = dataclasses.field(
+        default=None, metadata=_help("Names or a regex of modules to leave out.")
+    )
+    lora_alpha: float = dataclasses.field(default=8, metadata=_help("Scaling is lora_alpha / r."))
+    lora_dropout: float = dataclasses.field(default=0.0, metadata=_help("Dropout on the input of A in training."))
+    fan_in_fan_out: bool = dataclasses.field(
+        default=False, metadata=_help("Whether weights are stored (in, out); found out by itself.")
+    )
+    bias: str = dataclasses.field(default="none", metadata=_help("Biases to train: none, all or lora_only."))
+    use_rslora: bool = dataclasses.field(default=False, metadata=_help("Scaling is lora_alpha / sqrt(r)."))
+    modules_to_save: Sequence[str] | None = dataclasses.field(
+        default=None, metadata=_help("Modules to train and save whole, such as a new head.")
+    )
+    init_lora_weights: bool | str = dataclasses.field(
+        default=True, metadata=_help("True (B = 0), gaussian (A normal, B = 0), or False (not the identity).")
+    )
+    layers_to_transform: Sequence[int] | int | None = dataclasses.field(
+        default=None, metadata=_help("Indices of the layers to adapt.")
+    )
+    layers_pattern: Sequence[str] | str | None = dataclasses.field(
+        default=None, metadata=_help("Name of the list of layers, if it is an unusual one.")
+    )
+    rank_pattern: Mapping[str, int] | None = dataclasses.field(
+        default_factory=dict[str, int], metadata=_help("Other ranks, by module name or regex.")
+    )
+    alpha_pattern: Mapping[str, float] | None = dataclasses.field(
+        default_factory=dict[str, float], metadata=_help("Other alphas, by module name or regex.")
+    )
+    target_parameters: Sequence[str] | None = dataclasses.field(
+        default=None, metadata=_help("Names of bare parameters to adapt, such as MoE experts.")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for rank in (self.r, *(self.rank_pattern or {}).values()):
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"r={rank!r}; expected a positive integer.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout!r}; expected a probability of at least 0 and below 1.")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"bias={self.bias!r}; expected 'none', 'all' or 'lora_only'.")
+        if isinstance(self.target_parameters, str):
+            raise TypeError(f"target_parameters={self.target_parameters!r}; expected a list of names.")
+        _check_init(self.init_lora_weights)
+        _check_layers(self)
+
+
+def _check_init(init: bool | str) -> None:
+    if isinstance(init, bool) or init in ("gaussian", "eva", "orthogonal", "loftq"):
+        return
+    if init in ("olora", "corda", "lora_ga") or init.startswith("pissa"):
+        raise ValueError(
+            f"init_lora_weights={init!r} goes with a base whose weights it changed, so this adapter alone does not say "
+            "what it computes. Convert it with peft's path_initial_model_for_weight_conversion, or start from True."
+        )
+    raise ValueError(f"init_lora_weights={init!r}; expected True, False or 'gaussian'.")
+
+
+def _check_layers(config: LoraConfig) -> None:
+    for field in ("layers_to_transform", "layers_pattern"):
+        if isinstance(config.target_modules, str) and getattr(config, field) is not None:
+            raise ValueError(f"{field} cannot be used with target_modules={config.target_modules!r}, a string.")
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError(f"layers_pattern={config.layers_pattern!r} needs layers_to_transform beside it.")
+
+
+def resolve(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """The config with the targets that the model decides, and its heads, filled in."""
+    targets.refuse_lost_names(model, config.target_modules)
+    names = config.target_modules
+    if names is None and (not config.target_parameters or targets.model_type(model) in TARGETS):
+        names = targets.default_targets(model, TARGETS)
+    elif isinstance(names, str) and names.lower() == targets.ALL_LINEAR:
+        names = targets.all_linear(model, config.task_type)
+    parameters = targets.in_model_order(model, config.target_parameters)
+    return dataclasses.replace(
+        config, target_modules=names, modules_to_save=targets.with_heads(config), target_parameters=parameters
+    )
+
+
+def sites(model: nn.Module, config: LoraConfig) -> dict[str, Place]:
+    """The config's sites in the model; patterns that match none of them are an error."""
+    found = targets.sites(model, config)
+    for field in ("rank_pattern", "alpha_pattern"):
+        targets.refuse_unused_patterns(field, getattr(config, field), found)
+    return found
+
+
+def _rank(config: LoraConfig, path: str) -> int:
+    return targets.pattern_value(config.rank_pattern, path, config.r)
+
+
+def init(
+    config: LoraConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None
+) -> tuple[Leaf, Leaf]:
+    """A and B for one site, drawn as PEFT draws them, and the scaling.
+
+    Without `dtype` they take the weight's, but float32 where it is a half or a packed one.
+    """
+    r, weight = _rank(config, path), site.weight
+    groups = lowrank.weight_groups(site.layer)
+    if r % groups:
+        raise ValueError(
+            f"{site.path}: r={r} is not divisible by the convolution's groups={groups}. Choose another r for it in "
+            f"rank_pattern, or exclude_modules=[{site.path!r}]."
+        )
+    if (
+        site.kind in layers.WEIGHT_KINDS
+        and config.lora_dropout
+        and not isinstance(site.layer, (nn.MultiheadAttention, nn.Linear))
+    ):
+        raise ValueError(
+            f"{site.path}: lora_dropout={config.lora_dropout} has no meaning for a bare parameter, which sees no input; "
+            "set it to 0 or leave target_parameters out."
+        )
+    dtype = dtype or (weight.dtype if weight.dtype == torch.float64 else torch.float32)
+    shape_a, shape_b = lowrank.TABLE[site.kind].shapes(site.layer, weight.shape, r)
+    a, b = _draw(config, site.kind, shape_a, shape_b, r, generator)
+    device = "cpu" if weight.is_meta else weight.device
+    first, second = _names(site.kind)
+    leaf = {first: a.to(device, dtype), second: b.to(device, dtype)}
+    return leaf, buffers(config, path, leaf)
+
+
+def _draw(
+    config: LoraConfig,
+    kind: str,
+    shape_a: tuple[int, ...],
+    shape_b: tuple[int, ...],
+    r: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    how = config.init_lora_weights
+    if not isinstance(how, bool) and how != "gaussian":
+        raise ValueError(f"init_lora_weights={how!r} is read from files only; init offers True, False and 'gaussian'.")
+    if kind == layers.EMBEDDING:
+        a = torch.zeros(shape_a) if how else torch.randn(shape_a, generator=generator)
+        return a, torch.randn(shape_b, generator=generator)
+    if how == "gaussian":
+        a = torch.randn(shape_a, generator=generator) / r
+    else:
+        a = _uniform(shape_a, generator)
+    return a, torch.zeros(shape_b) if how else _uniform(shape_b, generator)
+
+
+def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    # kaiming_uniform_(a=sqrt(5)), the default of nn.Linear: within 1/sqrt(fan_in).
+    bound = 1 / math.sqrt(math.prod(shape[1:]))
+    return torch.rand(shape, generator=generator) * (2 * bound) - bound
+
+
+def buffers(config: LoraConfig, path: str, leaf: Leaf) -> Leaf:
+    """The scaling of one site, a 0-d tensor."""
+    r = _rank(config, path)
+    alpha = targets.pattern_value(config.alpha_pattern, path, config.lora_alpha)
+    one = next(iter(leaf.values()))
+    dtype = torch.float64 if one.dtype == torch.float64 else torch.float32
+    scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+    return {"scaling": torch.tensor(scaling, dtype=dtype, device=one.device)}
+
+
+def _names(kind: str) -> tuple[str, str]:
+    return ("lora_embedding_A", "lora_embedding_B") if kind == layers.EMBEDDING else ("lora_A", "lora_B")
+
+
+def _factors(leaf: Mapping[str, Tensor], kind: str) -> tuple[Tensor, Tensor]:
+    first, second = _names(kind)
+    return leaf[first], leaf[second]
+
+
+def forward(config: LoraConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """W x + s·B·A·dropout(x), in the dtype of W x."""
+    y = site(x, *args, **kwargs)
+    a, b = _factors(leaf, site.kind)
+    if x.is_floating_point():
+        x = x.to(a.dtype)
+        if config.lora_dropout and site.training:
+            x = F.dropout(x, config.lora_dropout, training=True)
+    return lowrank.TABLE[site.kind].add(site, a, b, leaf["scaling"], x, y).to(y.dtype)
+
+
+def merge(config: LoraConfig, leaf: Mapping[str, Tensor], kind: str, weight: Tensor) -> Tensor:
+    """W + s·B·A, in the dtype of W."""
+    a, b = _factors(leaf, kind)
+    if a.device.type == "cpu" and a.dtype in (torch.float16, torch.bfloat16):
+        # Half-precision products are slow on CPU, and rounded once more: as PEFT, compute in float32.
+        a, b = a.float(), b.float()
+    delta = lowrank.TABLE[kind].delta(a, b, weight.shape)
+    return (weight + delta * leaf["scaling"].to(delta.dtype)).to(weight.dtype)
+
+
+def check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
+    """What is wrong with a leaf for this site, or `None`."""
+    first, second = _names(site.kind)
+    if first not in leaf or second not in leaf:
+        return f"has {sorted(leaf)}, expected {first} and {second} for a {site.kind}"
+    a, b, weight = leaf[first].shape, leaf[second].shape, site.weight.shape
+    expected = lowrank.TABLE[site.kind].shapes(
+        site.layer, weight, _rank_of(leaf[first], leaf[second], site.kind, weight)
+    )
+    if (tuple(a), tuple(b)) == expected:
+        return None
+    if site.kind == layers.CONVOLUTION and (a[0], site.layer.in_channels, *a[2:]) == tuple(a):
+        return None  # PEFT's dense A on a convolution with groups
+    return f"has {first} {tuple(a)} and {second} {tuple(b)}, expected {expected[0]} and {expected[1]}"
+
+
+def kinds(leaf: Mapping[str, Tensor], weight: torch.Size) -> list[str]:
+    """The kinds of layer whose weight of this shape the leaf fits."""
+    if "lora_embedding_A" in leaf:
+        a, b = leaf["lora_embedding_A"], leaf["lora_embedding_B"]
+        return [layers.EMBEDDING] if (a.shape[1], b.shape[0]) == tuple(weight) else []
+    a, b = leaf["lora_A"], leaf["lora_B"]
+    if b.dim() > 2:
+        fits = a.shape[a.dim() - b.dim() + 2 :] == weight[2:] and b.shape[0] == weight[0]
+        return [layers.CONVOLUTION] if fits and len(weight) == b.dim() else []
+    stored = {(b.shape[0], a.shape[1]): (layers.LINEAR, layers.PARAMETER)}
+    if len(weight) == 3:
+        stored = {(b.shape[0], a.shape[1]): (layers.PARAMETER,)}
+    swapped = {(a.shape[1], b.shape[0]): (layers.TRANSPOSED,) if len(weight) == 2 else (layers.EXPERTS_TRANSPOSED,)}
+    ends = tuple(weight[-2:])
+    return [*stored.get(ends, ()), *swapped.get(ends, ())]
+
+
+def _rank_of(a: Tensor, b: Tensor, kind: str, weight: torch.Size) -> int:
+    if a.dim() > b.dim():
+        return a.shape[0] * a.shape[1]
+    return a.shape[0] // (weight[0] if kind in layers.WEIGHT_KINDS and len(weight) == 3 else 1)
+
+
+def _pad(configs: Sequence[LoraConfig], path: str, leaves: Sequence[Leaf | None]) -> list[Leaf]:
+    """The leaves padded to one rank; an adapter without this site gets zeros."""
+    there = [(config, leaf) for config, leaf in zip(configs, leaves, strict=True) if leaf is not None]
+    padded = iter(ranks.pad([leaf for _, leaf in there], [_rank(config, path) for config, _ in there]))
+    filled = [None if leaf is None else next(padded) for leaf in leaves]
+    model = next(leaf for leaf in filled if leaf is not None)
+    return [{name: torch.zeros_like(t) for name, t in model.items()} if leaf is None else leaf for leaf in filled]
+
+
+def _trim(config: LoraConfig, configs: Sequence[LoraConfig], path: str, leaf: Leaf) -> Leaf:
+    """The leaf without the zeros that `_pad` added."""
+    return ranks.trimmed(leaf, _rank(config, path), max(_rank(one, path) for one in configs))
+
+
+def silence(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+    """The leaf with its scaling times `keep`."""
+    return {**leaf, "scaling": leaf["scaling"] * keep}
+
+
+METHOD = Method(
+    config=LoraConfig,
+    held=frozenset({"scaling"}),
+    names={
+        "lora_A": "lora_A.weight",
+        "lora_B": "lora_B.weight",
+        "lora_embedding_A": "lora_embedding_A",
+        "lora_embedding_B": "lora_embedding_B",
+    },
+    resolve=resolve,
+    sites=sites,
+    init=init,
+    buffers=buffers,
+    forward=forward,
+    merge=merge,
+    check=check,
+    kinds=kinds,
+    silence=silence,
+    pad=_pad,
+    trim=_trim,
+    to_file=ranks.to_file,
+    from_file=ranks.from_file,
+)

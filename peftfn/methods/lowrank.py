@@ -1,0 +1,176 @@
+"""The low-rank delta of each kind of layer: what `s·B·A` means for a linear layer, a table, a kernel, experts.
+
+Letters as in the LoRA paper (https://arxiv.org/abs/2106.09685, section 4.1): h = W0·x + s·B·A·x. Every kind is a
+tuple of functions of (A, B); scaling and dtype are the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftfn import layers
+from peftfn.layers import Site
+
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+class LowRank(NamedTuple):
+    """One kind of layer.
+
+    Attributes:
+        shapes: `(layer, weight shape, r) -> (shape of A, shape of B)`, in PEFT's layout.
+        add: `(site, A, B, scaling, x, y) -> y + scaling * (B A x)`.
+        delta: `(A, B, weight shape) -> B A`, in the weight's own layout.
+    """
+
+    shapes: Callable[[nn.Module, torch.Size, int], Shapes]
+    add: Callable[[Site, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    delta: Callable[[Tensor, Tensor, torch.Size], Tensor]
+
+
+# --- linear layers: W is (out, in), or (in, out) in transformers' Conv1D ---------------------------------------------
+
+
+def _linear_shapes(layer: nn.Module, weight: torch.Size, r: int) -> Shapes:
+    outputs, inputs = weight
+    return (r, inputs), (outputs, r)
+
+
+def _transposed_shapes(layer: nn.Module, weight: torch.Size, r: int) -> Shapes:
+    inputs, outputs = weight
+    return (r, inputs), (outputs, r)
+
+
+def _linear_add(site: Site, a: Tensor, b: Tensor, scaling: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    h = F.linear(x, a)  # (..., r)
+    h = h * scaling.to(h.dtype)  # scaled while it is narrow
+    if y.dtype == h.dtype and y.dim() > 1:
+        # One pass over y in place of two: see benchmarks/training_step.py.
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.T).view(y.shape)
+    return y + F.linear(h, b)
+
+
+def _linear_delta(a: Tensor, b: Tensor, weight: torch.Size) -> Tensor:
+    return b @ a
+
+
+def _transposed_delta(a: Tensor, b: Tensor, weight: torch.Size) -> Tensor:
+    return (b @ a).T
+
+
+# --- embeddings: W is (rows, dim), A is (r, rows), B is (dim, r) -----------------------------------------------------
+
+
+def _embedding_shapes(layer: nn.Module, weight: torch.Size, r: int) -> Shapes:
+    rows, dim = weight
+    return (r, rows), (dim, r)
+
+
+def _embedding_add(site: Site, a: Tensor, b: Tensor, scaling: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    layer = site.layer
+    # padding_idx and scale_grad_by_freq act on gradients alone: A's rows get the treatment of W's.
+    h = F.embedding(
+        x,
+        a.T,
+        padding_idx=getattr(layer, "padding_idx", None),
+        scale_grad_by_freq=bool(getattr(layer, "scale_grad_by_freq", False)),
+    )  # (..., r)
+    delta = F.linear(h * scaling.to(h.dtype), b)
+    embed_scale = getattr(layer, "embed_scale", None)  # some layers multiply what they look up (Gemma)
+    return y + (delta if embed_scale is None else delta * embed_scale)
+
+
+def _embedding_delta(a: Tensor, b: Tensor, weight: torch.Size) -> Tensor:
+    return (b @ a).T
+
+
+# --- convolutions: W is (out, in/g, *k), A is (r, in, *k) with the layer's stride, B is (out, r/g, 1...) -------------
+#
+# With groups, such an A reads channels that W cannot, so its delta has no place in W. Ours is grouped like W, held as
+# (g, r/g, in/g, *k): one axis more, so that the two are never confused. PEFT's A is dense: a file of PEFT's with groups
+# runs as it did there, and cannot be merged.
+
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+def _convolution_shapes(layer: nn.Module, weight: torch.Size, r: int) -> Shapes:
+    groups = weight_groups(layer)
+    a = (r, *weight[1:]) if groups == 1 else (groups, r // groups, *weight[1:])
+    return a, (weight[0], r // groups, *(1 for _ in weight[2:]))
+
+
+def weight_groups(layer: nn.Module) -> int:
+    """The groups of a convolution; 1 for any other layer."""
+    return int(getattr(layer, "groups", 1))
+
+
+def _convolution_add(site: Site, a: Tensor, b: Tensor, scaling: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    layer = site.layer
+    assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    groups = layer.groups if a.dim() > b.dim() else 1
+    kernel = a.flatten(0, 1) if a.dim() > b.dim() else a  # (r, in/g, *k)
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+    convolve = _CONVOLVE[b.dim()]
+    h = convolve(x, kernel, None, layer.stride, padding, layer.dilation, groups)
+    return y + convolve(h * scaling.to(h.dtype), b, groups=kernel.shape[0] // b.shape[1])
+
+
+def _convolution_delta(a: Tensor, b: Tensor, weight: torch.Size) -> Tensor:
+    if a.dim() == b.dim() and a.shape[1] != weight[1]:
+        raise ValueError(
+            f"the convolution has {a.shape[1] // weight[1]} groups and its lora_A of shape {tuple(a.shape)} reads all "
+            f"channels, as peft makes it; no weight of shape {tuple(weight)} computes the same. Keep it unmerged, or "
+            "train it with peftfn, whose lora_A follows the groups."
+        )
+    groups = a.shape[0] if a.dim() > b.dim() else 1
+    left = b.reshape(groups, -1, b.shape[1])  # (g, out/g, r/g)
+    right = a.reshape(groups, b.shape[1], -1)  # (g, r/g, in/g * k)
+    return (left @ right).reshape(weight)
+
+
+# --- bare parameters: (out, in), or experts (E, out, in) / (E, in, out); A is (E*r, in), B is (out, E*r) -------------
+
+
+def _parameter_shapes(layer: nn.Module, weight: torch.Size, r: int) -> Shapes:
+    experts = weight[0] if len(weight) == 3 else 1
+    outputs, inputs = weight[-2:]
+    return (experts * r, inputs), (outputs, experts * r)
+
+
+def _transposed_experts_shapes(layer: nn.Module, weight: torch.Size, r: int) -> Shapes:
+    experts, inputs, outputs = weight
+    return (experts * r, inputs), (outputs, experts * r)
+
+
+def _no_add(site: Site, a: Tensor, b: Tensor, scaling: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    raise AssertionError(f"{site.path}: a bare parameter has no forward of its own; its tensor is replaced")
+
+
+def _parameter_delta(a: Tensor, b: Tensor, weight: torch.Size) -> Tensor:
+    if len(weight) == 2:
+        return b @ a
+    experts = weight[0]
+    left = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)  # (E, out, r): the expert is B's fastest axis in PEFT
+    return left @ a.reshape(experts, -1, a.shape[1])  # (E, out, in)
+
+
+def _transposed_experts_delta(a: Tensor, b: Tensor, weight: torch.Size) -> Tensor:
+    standard = torch.Size((weight[0], weight[2], weight[1]))
+    return _parameter_delta(a, b, standard).transpose(1, 2)
+
+
+TABLE: dict[str, LowRank] = {
+    layers.LINEAR: LowRank(_linear_shapes, _linear_add, _linear_delta),
+    layers.TRANSPOSED: LowRank(_transposed_shapes, _linear_add, _transposed_delta),
+    layers.EMBEDDING: LowRank(_embedding_shapes, _embedding_add, _embedding_delta),
+    layers.CONVOLUTION: LowRank(_convolution_shapes, _convolution_add, _convolution_delta),
+    layers.PARAMETER: LowRank(_parameter_shapes, _no_add, _parameter_delta),
+    layers.EXPERTS_TRANSPOSED: LowRank(_transposed_experts_shapes, _no_add, _transposed_experts_delta),
+}

@@ -1,0 +1,94 @@
+"""Low-rank leaves of other shapes: padded to one rank for a stack, or laid out as PEFT's files have them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peftfn.adapter import Leaf
+
+
+def _pair(leaf: Leaf) -> tuple[str, str]:
+    first = next(name for name in sorted(leaf) if name.endswith("_A"))
+    return first, first.removesuffix("_A") + "_B"
+
+
+def pad(leaves: Sequence[Leaf], ranks: Sequence[int]) -> list[Leaf]:
+    """The leaves with zero rows in A and zero columns in B up to the largest rank: B·A stays as it was.
+
+    The product of a zero row of A and a zero column of B has a zero gradient for both, so training never fills them.
+
+    Args:
+        leaves: one leaf per adapter, for one site.
+        ranks: the rank of each, per expert where the leaf is one of experts (A is (E*r, in)).
+    """
+    return [_padded(leaf, rank, max(ranks)) for leaf, rank in zip(leaves, ranks, strict=True)]
+
+
+def _padded(leaf: Leaf, rank: int, wanted: int) -> Leaf:
+    if rank == wanted:
+        return leaf
+    first, second = _pair(leaf)
+    a, b = _with_rank_axis(leaf[first], leaf[second], rank)
+    groups = rank // a.shape[1]
+    more = (wanted - rank) // groups
+    a = torch.cat([a, a.new_zeros(a.shape[0], more, *a.shape[2:])], 1)
+    b = torch.cat([b, b.new_zeros(b.shape[0], more, *b.shape[2:])], 1)
+    return {**leaf, **dict(zip((first, second), _without_rank_axis(a, b, leaf[first].dim()), strict=True))}
+
+
+def trimmed(leaf: Leaf, rank: int, padded: int) -> Leaf:
+    """The inverse of `pad`, for one leaf that was padded from `rank` to `padded`."""
+    if rank == padded:
+        return leaf
+    first, second = _pair(leaf)
+    a, b = _with_rank_axis(leaf[first], leaf[second], padded)
+    keep = rank * a.shape[1] // padded
+    a, b = a[:, :keep], b[:, :keep]
+    return {**leaf, **dict(zip((first, second), _without_rank_axis(a, b, leaf[first].dim()), strict=True))}
+
+
+def _with_rank_axis(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    # Axis 1 becomes the rank: A is (r, in), (g, r/g, in/g, *k) or (E*r, in); B is (out, r), (out, r/g, 1...) or
+    # (out, r*E) with the expert as the fastest axis.
+    if a.dim() > b.dim():
+        return a, b
+    if b.dim() > 2:  # a convolution; PEFT's dense A has its rank in groups, as B has
+        return a.unflatten(0, (-1, b.shape[1])), b
+    return a.unflatten(0, (-1, rank)), b.unflatten(1, (rank, -1))
+
+
+def _without_rank_axis(a: Tensor, b: Tensor, dims: int) -> tuple[Tensor, Tensor]:
+    if a.dim() == dims:
+        return a, b
+    a = a.flatten(0, 1)
+    return a, b if a.dim() > 2 else b.flatten(1)
+
+
+def to_file(leaf: Leaf) -> Leaf:
+    """The leaf with PEFT's shapes: A of a convolution with groups dense, zero outside each group's channels."""
+    first, second = _pair(leaf)
+    a, b = leaf[first], leaf[second]
+    if a.dim() <= b.dim():
+        return leaf
+    groups = a.shape[0]
+    dense = a.new_zeros(groups, a.shape[1], groups, *a.shape[2:])  # (g, r/g, g, in/g, *k)
+    for group, block in enumerate(a):
+        dense[group, :, group] = block
+    return {**leaf, first: dense.flatten(2, 3).flatten(0, 1)}
+
+
+def from_file(leaf: Leaf) -> Leaf:
+    """The inverse of `to_file`; a dense A that really reads other groups' channels, as PEFT trains it, stays dense."""
+    first, second = _pair(leaf)
+    a, b = leaf[first], leaf[second]
+    groups = a.shape[0] // b.shape[1] if a.dim() > 2 else 1
+    if groups == 1 or a.shape[1] % groups:
+        return leaf
+    blocks = a.unflatten(1, (groups, -1)).unflatten(0, (groups, -1))  # (g, r/g, g, in/g, *k)
+    own = torch.stack([blocks[group, :, group] for group in range(groups)])
+    if int(blocks.count_nonzero()) != int(own.count_nonzero()):
+        return leaf
+    return {**leaf, first: own}

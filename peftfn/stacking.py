@@ -1,0 +1,165 @@
+"""Stacks: K adapters as one, every tensor with a leading axis K."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from peftfn import layers
+from peftfn.adapter import Adapter, Leaf, Tree, as_tuple, sorted_tree
+from peftfn.config import PeftConfig
+
+if TYPE_CHECKING:
+    from peftfn.methods import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked(PeftConfig):
+    """The config of a stack: those of its adapters, in order, and which sites each of them has.
+
+    Attributes:
+        configs: the adapters' configs.
+        paths: each adapter's own site paths; elsewhere its slice of the stack is zero.
+    """
+
+    configs: Sequence[Any] = ()
+    paths: Sequence[Sequence[str]] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """A stack has no file form."""
+        raise TypeError(
+            "a stack of adapters has no config file; save its adapters one by one: peftfn.unstack(stacked)."
+        )
+
+
+def stack(adapters: Sequence[Adapter]) -> Adapter:
+    """One adapter whose tensors have a leading axis K = len(adapters).
+
+    Adapters may differ in rank (the smaller ones are padded with zeros, exact in training too), in alpha, and in
+    which sites they have. `torch.vmap(lambda a: pf.apply(model, a, batch))(stacked)` runs all of them, and
+    `pf.apply(model, stacked, batch, index=i)` runs adapter `i[n]` on row n.
+
+    Raises:
+        ValueError: they are of unlike methods, or differ in what a forward reads (dropout), or one of them lacks a
+            whole module that another one replaces.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> made = [pf.init(model, pf.LoraConfig(r=r, target_modules=["0"])) for r in (2, 3)]
+        >>> pf.stack(made).params["0"]["lora_A"].shape
+        torch.Size([2, 3, 4])
+    """
+    adapters = as_tuple(adapters)
+    if not adapters:
+        raise ValueError("stack was given no adapter; expected at least one.")
+    method = _common_method(adapters)
+    configs = [adapter.config for adapter in adapters]
+    paths = sorted({path for adapter in adapters for path in adapter.params})
+    params: Tree = {path: _stack_leaves(method, adapters, path, configs) for path in paths}
+    buffers: Tree = {}
+    for path in sorted({path for adapter in adapters for path in adapter.buffers}):
+        buffers[path] = _stack_plain([adapter.buffers.get(path) for adapter in adapters], path, fill=True)
+    stacked = Stacked(
+        task_type=configs[0].task_type,
+        base_model_name_or_path=configs[0].base_model_name_or_path,
+        configs=configs,
+        paths=[tuple(adapter.params) for adapter in adapters],
+    )
+    return Adapter(sorted_tree(params), sorted_tree(buffers), stacked)
+
+
+def unstack(stacked: Adapter) -> list[Adapter]:
+    """The adapters of a stack, as they went in: ranks, sites and configs restored.
+
+    A stack that `torch.vmap` or `tree_map` changed keeps its config, so trained stacks come apart the same way.
+    """
+    if not isinstance(stacked.config, Stacked):
+        raise TypeError(
+            f"unstack was given a single adapter ({type(stacked.config).__name__}); expected peftfn.stack(...)."
+        )
+    from peftfn import methods
+
+    configs = stacked.config.configs
+    method = methods.of(configs[0])
+    return [_slice(stacked, method, number, configs) for number in range(len(configs))]
+
+
+def size(stacked: Adapter) -> int:
+    """K, the number of adapters in a stack."""
+    assert isinstance(stacked.config, Stacked)
+    return len(stacked.config.configs)
+
+
+def _common_method(adapters: Sequence[Adapter]) -> Method:
+    from peftfn import methods
+
+    kinds = sorted({type(adapter.config).__name__ for adapter in adapters})
+    if len(kinds) > 1 or kinds == ["Stacked"]:
+        raise ValueError(f"stack was given adapters of {kinds}; expected single adapters of one method.")
+    first = adapters[0].config
+    for field in ("lora_dropout", "fan_in_fan_out"):
+        values = {getattr(adapter.config, field, None) for adapter in adapters}
+        if len(values) > 1:
+            raise ValueError(
+                f"stack was given adapters with {field} of {sorted(map(str, values))}; expected one value."
+            )
+    return methods.of(first)
+
+
+def _stack_leaves(method: Method, adapters: Sequence[Adapter], path: str, configs: Sequence[Any]) -> Leaf:
+    leaves = [adapter.params.get(path) for adapter in adapters]
+    own = [None if leaf is None else {n: t for n, t in leaf.items() if not method.replaces(n)} for leaf in leaves]
+    own = [leaf or None for leaf in own]
+    rest = [None if leaf is None else {n: t for n, t in leaf.items() if method.replaces(n)} for leaf in leaves]
+    stacked: Leaf = {}
+    if any(own):
+        at = layers.pattern_path(path, {path for adapter in adapters for path in adapter.params})
+        stacked |= _stack_plain(method.pad(configs, at, own), path)
+    if any(rest):
+        stacked |= _stack_plain([leaf or None for leaf in rest], path)
+    return stacked
+
+
+def _stack_plain(leaves: Sequence[Leaf | None], path: str, fill: bool = False) -> Leaf:
+    model = next(leaf for leaf in leaves if leaf is not None)
+    filled: list[Leaf] = []
+    for leaf in leaves:
+        if leaf is None and not fill:
+            raise ValueError(f"stack: only some of the adapters replace {path}; expected all of them, or none.")
+        filled.append({name: torch.zeros_like(tensor) for name, tensor in model.items()} if leaf is None else leaf)
+    if any(leaf.keys() != model.keys() for leaf in filled):
+        raise ValueError(
+            f"stack: the adapters hold different tensors at {path}: {sorted({n for f in filled for n in f})}."
+        )
+    return {name: _stack_tensors([leaf[name] for leaf in filled], f"{path}.{name}") for name in model}
+
+
+def _stack_tensors(tensors: Sequence[Tensor], name: str) -> Tensor:
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    if len(shapes) > 1:
+        raise ValueError(f"stack: {name} has shapes {sorted(shapes)}; expected adapters of one base.")
+    return torch.stack(list(tensors))
+
+
+def _slice(stacked: Adapter, method: Method, number: int, configs: Sequence[Any]) -> Adapter:
+    assert isinstance(stacked.config, Stacked)
+    config, paths = configs[number], set(stacked.config.paths[number])
+    params: Tree = {}
+    for path in sorted(paths):
+        leaf = {name: tensor[number] for name, tensor in stacked.params[path].items()}
+        own = {name: tensor for name, tensor in leaf.items() if not method.replaces(name)}
+        if own:
+            there = [c for c, has in zip(configs, stacked.config.paths, strict=True) if path in has]
+            leaf |= method.trim(config, there, layers.pattern_path(path, set(stacked.params)), own)
+        params[path] = leaf
+    buffers = {
+        path: {name: tensor[number] for name, tensor in leaf.items()}
+        for path, leaf in stacked.buffers.items()
+        if path in paths or path not in stacked.params
+    }
+    return Adapter(sorted_tree(params), sorted_tree(buffers), config)

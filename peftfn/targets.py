@@ -1,0 +1,253 @@
+"""Which modules and parameters a config names, by PEFT's rules."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+from torch import nn
+
+from peftfn import layers
+
+ALL_LINEAR = "all-linear"
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""Heads that PEFT's task wrappers add to `modules_to_save`."""
+
+
+class Targeting(Protocol):
+    """The fields of a config that choose modules."""
+
+    @property
+    def target_modules(self) -> Sequence[str] | str | None: ...
+    @property
+    def exclude_modules(self) -> Sequence[str] | str | None: ...
+    @property
+    def modules_to_save(self) -> Sequence[str] | None: ...
+    @property
+    def layers_to_transform(self) -> Sequence[int] | int | None: ...
+    @property
+    def layers_pattern(self) -> Sequence[str] | str | None: ...
+    @property
+    def target_parameters(self) -> Sequence[str] | None: ...
+    @property
+    def task_type(self) -> str | None: ...
+
+
+def model_type(model: nn.Module) -> str | None:
+    """`config.model_type` of a transformers-like model."""
+    config = getattr(model, "config", None)
+    found = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+    return found if isinstance(found, str) else None
+
+
+def default_targets(model: nn.Module, table: Mapping[str, Sequence[str] | str]) -> Sequence[str] | str:
+    """The target modules that PEFT takes for this model type, or a `ValueError` that says to name them."""
+    kind = model_type(model)
+    found = table.get(kind or "")
+    if found is None:
+        what = f"model type {kind!r}" if kind else f"a {type(model).__name__}"
+        raise ValueError(
+            f"target_modules is not given and there is no default for {what}; pass target_modules=[...] "
+            f"(linear layers here: {_examples(_linear_names(model)) or 'none'}) or 'all-linear'."
+        )
+    return found
+
+
+def with_heads(config: Targeting) -> tuple[str, ...] | None:
+    """`modules_to_save` with the heads that the task type adds."""
+    given = tuple(config.modules_to_save or ())
+    names = (*given, *(head for head in HEADS.get(config.task_type or "", ()) if head not in given))
+    return names or None
+
+
+def all_linear(model: nn.Module, task_type: str | None) -> tuple[str, ...]:
+    """Every linear layer's path, without the output embedding or, for `SEQ_CLS`, the classification head."""
+    spared = _output_layer(model, task_type)
+    return tuple(path for path in _linear_names(model) if model.get_submodule(path) is not spared)
+
+
+def is_target(config: Targeting, path: str) -> bool:
+    """Whether a module path is named by `target_modules` and not excluded."""
+    return not is_excluded(config, path) and _is_named(config, path)
+
+
+def is_excluded(config: Targeting, path: str) -> bool:
+    """Whether `exclude_modules` or `modules_to_save` takes a path away from `target_modules`."""
+    exclude = config.exclude_modules
+    if exclude and (re.fullmatch(exclude, path) if isinstance(exclude, str) else ends_with(path, exclude)):
+        return True
+    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in config.modules_to_save or ())
+
+
+def ends_with(path: str, names: Iterable[str]) -> bool:
+    """Whether a path is one of the names or ends with `.name`."""
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _is_named(config: Targeting, path: str) -> bool:
+    names = config.target_modules
+    if names is None:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    if path in names:
+        return True  # as in PEFT, a full path is taken whatever layers_to_transform says
+    return ends_with(path, names) and _in_layers(config, path)
+
+
+def _in_layers(config: Targeting, path: str) -> bool:
+    wanted = config.layers_to_transform
+    if wanted is None or (not isinstance(wanted, int) and len(wanted) == 0):
+        return True
+    patterns = config.layers_pattern
+    if not patterns:
+        found = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", path)
+    else:
+        named = [patterns] if isinstance(patterns, str) else patterns
+        tries = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", path) for pattern in named)
+        found = next((match for match in tries if match), None)
+    if found is None:
+        return False
+    index = int(found["index"])
+    return index == wanted if isinstance(wanted, int) else index in wanted
+
+
+def sites(model: nn.Module, config: Targeting) -> dict[str, layers.Place]:
+    """Every site that the config names in the model, by site path, in the model's order.
+
+    Raises:
+        ValueError: nothing matched (the message offers near names), or a named module is of a kind that no
+            method can act on.
+    """
+    paths = [path for path, _ in layers.named_modules(model) if path]
+    named = [path for path in paths if is_target(config, path)]
+    found: dict[str, layers.Place] = {}
+    for path in named:
+        at = layers.places(model, path)
+        if not at:
+            raise ValueError(
+                f"target_modules={_shown(config.target_modules)} names {path!r}, a {type(model.get_submodule(path)).__name__}; "
+                "expected a linear, embedding, convolution or attention layer. Name a more specific path, or "
+                f"exclude_modules=[{path!r}]."
+            )
+        found.update(at)
+    for name in _parameters(model, config.target_parameters or ()):
+        found[name] = layers.place_of_parameter(model, name)
+    _refuse_unmatched(model, config, paths, found)
+    return found
+
+
+def saved_modules(model: nn.Module, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, nn.Module]:
+    """The modules that `modules_to_save` names (a path that ends with the name), by path, with what is in them."""
+    found: dict[str, nn.Module] = {}
+    missed = set(names) - set(optional)
+    for path, module in layers.named_modules(model):
+        hits = {name for name in names if path.endswith(name)}
+        missed -= hits
+        if hits:
+            found |= {f"{path}.{inner}" if inner else path: part for inner, part in module.named_modules()}
+    if missed:
+        near = _near(missed, (path for path, _ in layers.named_modules(model)))
+        raise ValueError(f"modules_to_save names {sorted(missed)}, which match no module{near}.")
+    return found
+
+
+def in_model_order(model: nn.Module, names: Sequence[str] | None) -> Sequence[str] | None:
+    """`target_parameters` in the order in which the model has them, which PEFT's file keys depend on."""
+    if names is None:
+        return None
+    every = [name for name, _ in model.named_parameters()]
+    first = {name: next((i for i, one in enumerate(every) if ends_with(one, [name])), len(every)) for name in names}
+    return sorted(names, key=lambda name: first[name])
+
+
+def pattern_value(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """The value of the first pattern that matches the path (`(.*\\.)?pattern$`, as in PEFT), or the default."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default
+
+
+def refuse_unused_patterns(field: str, patterns: Mapping[str, Any] | None, paths: Iterable[str]) -> None:
+    """A `ValueError` if a pattern of `rank_pattern` or `alpha_pattern` matches no site."""
+    paths = list(paths)
+    for pattern in patterns or {}:
+        if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
+            raise ValueError(
+                f"{field} has {pattern!r}, which matches none of the {len(paths)} sites{_near([pattern], paths)}."
+            )
+
+
+def _parameters(model: nn.Module, names: Sequence[str]) -> list[str]:
+    every = [name for name, _ in model.named_parameters()]
+    for name in names:
+        if not any(ends_with(one, [name]) for one in every):
+            raise ValueError(f"target_parameters names {name!r}, which matches no parameter{_near([name], every)}.")
+    return [one for one in every if ends_with(one, names)]
+
+
+def _refuse_unmatched(model: nn.Module, config: Targeting, paths: list[str], found: Mapping[str, object]) -> None:
+    names = config.target_modules
+    shown = f"target_modules={_shown(names)}"
+    if not found:
+        if any(_is_named(config, path) for path in paths):
+            raise ValueError(f"{shown} matched only modules that exclude_modules or modules_to_save takes away.")
+        limits = "".join(
+            f", {field}={_shown(value)}"
+            for field in ("layers_to_transform", "layers_pattern")
+            if (value := getattr(config, field)) is not None
+        )
+        wanted = [names] if isinstance(names, str) else list(names or ())
+        raise ValueError(f"{shown}{limits} matched no module of {type(model).__name__}{_near(wanted, paths)}.")
+
+
+def refuse_lost_names(model: nn.Module, names: Sequence[str] | str | None) -> None:
+    """A `ValueError` if a name of a list that the user gave matches no module (PEFT ignores it in silence)."""
+    if names is None or isinstance(names, str):
+        return
+    paths = [path for path, _ in layers.named_modules(model) if path]
+    lost = [name for name in names if not any(ends_with(path, [name]) for path in paths)]
+    if lost:
+        raise ValueError(
+            f"target_modules={_shown(names)}: {lost} matched no module of {type(model).__name__}{_near(lost, paths)}."
+        )
+
+
+def _near(wanted: Iterable[str], paths: Iterable[str]) -> str:
+    # Names are compared as they are written, and by their last part, which is what people misspell.
+    paths = [path for path in paths if path]
+    endings = sorted({path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()})
+    near: list[str] = []
+    for name in wanted:
+        last = re.sub(r"[^\w.\-]", "", name).rpartition(".")[2]
+        near += difflib.get_close_matches(last, endings, n=3, cutoff=0.6)
+    if near:
+        counts = (f"{one!r} ({sum(ends_with(path, [one]) for path in paths)})" for one in dict.fromkeys(near))
+        return f"; names that end in these exist: {', '.join(counts)}"
+    return f"; its names end in: {_examples(endings)}" if endings else ""
+
+
+def _examples(names: Sequence[str], most: int = 12) -> str:
+    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    return ", ".join(endings[:most]) + (", ..." if len(endings) > most else "")
+
+
+def _shown(value: Any) -> str:
+    return repr(list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value)
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    kinds = (layers.LINEAR, layers.TRANSPOSED)
+    return [path for path, module in layers.named_modules(model) if path and layers.kind_of(module) in kinds]
+
+
+def _output_layer(model: nn.Module, task_type: str | None) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    found = get() if callable(get) else None
+    if found is None and callable(get) and task_type == "SEQ_CLS":
+        heads = (getattr(model, name, None) for name in HEADS["SEQ_CLS"])
+        found = next((head for head in heads if head is not None), None)
+    return cast("nn.Module | None", found)
