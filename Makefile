@@ -58,7 +58,7 @@ test-transformers4: $(TF4)/dev.stamp  ## the tests with transformers 4.57 and pe
 
 # Bit for bit, but for what peft computed: another CPU may round it differently.
 test-peft050: $(PEFT050)/peft.stamp  ## make tests/files/peft-0.5.0 again with that peft, and compare
-	made=$$(mktemp -d) && trap 'rm -rf "$$made"' EXIT && \
+	@made=$$(mktemp -d) && trap 'rm -rf "$$made"' EXIT && \
 	PYTHONHASHSEED=0 $(PEFT050)/bin/python -W ignore tests/make_peft_files.py "$$made" && \
 	diff -r --exclude=expected.safetensors "$$made/peft-0.5.0" tests/files/peft-0.5.0 && \
 	$(PEFT050)/bin/python -c "$$COMPARE" "$$made/peft-0.5.0" tests/files/peft-0.5.0

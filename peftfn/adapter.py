@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import optree
 import torch
 import torch.utils._pytree as torch_pytree
+from optree.registry import __GLOBAL_NAMESPACE as GLOBAL  # so that no namespace need be given
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor  # torch has no public question for this
 
 if TYPE_CHECKING:
     from peftfn.config import PeftConfig
@@ -67,12 +69,13 @@ def sorted_tree(tree: Mapping[str, Mapping[str, Tensor]]) -> Tree:
 
 def as_tuple(adapters: Adapter | Iterable[Adapter]) -> tuple[Adapter, ...]:
     """One adapter or several as a tuple; anything else is a `TypeError` that names what it was."""
-    found = (adapters,) if isinstance(adapters, Adapter) else adapters
-    if isinstance(found, (tuple, list)) and all(isinstance(one, Adapter) for one in found):
-        return tuple(found)
+    found: Any = (adapters,) if isinstance(adapters, Adapter) else adapters
     given = type(adapters).__name__
     if isinstance(found, (tuple, list)):
-        given += " of " + ", ".join(sorted({type(one).__name__ for one in found}))
+        several = cast("Sequence[Any]", found)
+        if all(isinstance(one, Adapter) for one in several):
+            return tuple(several)
+        given += " of " + ", ".join(sorted({type(one).__name__ for one in several}))
     raise TypeError(
         f"adapter is a {given}; expected a peftfn.Adapter or a tuple of them, as peftfn.init and peftfn.load "
         "return it (an empty tuple is the bare base)."
@@ -121,7 +124,7 @@ def is_traced(*tensors: Tensor) -> bool:
     """Whether the values cannot be looked at now: under `torch.compile`, or inside a `torch.func` transform."""
     if torch.compiler.is_compiling():
         return True
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+    return any(is_functorch_wrapped_tensor(tensor) for tensor in tensors)
 
 
 def _flatten(adapter: Adapter) -> tuple[tuple[Tree, Tree], PeftConfig]:
@@ -133,19 +136,26 @@ def _unflatten(children: Iterable[Any], config: PeftConfig) -> Adapter:
     return Adapter(params, buffers, config)
 
 
+def _flatten_for_optree(adapter: Adapter) -> tuple[tuple[Tree, Tree], PeftConfig, tuple[str, str]]:
+    return (adapter.params, adapter.buffers), adapter.config, ("params", "buffers")
+
+
+def _unflatten_for_optree(config: PeftConfig, children: Iterable[Any]) -> Adapter:
+    return _unflatten(children, config)
+
+
+def _flatten_with_keys(adapter: Adapter) -> tuple[list[tuple[Any, Any]], PeftConfig]:
+    names = (torch_pytree.GetAttrKey("params"), torch_pytree.GetAttrKey("buffers"))
+    return [(names[0], adapter.params), (names[1], adapter.buffers)], adapter.config
+
+
 torch_pytree.register_pytree_node(
     Adapter,
-    _flatten,
-    _unflatten,
-    flatten_with_keys_fn=lambda adapter: (
-        [(torch_pytree.GetAttrKey("params"), adapter.params), (torch_pytree.GetAttrKey("buffers"), adapter.buffers)],
-        adapter.config,
-    ),
+    cast("Any", _flatten),
+    cast("Any", _unflatten),
+    flatten_with_keys_fn=cast("Any", _flatten_with_keys),
     serialized_type_name="peftfn.Adapter",
 )
 optree.register_pytree_node(
-    Adapter,
-    lambda adapter: ((adapter.params, adapter.buffers), adapter.config, ("params", "buffers")),
-    lambda config, children: _unflatten(children, config),
-    namespace=optree.registry.__GLOBAL_NAMESPACE,
+    cast("Any", Adapter), cast("Any", _flatten_for_optree), cast("Any", _unflatten_for_optree), namespace=GLOBAL
 )

@@ -106,7 +106,7 @@ def _with_base(model: nn.Module, config: PeftConfig, transposed: bool) -> PeftCo
             "base_model_class": type(model).__name__,
             "parent_library": type(model).__module__,
         }
-    if hasattr(config, "fan_in_fan_out") and config.fan_in_fan_out != transposed:
+    if getattr(config, "fan_in_fan_out", transposed) != transposed:
         changes["fan_in_fan_out"] = transposed  # as PEFT, which corrects it from the layers that it finds
     return dataclasses.replace(config, **changes)
 
@@ -155,9 +155,10 @@ def apply(
     if twins.checkpointing:
         graft.let_inputs_require_grad(twins.root)
     try:
-        # The twins hold what was given already, and keep it for the backward pass: functional_call finds each tensor
-        # in its place, and leaves it there.
-        return torch.func.functional_call(twins.root, dict(params or {}), arguments, keywords, tie_weights=False)
+        # The twins hold every tensor already, and keep it for the backward pass (a checkpointed block looks for it
+        # there): functional_call finds each in its place, and leaves it there.
+        named = {name: twins.tensor(name) for name in params or ()}
+        return torch.func.functional_call(twins.root, named, arguments, keywords, tie_weights=False)
     except RuntimeError as error:
         raise graft.explained(error) from error
 
@@ -175,8 +176,8 @@ def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         wrong = [key for key in items if not isinstance(key, str)]
         if wrong:
             raise TypeError(
-                f"batch is a mapping with keys {wrong[:3]} of type {type(wrong[0]).__name__}; expected the names of the "
-                "model's arguments, e.g. 'input_ids'. Positional arguments go in a tuple."
+                f"batch is a mapping with keys {wrong[:3]} of type {type(wrong[0]).__name__}; expected the names of "
+                "the model's arguments, e.g. 'input_ids'. Positional arguments go in a tuple."
             )
         if items:
             return (), dict(items)
@@ -188,7 +189,8 @@ def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
             f"batch is a {type(batch).__name__}; expected a mapping (keyword arguments), a tuple or list (positional "
             "arguments) or a tensor (the only argument)."
         )
-    raise ValueError(f"batch is an empty {type(batch).__name__}; expected the model's inputs.")
+    given = type(cast("Any", batch)).__name__
+    raise ValueError(f"batch is an empty {given}; expected the model's inputs.")
 
 
 def _check_stacks(adapters: Sequence[Adapter], index: Any) -> Tensor | None:
@@ -198,8 +200,8 @@ def _check_stacks(adapters: Sequence[Adapter], index: Any) -> Tensor | None:
             leaf = next(iter(adapter.buffers.values()))
             if "scaling" in leaf and leaf["scaling"].dim() > 0:
                 raise ValueError(
-                    f"the adapter is a stack of {stacking.size(adapter)}; pass index=..., one number per row of the batch, or "
-                    "map over it: torch.vmap(lambda a: pf.apply(model, a, batch))(stacked)."
+                    f"the adapter is a stack of {stacking.size(adapter)}; pass index=..., one number per row of the "
+                    "batch, or map over it: torch.vmap(lambda a: pf.apply(model, a, batch))(stacked)."
                 )
         return None
     if len(stacks) != 1:

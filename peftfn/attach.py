@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import sys
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -137,8 +137,8 @@ def _check_replacement(old: Tensor | None, twin: nn.Module, name: str, tensor: T
     if shape == old.shape or (fixed and shape[1:] == old.shape[1:]):
         return
     raise ValueError(
-        f"{name}: the adapter has shape {tuple(shape)}, the model {tuple(old.shape)}; build the model as it was when the "
-        "adapter was made (num_labels, vocabulary size)."
+        f"{name}: the adapter has shape {tuple(shape)}, the model {tuple(old.shape)}; build the model as it was when "
+        "the adapter was made (num_labels, vocabulary size)."
     )
 
 
@@ -195,7 +195,7 @@ def _watched(
     block's inputs requires grad. A frozen base gives it none.
     """
     if twin.training and not torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        frame = sys._getframe()
+        frame = inspect.currentframe()
         while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
             frame = frame.f_back
         if frame is not None:

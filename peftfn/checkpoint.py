@@ -1,19 +1,22 @@
 """Adapters as PEFT's two files: `adapter_config.json` and `adapter_model.safetensors` (or `.bin`, read only).
 
 The key of a tensor is `base_model.model.<site path>.<name>`; names that differ between versions of PEFT are read in
-each spelling and written in the latest one. Both files are written whole; the weights file also carries the config,
-so that one rename makes the new adapter: whatever a kill leaves behind loads as the old one or the new one.
+each spelling and written in the latest one.
+
+Both files are written whole, and the weights file also carries the config and a digest of the config file that it
+was written over: so one rename makes the new adapter. Whatever a kill leaves behind loads as the old one or the new
+one, and so does a folder that is written while it is read.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn import files, hub, keys, stacking
-from peftfn.adapter import Adapter
+from peftfn.adapter import Adapter, is_traced
 from peftfn.config import PeftConfig
 
 _CONFIG_KEY = "peftfn.config"
@@ -36,7 +39,8 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
         folder: an adapter that is there is replaced, other files are left alone.
 
     Raises:
-        TypeError: it is a stack.
+        TypeError: it is not an adapter, or it is a stack.
+        ValueError: a tensor has no values to write (it is on the meta device, or inside a `torch.func` transform).
         NotADirectoryError: `folder` is a file.
 
     Example:
@@ -48,23 +52,41 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
         True
     """
     folder = Path(folder)
-    if isinstance(adapter.config, stacking.Stacked):
-        raise TypeError("save was given a stack; save its adapters one by one: for a in peftfn.unstack(stacked): ...")
-    tensors = keys.to_keys(adapter)
+    _check_single(adapter)
+    plain = {key: _plain(key, tensor) for key, tensor in keys.to_keys(adapter).items()}
     text = adapter.config.to_json()
     old = folder / files.CONFIG
     metadata = {
         "format": "pt",
         _CONFIG_KEY: text,
-        _REPLACES_KEY: _digest(old.read_text()) if old.is_file() else "",
+        _REPLACES_KEY: _digest(old.read_bytes()) if old.is_file() else "",
     }
-    plain = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
-    files.write_atomic(folder / files.WEIGHTS, lambda path: safetensors.torch.save_file(plain, path, metadata))
-    adapter.config.save_pretrained(folder)
-    (folder / files.PICKLE).unlink(missing_ok=True)  # an older file of the same adapter, which readers would find too
+    writes: dict[str, files.Write] = {
+        files.WEIGHTS: lambda path: safetensors.torch.save_file(plain, path, metadata),
+        files.CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
+    }
     if not (folder / files.CARD).exists():
-        files.write_atomic(folder / files.CARD, lambda path: path.write_text(card(adapter)))
+        writes[files.CARD] = lambda path: path.write_text(card(adapter), encoding="utf-8")
+    files.write_together(folder, writes)
+    (folder / files.PICKLE).unlink(missing_ok=True)  # an older file of the same adapter, which readers would find too
     return folder
+
+
+def _check_single(adapter: object) -> None:
+    if not isinstance(adapter, Adapter):
+        raise TypeError(
+            f"save was given a {type(adapter).__name__}; expected a peftfn.Adapter (several go into a folder each)."
+        )
+    if isinstance(adapter.config, stacking.Stacked):
+        raise TypeError("save was given a stack; save its adapters one by one: for a in peftfn.unstack(stacked): ...")
+
+
+def _plain(key: str, tensor: Tensor) -> Tensor:
+    if tensor.is_meta or is_traced(tensor):
+        where = "on the meta device" if tensor.is_meta else "inside a torch.func transform or torch.compile"
+        raise ValueError(f"save: {key} is {where} and has no values to write; save the adapter outside of it.")
+    # A copy, because safetensors refuses tensors that share memory (one leaf at two sites).
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def load(
@@ -86,78 +108,101 @@ def load(
             shapes. Without it, that happens where the adapter is used.
         adapter_name: an adapter that PEFT saved under a name of its own, in a sub-folder.
         subfolder: where in the folder or repository the files are.
-        revision, token, cache_dir: for the hub, as `huggingface_hub` has them.
+        revision: for the hub: a branch, a tag or a commit.
+        token: for the hub, as `huggingface_hub` has it.
+        cache_dir: for the hub: where downloads are kept.
         device: where the tensors go.
 
     Raises:
         FileNotFoundError: a file is not there.
         ValueError: a file is truncated, corrupt, or a pickle that holds more than tensors; or the config asks for
-            what is not supported; or, with `model`, something does not fit.
-        KeyError: a key is unknown, or one of a pair is missing.
+            what is not supported, or is not the weights' own; or, with `model`, something does not fit.
+        KeyError: a key is unknown or missing.
+        TypeError: `model` is no module, or the first argument no path.
     """
+    _check_types(folder_or_hub_id, model)
+    device = torch.device(device)
     where = "/".join(part for part in (subfolder, adapter_name) if part and part != "default") or None
     origin = hub.Origin(str(folder_or_hub_id), where, revision, token, cache_dir)
-    tensors, metadata, source = _read_weights(origin, device)
-    config = _read_config(origin, metadata)
+    beside = hub.try_find(origin, files.CONFIG)
+    text = beside.read_bytes() if beside else None  # before the weights: see _config
+    origin = hub.pinned(origin, beside)
+    tensors, metadata, source = _read_weights(origin, text is None, device)
+    config = _config(origin, beside, text, metadata)
     adapter = keys.from_keys(tensors, config, str(source), ordered=_CONFIG_KEY in metadata, model=model)
     if model is not None:
         keys.check_against(adapter, model, str(source))
     return adapter
 
 
-def _read_config(origin: hub.Origin, metadata: Mapping[str, str]) -> PeftConfig:
-    path = hub.try_find(origin, files.CONFIG)
+def _check_types(folder: object, model: object) -> None:
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"load was given a {type(folder).__name__}; expected a folder or a hub id.")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"load: model is a {type(model).__name__}; expected the base, an nn.Module.")
+
+
+def _config(origin: hub.Origin, beside: Path | None, text: bytes | None, metadata: Mapping[str, str]) -> PeftConfig:
+    """The config beside the weights, or the one inside them if what is beside them is the one that they replace.
+
+    The weights are renamed before the config and read after it: a config beside them that is neither theirs nor the
+    one that they replace was put there by hand, and counts.
+    """
     inside = metadata.get(_CONFIG_KEY)
-    # The weights were replaced and the process died before the config was: the config beside them is the old one.
-    if inside and (path is None or _digest(path.read_text()) == metadata.get(_REPLACES_KEY)):
-        return PeftConfig.from_dict(json.loads(inside), source=str(origin.folder))
-    path = path or hub.find(origin, files.CONFIG)
-    return PeftConfig.from_dict(files.read_json(path), source=str(path))
+    if inside and (text is None or _digest(text) == metadata.get(_REPLACES_KEY)):
+        source = f"the config inside {origin.folder / files.WEIGHTS}"
+        return PeftConfig.from_dict(files.parse_json(inside, source), source=source)
+    if beside is None or text is None:
+        raise hub.missing(origin, files.CONFIG)
+    return PeftConfig.from_dict(files.parse_json(text, str(beside)), source=str(beside))
 
 
-def _read_weights(origin: hub.Origin, device: str | torch.device) -> tuple[dict[str, Tensor], dict[str, str], Path]:
+def _read_weights(
+    origin: hub.Origin, alone: bool, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, str], Path]:
     path = hub.try_find(origin, files.WEIGHTS)
     if path is not None:
         return *_read_safetensors(path, device), path
     path = hub.try_find(origin, files.PICKLE)
     if path is not None:
         return _read_pickle(path, device), {}, path
-    hub.find(origin, files.CONFIG)  # a folder with neither file is better told so
-    return *_read_safetensors(hub.find(origin, files.WEIGHTS), device), origin.folder
+    raise hub.missing(origin, files.CONFIG if alone else f"{files.WEIGHTS} or {files.PICKLE}")
 
 
-def _read_safetensors(path: Path, device: str | torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_safetensors(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with safetensors.safe_open(path, framework="pt", device=str(device)) as file:  # type: ignore[no-untyped-call]
-            opened = cast("Any", file)
-            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}
+        opened: Any = safetensors.safe_open(path, framework="pt", device=str(device))
+        with opened:
+            names: list[str] = opened.keys()
+            # A copy: what safetensors returns is the file itself in memory, and changes when others write into it.
+            return {name: opened.get_tensor(name).clone() for name in names}, opened.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}); it is truncated or corrupt: fetch it again."
         ) from error
 
 
-def _read_pickle(path: Path, device: str | torch.device) -> dict[str, Tensor]:
+def _read_pickle(path: Path, device: torch.device) -> dict[str, Tensor]:
     try:
-        found = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
+        found: Any = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # corrupt bytes make torch's unpickler raise whatever they happen to hit
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        if asked and isinstance(error, pickle.UnpicklingError):
+            raise ValueError(
+                f"{path} holds more than tensors ({asked[1]}) and was not unpickled: a pickle can run code. Get the "
+                f"adapter as {files.WEIGHTS}."
+            ) from error
         raise ValueError(
-            f"{path} holds more than tensors, or is corrupt, and was not unpickled: a pickle can run code. Get the adapter "
-            "as adapter_model.safetensors."
+            f"{path} is not a whole PyTorch file ({type(error).__name__}); it is truncated or corrupt: fetch it again."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a whole PyTorch file ({error}); it is truncated or corrupt: fetch it again."
-        ) from error
-    if not isinstance(found, dict) or not all(
-        isinstance(one, Tensor) for one in cast("dict[Any, Any]", found).values()
-    ):
-        raise ValueError(f"{path} holds a {type(found).__name__}; expected a mapping from names to tensors.")
-    return cast("dict[str, Tensor]", found)
+    items: dict[Any, Any] = {**found} if isinstance(found, dict) else {None: found}
+    if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in items.items()):
+        raise ValueError(f"{path} holds no mapping from names to tensors alone; it is not the weights of an adapter.")
+    return {key: tensor.detach() for key, tensor in items.items()}
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()
 
 
 def push_to_hub(

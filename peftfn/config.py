@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
-from collections.abc import Iterator, Mapping
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 from peftfn import files, hub
 
@@ -16,22 +19,31 @@ TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS
 
 # A PEFT field that has no effect while it holds one of these values; `ANY` where it only modifies another one.
 ANY = object()
-OFF = (None, False, {}, [])
+OFF: tuple[Any, ...] = (None, False, {}, [])
 
 
-class FrozenDict(dict[str, Any]):
-    """A dict that cannot change and can be hashed: a config is static for every transform."""
+class FrozenDict(Mapping[str, Any]):
+    """A mapping that cannot change and can be hashed: a config is static for every transform."""
 
-    def __hash__(self) -> int:  # type: ignore[override]  # dict is unhashable because it is mutable; this is not
-        return hash(tuple(sorted(self.items(), key=lambda item: item[0])))
+    __slots__ = ("_items",)
 
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError("a peftfn config is frozen; make another one with dataclasses.replace(config, ...)")
+    def __init__(self, items: Mapping[str, Any]) -> None:
+        self._items = dict(items)
 
-    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse  # type: ignore[assignment]
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
 
-    def __reduce__(self) -> tuple[type[FrozenDict], tuple[dict[str, Any]]]:
-        return FrozenDict, (dict(self),)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
 
 
 def freeze(value: Any) -> Any:
@@ -80,14 +92,15 @@ class PeftConfig:
     inference_mode: bool = dataclasses.field(default=False, metadata={"help": "Kept for PEFT's files."})
     peft_version: str | None = None
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        del args
-        _check_fields(cls, kwargs)
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        """A config whose fields are yet to be set; names that are no fields are refused with near ones."""
+        _check_fields(cls, given)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, freeze(getattr(self, field.name)))
+        _check_types(self)
         if self.task_type is not None:
             # PEFT's TaskType is a str enum: keep its value, so that the config is plain data.
             object.__setattr__(self, "task_type", str(getattr(self.task_type, "value", self.task_type)))
@@ -101,21 +114,23 @@ class PeftConfig:
 
     def to_json(self) -> str:
         """The text of `adapter_config.json`."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        # Fields in PEFT's order, and patterns in their own: the first pattern that matches a path counts.
+        return json.dumps(dict(sorted(self.to_dict().items())), indent=2) + "\n"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str = "the given mapping") -> PeftConfig:
         """The config that `data` describes, of the class that its `peft_type` names.
 
         Raises:
-            ValueError: `peft_type` is missing or unknown, or a field asks for what is not supported here.
+            ValueError: `peft_type` is missing or unknown, or a field is unknown, of a wrong type, or asks for what is
+                not supported here.
         """
         given = dict(data)
         kind = given.pop("peft_type", None) or cls.peft_type
         found = next((one for one in _family(PeftConfig) if one.peft_type == kind), None)
         if not kind or found is None:
             known = ", ".join(sorted(one.peft_type for one in _family(PeftConfig) if one.peft_type))
-            raise ValueError(f"{source} has peft_type={kind!r}; expected one of: {known}.")
+            raise ValueError(f"{source} has peft_type={kind!r}, which this version of peftfn does not read: {known}.")
         if not issubclass(found, cls):
             raise ValueError(f"{source} holds a {found.__name__} (peft_type={kind!r}), not a {cls.__name__}.")
         for name in [name for name, value in given.items() if found.is_inactive(name, value)]:
@@ -123,7 +138,7 @@ class PeftConfig:
         try:
             return found(**given)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{source}: {error}") from error
+            raise ValueError(f"{source}: {error}") from error
 
     @classmethod
     def is_inactive(cls, name: str, value: Any) -> bool:
@@ -137,7 +152,7 @@ class PeftConfig:
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `adapter_config.json` into `folder` (made if missing), atomically; its path."""
         path = Path(folder) / files.CONFIG
-        files.write_atomic(path, lambda temporary: temporary.write_text(self.to_json()))
+        files.write_atomic(path, lambda temporary: temporary.write_text(self.to_json(), encoding="utf-8"))
         return path
 
     @classmethod
@@ -179,3 +194,32 @@ def _check_fields(cls: type[PeftConfig], given: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise TypeError(f"{cls.__name__} has no field {name!r}.{hint} Its fields: {', '.join(known)}.")
+
+
+def _check_types(config: PeftConfig) -> None:
+    hints = _hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not _fits(value, hints[field.name]):
+            raise TypeError(f"{type(config).__name__}({field.name}={thaw(value)!r}): expected {field.type}.")
+
+
+@functools.cache
+def _hints(cls: type[PeftConfig]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a frozen value is of an annotated type: of those that configs have, and so JSON."""
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (types.UnionType, typing.Union):
+        return any(_fits(value, one) for one in inner)
+    if kind is Sequence:
+        return isinstance(value, tuple) and all(_fits(item, inner[0]) for item in cast("tuple[Any, ...]", value))
+    if kind is Mapping:
+        return isinstance(value, Mapping) and all(
+            _fits(item, inner[1]) for item in cast("Mapping[Any, Any]", value).values()
+        )
+    if hint is float or hint is int:
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return hint is Any or isinstance(value, hint)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -15,46 +16,65 @@ PICKLE = "adapter_model.bin"
 CARD = "README.md"
 
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+Write = Callable[[Path], object]
+"""Writes a file at the path that it is given."""
+
+
+def write_atomic(path: Path, write: Write) -> None:
     """Put a file at `path` by `write(temporary)` and a rename: a kill leaves the old file or the new one."""
-    if path.parent.exists() and not path.parent.is_dir():
-        raise NotADirectoryError(f"{path.parent} is a file; expected a folder to write {path.name} into.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.touch(exist_ok=False)
+    write_together(path.parent, {path.name: write})
+
+
+def write_together(folder: Path, writes: Mapping[str, Write]) -> None:
+    """Put files into a folder (made if missing), each of them whole.
+
+    All of them are on disk, under temporary names, before the first one is renamed: a full disk or a `write` that
+    raises leaves everything as it was. Then they are renamed in the given order.
+
+    Raises:
+        NotADirectoryError: `folder` is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; expected a folder to write {', '.join(writes)} into.")
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {name: folder / f".{name}.{uuid.uuid4().hex}.tmp" for name in writes}
     try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for name, temporary in names.items():
+            writes[name](temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+        for name, temporary in names.items():
+            temporary.replace(folder / name)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for temporary in names.values():
+            temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    _sync_folder(folder)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file, or a `ValueError` that names the file."""
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
+    """The JSON object in a text, or a `ValueError` that names its source."""
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(text)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{path} is not valid JSON ({error}); it may be truncated: write or fetch it again."
+            f"{source} is not valid JSON ({error}); it may be truncated: write or fetch it again."
         ) from error
     if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a JSON {type(data).__name__}; expected an object with a config's fields.")
-    return data
+        raise ValueError(f"{source} holds a JSON {type(data).__name__}; expected an object with a config's fields.")
+    return cast("dict[str, Any]", data)
 
 
 def _sync_folder(folder: Path) -> None:
-    # A rename survives a power cut only when the folder itself is on disk; not every system can open one.
-    try:
+    # A rename survives a power cut only when the folder itself is on disk; not every system can open or sync one.
+    with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

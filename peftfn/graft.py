@@ -65,6 +65,12 @@ class Twins:
                 f"{', '.join(self._meta[:4])}, ...; give every parameter and buffer by name."
             )
 
+    def tensor(self, name: str) -> Tensor:
+        """The parameter or buffer of that name, as it is in the twins now."""
+        path, _, own = name.rpartition(".")
+        twin = self.by_path[path]
+        return cast("Tensor", twin._parameters[own] if own in twin._parameters else twin._buffers[own])
+
     def _tie(self, model: nn.Module, params: Mapping[str, Tensor]) -> None:
         every = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
         lost = [name for name in params if name not in every]
@@ -111,30 +117,36 @@ class Twins:
             return None
         given = self._given.get(name)
         if given is None:
-            given = self._tensor.get(id(parameter))
+            given = self._known(parameter)
         if given is None:
             # A packed weight (bitsandbytes' Params4bit) would lose its class when detached; it never requires grad.
-            given = parameter.detach() if parameter.requires_grad else parameter
-            self._tensor[id(parameter)] = given
+            given = self._remember(parameter, parameter.detach() if parameter.requires_grad else parameter)
         if self._given and given.is_meta:
             self._meta.append(name)
         return given
+
+    def _known(self, tensor: Tensor) -> Tensor | None:
+        return self._tensor.get(id(tensor)) if self._tensor else None
+
+    def _remember(self, tensor: Tensor, twin: Tensor) -> Tensor:
+        # Not while Dynamo traces: it would guard on the tensor's identity, and compile again for every new one.
+        if self._given or not torch.compiler.is_compiling():
+            self._tensor[id(tensor)] = twin
+        return twin
 
     def _buffer(self, buffer: Tensor | None, name: str, training: bool) -> Tensor | None:
         if buffer is None:
             return None
         known = self._given.get(name)
         if known is None:
-            known = self._tensor.get(id(buffer))
+            known = self._known(buffer)
         if known is not None:
             return known.clone() if training else known
         if self._given and buffer.is_meta:
             self._meta.append(name)
         # A forward may write to a buffer (BatchNorm's statistics, a counter): it gets its own. A large one is only
         # written in training; in evaluation it is a mask or a table, and copying it at each call would be the cost.
-        own = buffer.clone() if training or buffer.numel() <= _SMALL_BUFFER else buffer
-        self._tensor[id(buffer)] = own
-        return own
+        return self._remember(buffer, buffer.clone() if training or buffer.numel() <= _SMALL_BUFFER else buffer)
 
     def _rebind(self, twin: nn.Module) -> None:
         """Point a twin's attributes that lead back into the base (bound methods, lists of layers) at the twins."""
@@ -144,24 +156,28 @@ class Twins:
                 changed = self._mapped(value)
                 if changed is not value:
                     own[name] = changed
-        if torch.compiler.is_compiling() and "forward" not in own:
-            # Dynamo reads the forward of an object made while it traces only through a name that it can guard on.
-            own["forward"] = functools.partial(type(twin).forward, twin)
+        if torch.compiler.is_compiling():
+            # Dynamo follows a method of an object made while it traces only through something that it can guard on.
+            for name in _method_names(type(twin)):
+                own.setdefault(name, functools.partial(getattr(type(twin), name), twin))
 
     def _mapped(self, value: Any) -> Any:
-        if isinstance(value, (str, int, float, bool)) or value is None:
-            return value
-        if isinstance(value, nn.Module):
-            return self._twin.get(id(value)) or self._make(value, f"<outside>.{id(value)}")
-        if isinstance(value, Tensor):
-            return self._tensor.get(id(value), value)
-        if isinstance(value, types.MethodType):
-            return self._mapped_method(value)
-        if isinstance(value, functools.partial):
-            return self._mapped_partial(cast("functools.partial[Any]", value))
-        if type(value) in (list, tuple, dict, set) and len(value) <= _SMALL_CONTAINER:
-            return self._mapped_container(value)
-        return value
+        kind: Any = type(value)
+        changed = value
+        if kind in (str, int, float, bool, type(None)):
+            pass
+        elif isinstance(value, nn.Module):
+            changed = self._twin.get(id(value)) or self._make(value, f"<outside>.{id(value)}")
+        elif isinstance(value, Tensor):
+            known = self._known(value)
+            changed = value if known is None else known
+        elif kind is types.MethodType:
+            changed = self._mapped_method(value)
+        elif kind is functools.partial:
+            changed = self._mapped_partial(value)
+        elif kind in (list, tuple, dict, set) and len(value) <= _SMALL_CONTAINER:
+            changed = self._mapped_container(value)
+        return changed
 
     def _mapped_method(self, value: types.MethodType) -> Any:
         owner = self._mapped(value.__self__)
@@ -187,6 +203,18 @@ class Twins:
         return items if isinstance(value, list) else tuple(items)
 
 
+@torch._dynamo.assume_constant_result
+def _method_names(cls: type[nn.Module]) -> tuple[str, ...]:
+    """The methods that a model's own classes define (those with a forward), not what they have from a library's base."""
+    classes = [
+        one
+        for one in cls.__mro__
+        if "forward" in vars(one) and not one.__module__.startswith("torch.nn.modules.module")
+    ]
+    found = {name: value for one in reversed(classes) for name, value in vars(one).items()}
+    return tuple(name for name, value in found.items() if isinstance(value, types.FunctionType) and name[:2] != "__")
+
+
 def keep_norms(twin: nn.Embedding | nn.EmbeddingBag) -> None:
     """Make a table with `max_norm` renormalise what it looks up, not the weight itself, which is the base's."""
     if isinstance(twin, nn.EmbeddingBag):
@@ -203,17 +231,22 @@ def _lookup(twin: nn.Embedding, ids: Tensor) -> Tensor:
 def _renormalised(twin: nn.Embedding, lookup: Callable[..., Tensor], ids: Tensor) -> Tensor:
     rows = lookup(ids)  # (..., dim)
     assert twin.max_norm is not None
-    norms = torch.linalg.vector_norm(rows, ord=twin.norm_type, dim=-1, keepdim=True)
-    # The formula of torch.embedding_renorm_; here it is part of the function, so gradients see it.
-    return rows * torch.where(norms > twin.max_norm, twin.max_norm / (norms + 1e-7), torch.ones_like(norms))
+    norms = cast("Tensor", torch.linalg.vector_norm(rows, ord=twin.norm_type, dim=-1, keepdim=True))
+    # The formula of torch.embedding_renorm_, in its precision; here it is part of the function, so gradients see it.
+    scale = (twin.max_norm / (norms.double() + 1e-7)).to(rows.dtype)
+    return rows * torch.where(norms > twin.max_norm, scale, torch.ones_like(norms))
 
 
 def put(twin: nn.Module, name: str, tensor: Tensor) -> None:
     """Put a tensor in place of one of the twin's parameters or buffers, whatever its class (a plain tensor will do)."""
-    home: dict[str, Any] = twin._parameters if name in twin._parameters else twin._buffers
+    if name in twin._buffers:
+        twin._buffers[name] = tensor.clone()  # a forward may write to a buffer, and this one is the adapter's
+        return
+    home: dict[str, Any] = twin._parameters
     home[name] = tensor
-    if isinstance(twin, nn.RNNBase) and name in twin._flat_weights_names:  # the list that its forward reads
-        twin._flat_weights[twin._flat_weights_names.index(name)] = tensor
+    names: list[str] = getattr(twin, "_flat_weights_names", [])
+    if name in names:  # nn.LSTM and its kin read their weights from a list of their own
+        twin.__dict__["_flat_weights"][names.index(name)] = tensor
 
 
 def base_forward(twin: nn.Module) -> Callable[..., Any]:
@@ -242,7 +275,7 @@ def let_inputs_require_grad(root: nn.Module) -> None:
         embedding.register_forward_hook(_require_grad)
 
 
-def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+def _require_grad(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
     return output if output.requires_grad else output.detach().requires_grad_(True)
 
 
@@ -251,7 +284,8 @@ def explained(error: RuntimeError) -> RuntimeError:
     text = str(error)
     if "saved tensor hooks" in text or ("setup_context" in text and "CheckpointFunction" in text):
         return RuntimeError(
-            "torch.func transforms cannot go through activation checkpointing (torch does not support it). Turn it off "
-            "for this model (gradient_checkpointing_disable), or train with loss.backward() in place of torch.func.grad."
+            "torch.func transforms cannot go through activation checkpointing (torch does not support it). Turn it "
+            "off for this model (gradient_checkpointing_disable), or train with loss.backward() in place of "
+            "torch.func.grad."
         )
     return error

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from peftfn import files
 
 
 class Origin(NamedTuple):
@@ -19,6 +21,7 @@ class Origin(NamedTuple):
     revision: str | None = None
     token: str | bool | None = None
     cache_dir: str | Path | None = None
+    commit: str | None = None  # see `pinned`
 
     @property
     def folder(self) -> Path:
@@ -34,9 +37,20 @@ def find(origin: Origin, filename: str) -> Path:
     """
     path = try_find(origin, filename)
     if path is None:
-        where = str(origin.folder) if Path(origin.name).exists() else f"the hub repository {origin.name!r}"
-        raise FileNotFoundError(f"no {filename} in {where}; expected a folder or hub id that holds a PEFT adapter.")
+        raise missing(origin, filename)
     return path
+
+
+def missing(origin: Origin, filename: str) -> FileNotFoundError:
+    """The error that says that a file was not found, and where it may be."""
+    if not Path(origin.name).exists():
+        where = f"the hub repository {origin.name!r}" + (f", folder {origin.subfolder!r}" if origin.subfolder else "")
+        return FileNotFoundError(f"no {filename} in {where}; expected a repository that holds a PEFT adapter.")
+    if Path(origin.name).is_file():
+        return FileNotFoundError(f"{origin.name} is a file; expected the folder of an adapter, or a hub id.")
+    below = sorted(path.parent.name for path in origin.folder.glob(f"*/{files.CONFIG}"))
+    hint = f" Its sub-folders {', '.join(below)} hold one: adapter_name={below[0]!r}." if below else ""
+    return FileNotFoundError(f"no {filename} in {origin.folder}; expected a folder that holds a PEFT adapter.{hint}")
 
 
 def try_find(origin: Origin, filename: str) -> Path | None:
@@ -46,16 +60,18 @@ def try_find(origin: Origin, filename: str) -> Path | None:
         return path if path.is_file() else None
     try:
         return Path(
-            hf_hub_download(
+            HfApi().hf_hub_download(
                 origin.name,
                 filename,
                 subfolder=origin.subfolder,
-                revision=origin.revision,
+                revision=origin.commit or origin.revision,
                 token=origin.token,
                 cache_dir=origin.cache_dir,
             )
         )
     except LocalEntryNotFoundError as error:
+        if origin.commit:
+            return None  # offline: what the cache has of this commit is all there is
         raise FileNotFoundError(
             f"{origin.name!r} is no folder here, and {filename} could not be fetched from the hub (offline, or no "
             "connection) and is not in its cache; give a folder, or fetch the repository first."
@@ -68,6 +84,14 @@ def try_find(origin: Origin, filename: str) -> Path | None:
         raise FileNotFoundError(
             f"{filename} could not be read from the hub repository {origin.name!r}: {error}"
         ) from error
+
+
+def pinned(origin: Origin, found: Path | None) -> Origin:
+    """The origin, held to the commit that one of its files came from: the next file is of the same one."""
+    if found is None or Path(origin.name).exists():
+        return origin
+    snapshot = found.parents[len(Path(origin.subfolder or "").parts)]  # <cache>/models--<name>/snapshots/<commit>
+    return origin._replace(commit=snapshot.name)
 
 
 def push(
@@ -83,6 +107,8 @@ def push(
     with tempfile.TemporaryDirectory() as name:
         write(Path(name))
         api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id, folder_path=name, commit_message="Upload adapter", revision=revision
         )

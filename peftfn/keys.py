@@ -4,7 +4,8 @@
 |---|---|
 | a layer's leaf | `<path>.lora_A.weight` |
 | the `out_proj` of an `nn.MultiheadAttention` at `<path>` | `<path>.base_layer.out_proj.lora_A.weight` |
-| bare parameters of the module at `<path>`, in the module's order | the last one `<path>.lora_A.weight`, the one before it `<path>.base_layer.lora_A.weight`, and so on |
+| a bare parameter of the module at `<path>` | `<path>.lora_A.weight` |
+| several of them | the last one so, the one before it `<path>.base_layer.lora_A.weight`, and so on |
 | a trained bias of an adapted layer | `<path>.base_layer.bias` (0.21), `<path>.bias` (0.5.0) |
 | any other trained bias, a head | `<path>.bias`, `<path>.weight` |
 | an embedding saved along with its adapter | `<path>.base_layer.weight` |
@@ -13,7 +14,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -26,31 +27,47 @@ from peftfn.methods import Method
 PREFIX = "base_model.model."
 _BASE = ".base_layer"
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_METHODS = ("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "modules_to_save", "original_module")
 
 
 def to_keys(adapter: Adapter) -> dict[str, Tensor]:
-    """The adapter's tensors by their keys in PEFT's latest layout."""
+    """The adapter's tensors by their keys in PEFT's latest layout.
+
+    Raises:
+        ValueError: PEFT has one key for two of them.
+    """
     method = methods.of(adapter.config)
-    found: dict[str, Tensor] = {}
-    sites = {path: _site_key(adapter, path) for path in adapter.params}
+    found: list[tuple[str, Tensor]] = []
+    adapted: list[str] = []
     for path, leaf in adapter.params.items():
         own = {name: tensor for name, tensor in leaf.items() if not method.replaces(name)}
-        for name, tensor in (method.to_file(own) if own else {}).items():
-            found[f"{PREFIX}{sites[path]}.{method.names[name]}"] = tensor
+        if own:
+            adapted += [path.rpartition(".")[0] if _is_parameter(adapter.config, path) else path]
+            site = _site_key(adapter, path)
+            found += [(f"{site}.{method.names[name]}", tensor) for name, tensor in method.to_file(own).items()]
     for tree in (adapter.params, adapter.buffers):
         for path, leaf in tree.items():
-            adapted = any(not method.replaces(name) for name in adapter.params.get(path, {}))
-            for name in filter(method.replaces, leaf):
-                found[f"{PREFIX}{path}{_BASE if adapted else ''}.{name}"] = leaf[name]
-    return dict(sorted(found.items()))
+            module = _nested(adapter, path) + _BASE * adapted.count(path)
+            found += [(f"{module}.{name}", leaf[name]) for name in filter(method.replaces, leaf)]
+    keyed = {f"{PREFIX}{key}": tensor for key, tensor in sorted(found, key=lambda pair: pair[0])}
+    if len(keyed) < len(found):
+        raise ValueError(
+            "two tensors of the adapter have one key in PEFT's files: target_modules and target_parameters name the "
+            "same layer. Name it in one of them."
+        )
+    return keyed
+
+
+def _nested(adapter: Adapter, path: str) -> str:
+    """The path of a module, which PEFT moves where its parent is an adapted attention."""
+    parent, _, name = path.rpartition(".")
+    return path if layers.pattern_path(path, adapter.params) == path else f"{parent}{_BASE}.{name}"
 
 
 def _site_key(adapter: Adapter, path: str) -> str:
-    parent, _, name = path.rpartition(".")
-    if layers.pattern_path(path, adapter.params) == parent and parent:
-        return f"{parent}{_BASE}.{name}"
+    parent = path.rpartition(".")[0]
     if not _is_parameter(adapter.config, path):
-        return path
+        return _nested(adapter, path)
     siblings = _ordered(adapter.config, [other for other in adapter.params if other.rpartition(".")[0] == parent])
     return parent + _BASE * (len(siblings) - 1 - siblings.index(path))
 
@@ -97,12 +114,13 @@ def from_keys(
         if name in method.names:
             own.setdefault(site, {})[name] = tensor
         else:
-            path = site.removesuffix(_BASE)
+            path = _owner(site)
             home = params if _is_trained(config, path, name, site) else buffers
             home.setdefault(path, {})[name] = tensor
     paths = _paths(config, own, source, ordered or model is not None)
     for site, leaf in own.items():
         at = layers.pattern_path(paths[site], set(paths.values()))
+        _check_rank(config, at, leaf, source)
         params.setdefault(paths[site], {}).update(method.from_file(_whole(leaf, site, source)))
         buffers.setdefault(paths[site], {}).update(method.buffers(config, at, leaf))
     return Adapter(sorted_tree(params), sorted_tree(buffers), config)
@@ -116,9 +134,10 @@ def _split(method: Method, key: str, source: str) -> tuple[str, str]:
         if rest.endswith(f".{ending}"):
             return rest.removesuffix(f".{ending}"), name
     site, _, name = rest.rpartition(".")
-    if name in ("weight", "bias") and site.rpartition(".")[2].startswith(("lora_", "ia3_", "hada_", "vera_", "oft_")):
+    if any(part.startswith(_METHODS) for part in rest.split(".")[-3:]):
         raise KeyError(
-            f"{source} has the key {key!r}, which {method.config.__name__} does not know; is the config this file's?"
+            f"{source} has the key {key!r}, which {method.config.__name__} does not know: the file is another "
+            "config's, or was not written by save_pretrained."
         )
     return site, name
 
@@ -142,12 +161,24 @@ def _whole(leaf: Leaf, site: str, source: str) -> Leaf:
     return leaf
 
 
+def _check_rank(config: Any, path: str, leaf: Leaf, source: str) -> None:
+    """A rank that is not the config's would be a wrong scaling: of experts, the file has rank times their number."""
+    if "lora_A" not in leaf and "lora_embedding_A" not in leaf:
+        return
+    rank = targets.pattern_value(config.rank_pattern, path, config.r)
+    a = leaf["lora_A"] if "lora_A" in leaf else leaf["lora_embedding_A"]
+    if a.shape[0] % rank or (a.shape[0] != rank and not _names(config)):
+        raise ValueError(
+            f"{source}: {path} has rank {a.shape[0]}, and the config says {rank}; expected the config of these weights."
+        )
+
+
 def _paths(config: Any, own: Mapping[str, Leaf], source: str, ordered: bool) -> dict[str, str]:
     """The site path of each key: attention's output projection and bare parameters are nested in PEFT's keys."""
     paths: dict[str, str] = {}
     for site in own:
         if site.endswith(f"{_BASE}.out_proj"):
-            paths[site] = site.removesuffix(f"{_BASE}.out_proj") + ".out_proj"
+            paths[site] = _owner(site)
             continue
         owner = _owner(site)
         nested = sorted((one for one in own if _owner(one) == owner), key=len, reverse=True)  # in the module's order
@@ -156,8 +187,8 @@ def _paths(config: Any, own: Mapping[str, Leaf], source: str, ordered: bool) -> 
             paths[site] = owner
         elif len(names) != len(nested) or (len(nested) > 1 and not ordered):
             raise ValueError(
-                f"{source}: {owner!r} has {len(nested)} adapted parameters of {names or 'unknown names'}, and PEFT's keys do "
-                "not say which is which without the model; pass it: peftfn.load(folder, model=model)."
+                f"{source}: {owner!r} has {len(nested)} adapted parameters of {names or 'unknown names'}, and PEFT's "
+                "keys do not say which is which without the model; pass it: peftfn.load(folder, model=model)."
             )
         else:
             paths[site] = f"{owner}.{names[nested.index(site)].rpartition('.')[2]}"
@@ -165,9 +196,11 @@ def _paths(config: Any, own: Mapping[str, Leaf], source: str, ordered: bool) -> 
 
 
 def _owner(site: str) -> str:
+    """The module of a key, without the wrappers that PEFT puts around it."""
     while site.endswith(_BASE):
         site = site.removesuffix(_BASE)
-    return site
+    attention = site.removesuffix(f"{_BASE}.out_proj")
+    return site if attention == site else f"{attention}.out_proj"
 
 
 def _owns(name: str, owner: str) -> bool:
@@ -183,16 +216,35 @@ def check_against(adapter: Adapter, model: nn.Module, source: str) -> None:
         ValueError: a shape does not fit.
     """
     method = methods.of(adapter.config)
-    expected = method.sites(model, adapter.config)
-    missing = [path for path in expected if path not in adapter.params]
-    unexpected = [path for path in adapter.params if layers.find(model, path) is None and not _has_module(model, path)]
+    places = method.sites(model, adapter.config)
+    adapted = [path for path, leaf in adapter.params.items() if not all(map(method.replaces, leaf))]
+    replaced = _replaced(model, adapter.config, places)
+    missing = [path for path in places if path not in adapted]
+    missing += [path for path, names in replaced.items() if names - adapter.params.get(path, {}).keys()]
+    unexpected = [path for path in adapted if path not in places]
+    unexpected += [path for path in adapter.params if path not in adapted and not _has_module(model, path)]
     if missing or unexpected:
         raise KeyError(
             f"{source} does not fit this {type(model).__name__}: missing sites {_few(missing)}, unexpected sites "
             f"{_few(unexpected)}. It was made for another architecture, or its config was changed."
         )
     twins = graft.Twins(model)
-    attach.attach(twins.root, twins.by_path, attach.parts([adapter]), lambda twin, name, compute: None, armed=False)
+    attach.attach(twins.root, twins.by_path, attach.parts([adapter]), _hold_nothing, armed=False)
+
+
+def _hold_nothing(_twin: nn.Module, _name: str, _compute: Callable[[], Tensor]) -> None:
+    """Compute no weight: only what `attach` checks is wanted."""
+
+
+def _replaced(model: nn.Module, config: Any, places: Mapping[str, layers.Place]) -> dict[str, set[str]]:
+    """The parameters that the config trains beside the method's own (heads, biases), by module path."""
+    heads = targets.saved_modules(model, config.modules_to_save or (), optional=targets.HEADS.get(config.task_type, ()))
+    found = {path: {name for name, one in part._parameters.items() if one is not None} for path, part in heads.items()}
+    everywhere = [path for path, _ in layers.named_modules(model)]
+    for path in {"all": everywhere, "lora_only": [place.owner for place in places.values()]}.get(config.bias, []):
+        if model.get_submodule(path)._parameters.get("bias") is not None:
+            found.setdefault(path, set()).add("bias")
+    return found
 
 
 def _has_module(model: nn.Module, path: str) -> bool:

@@ -54,7 +54,20 @@ def merge(
         method = methods.of(one.config)
         for path in sorted({**one.params, **one.buffers}):
             _merge_site(merged, method, one, path, model)
+    if model is not None:
+        _follow_shared_modules(merged, params, model)
     return merged
+
+
+def _follow_shared_modules(merged: dict[str, Tensor], params: Mapping[str, Tensor], model: nn.Module) -> None:
+    """A module at several paths has one weight under several names: they change together."""
+    first: dict[int, str] = {}
+    for path, module in layers.named_modules(model, remove_duplicate=False):
+        home = first.setdefault(id(module), path)
+        for name in (*module._parameters, *module._buffers) if home != path else ():
+            here, there = (f"{at}.{name}" if at else name for at in (path, home))
+            if here in merged and there in merged and merged[there] is not params[there]:
+                merged[here] = merged[there]
 
 
 def _merge_site(
@@ -64,7 +77,7 @@ def _merge_site(
     leaf = {name: tensor for name, tensor in both.items() if not method.replaces(name)}
     for name in both.keys() - leaf.keys():
         key = f"{path}.{name}" if path else name
-        if key not in merged:
+        if key not in merged and name in adapter.params.get(path, {}):  # buffers need not be among the parameters
             raise _missing(key, merged)
         merged[key] = both[name]
     if not leaf:
@@ -95,8 +108,8 @@ def _guess(params: Mapping[str, Tensor], adapter: Adapter, method: Method, path:
             if not kinds:
                 shapes = {name: tuple(tensor.shape) for name, tensor in leaf.items() if tensor.dim()}
                 raise ValueError(
-                    f"{path}: the adapter has {shapes}, which fits no layer with a weight of shape {tuple(weight.shape)}; it "
-                    "was made for a model of another size."
+                    f"{path}: the adapter has {shapes}, which fits no layer with a weight of shape "
+                    f"{tuple(weight.shape)}; it was made for a model of another size."
                 )
             return place._replace(kind=kinds[0])
     raise _missing(f"{path}.weight", params)
@@ -116,8 +129,8 @@ def _stored(params: Mapping[str, Tensor], adapter: Adapter, method: Method, path
         if seen <= {stated}:
             return stated
     raise ValueError(
-        f"{path}: a square weight, and nothing here says whether it is stored (out, in) or (in, out); pass model=... to "
-        "merge."
+        f"{path}: a square weight, and nothing here says whether it is stored (out, in) or (in, out); pass model=... "
+        "to merge."
     )
 
 
@@ -131,7 +144,8 @@ def _missing(name: str, params: Mapping[str, Tensor]) -> KeyError:
     near = [key for key in params if key.endswith(last)][:3]
     return KeyError(
         f"params has no {name!r}, which the adapter changes (it has e.g. {', '.join(near or list(params)[:3])}). Give "
-        "dict(model.named_parameters(remove_duplicate=False)) or model.state_dict(), which has tied weights under each name."
+        "dict(model.named_parameters(remove_duplicate=False)) or model.state_dict(), which has tied weights under each "
+        "name."
     )
 
 
@@ -143,6 +157,6 @@ def _refuse_not_finite(adapter: Adapter) -> None:
             if not bool(torch.isfinite(tensor).all()):
                 count = int((~torch.isfinite(tensor)).sum())
                 raise ValueError(
-                    f"{path}.{name} has {count} of {tensor.numel()} values that are NaN or infinite; merging would spoil "
-                    "the weights. Was the training step stable?"
+                    f"{path}.{name} has {count} of {tensor.numel()} values that are NaN or infinite; merging would "
+                    "spoil the weights. Was the training step stable?"
                 )

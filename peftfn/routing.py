@@ -24,13 +24,13 @@ def as_rows(index: Any, adapters: int) -> Tensor:
     rows = torch.as_tensor(index)
     if rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
         raise TypeError(
-            f"index has shape {tuple(rows.shape)} and dtype {rows.dtype}; expected one integer per row of the batch: the "
-            "number of the adapter in the stack, or -1 for the bare base."
+            f"index has shape {tuple(rows.shape)} and dtype {rows.dtype}; expected one integer per row of the batch: "
+            "the number of the adapter in the stack, or -1 for the bare base."
         )
     if rows.numel() and not is_traced(rows) and not -1 <= int(rows.min()) <= int(rows.max()) < adapters:
         raise ValueError(
-            f"index has values from {int(rows.min())} to {int(rows.max())}; this stack has adapters 0 to {adapters - 1}, and "
-            "-1 is the bare base."
+            f"index has values from {int(rows.min())} to {int(rows.max())}; this stack has adapters 0 to "
+            f"{adapters - 1}, and -1 is the bare base."
         )
     return rows
 
@@ -49,9 +49,11 @@ def step(
 
         def one(leaf: dict[str, Tensor], keep: Tensor, x: Tensor, y: Tensor) -> Tensor:
             x, y = x.unsqueeze(0), y.unsqueeze(0)
-            inner = Site(
-                site.path, site.kind, site.layer, site.weight_name, lambda given: y if given is x else run(given)
-            )
+
+            def computed(given: Tensor, *_: Any, **__: Any) -> Any:
+                return y if given is x else run(given, *args, **kwargs)
+
+            inner = Site(site.path, site.kind, site.layer, site.weight_name, computed)
             return method.forward(config, method.silence(leaf, keep), inner, x).squeeze(0)
 
         return torch.vmap(one, randomness="different")(picked, keep, x, whole)
@@ -82,8 +84,8 @@ def replaced(twin: nn.Module, path: str, tensors: Mapping[str, Tensor], rows: Te
 def refuse(path: str, twin: nn.Module) -> None:
     """A site whose tensor the base reads itself has one tensor for the whole batch: it cannot be routed by row."""
     raise ValueError(
-        f"{path}: {type(twin).__name__} reads this weight itself, so it cannot differ from row to row. Leave the site out "
-        "of routed adapters, or apply them one at a time (or under torch.vmap)."
+        f"{path}: {type(twin).__name__} reads this weight itself, so it cannot differ from row to row. Leave the site "
+        "out of routed adapters, or apply them one at a time (or under torch.vmap)."
     )
 
 
@@ -93,8 +95,8 @@ def _rows_of(x: Tensor, rows: Tensor, path: str) -> Tensor:
     if x.dim() == 2 and x.shape[0] % rows.shape[0] == 0:  # (rows * tokens, features), as some blocks flatten it
         return rows.repeat_interleave(x.shape[0] // rows.shape[0])
     raise ValueError(
-        f"{path}: index has {rows.shape[0]} rows and the input here has shape {tuple(x.shape)}; expected one index for each "
-        "row of the batch, on the first axis."
+        f"{path}: index has {rows.shape[0]} rows and the input here has shape {tuple(x.shape)}; expected one index for "
+        "each row of the batch, on the first axis."
     )
 
 

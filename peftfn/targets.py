@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 
 from torch import nn
 
-from peftfn import layers
+from peftfn import layers, renamed
 
 ALL_LINEAR = "all-linear"
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -204,12 +204,40 @@ def _refuse_unmatched(model: nn.Module, config: Targeting, paths: list[str], fou
         raise ValueError(f"{shown}{limits} matched no module of {type(model).__name__}{_near(wanted, paths)}.")
 
 
+def in_present_names(model: nn.Module, names: Sequence[str] | str | None) -> Sequence[str] | str | None:
+    """The names, with those that no module has put in terms of what transformers calls these modules now."""
+    paths = [path for path, _ in layers.named_modules(model) if path]
+    if not names or (isinstance(names, str) and any(re.fullmatch(names, path) for path in paths)):
+        return names
+    lost = [names] if isinstance(names, str) else _lost(names, paths)
+    old = renamed.old_paths(model) if lost else {}
+    present: list[str] = []
+    for name in lost if isinstance(names, str) else names:
+        hits = {path for path, before in old.items() if _is_called(name, before, names)} if name in lost else set[str]()
+        others = [path for path in paths if path not in hits]
+        present += dict.fromkeys(_short(path, others) for path in sorted(hits)) if hits else [name]
+    return names if isinstance(names, str) and present == [names] else tuple(present)
+
+
+def _is_called(name: str, path: str, names: Sequence[str] | str) -> bool:
+    return re.fullmatch(name, path) is not None if isinstance(names, str) else ends_with(path, [name])
+
+
+def _short(path: str, others: Sequence[str]) -> str:
+    """The shortest ending of a path that none of the others has."""
+    parts = path.split(".")
+    endings = (".".join(parts[-count:]) for count in range(1, len(parts)))
+    return next((ending for ending in endings if not any(ends_with(other, [ending]) for other in others)), path)
+
+
+def _lost(names: Sequence[str], paths: Sequence[str]) -> list[str]:
+    return [name for name in names if not any(ends_with(path, [name]) for path in paths)]
+
+
 def refuse_lost_names(model: nn.Module, names: Sequence[str] | str | None) -> None:
     """A `ValueError` if a name of a list that the user gave matches no module (PEFT ignores it in silence)."""
-    if names is None or isinstance(names, str):
-        return
     paths = [path for path, _ in layers.named_modules(model) if path]
-    lost = [name for name in names if not any(ends_with(path, [name]) for path in paths)]
+    lost = _lost(names, paths) if names and not isinstance(names, str) else []
     if lost:
         raise ValueError(
             f"target_modules={_shown(names)}: {lost} matched no module of {type(model).__name__}{_near(lost, paths)}."

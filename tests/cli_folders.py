@@ -39,7 +39,7 @@ def bert(folder: Path) -> Path:
     torch.manual_seed(1)
     config = transformers.BertConfig(
         vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=64,
+        max_position_embeddings=64, initializer_range=0.3,
     )  # fmt: skip
     transformers.BertModel(config).save_pretrained(folder)
     _tokenizer(folder, closed=True)
@@ -51,7 +51,7 @@ def llama(folder: Path) -> Path:
     torch.manual_seed(2)
     config = transformers.LlamaConfig(
         vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        intermediate_size=32, max_position_embeddings=64, bos_token_id=2, eos_token_id=4,
+        intermediate_size=32, max_position_embeddings=64, bos_token_id=2, eos_token_id=4, initializer_range=0.5,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     _tokenizer(folder, closed=False)
@@ -59,13 +59,15 @@ def llama(folder: Path) -> Path:
 
 
 def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Texts of 3 to 9 words whose label is given by the one word of weather in them."""
+    """Texts of 4 to 9 words whose label is given by the words of weather in them."""
     draw = random.Random(seed)
     found: list[dict[str, str]] = []
     for _ in range(count):
         label = draw.choice(("good", "bad"))
-        words = draw.choices(OTHER, k=draw.randint(2, 8))
-        words.insert(draw.randint(0, len(words)), draw.choice(GOOD if label == "good" else BAD))
+        words = draw.choices(OTHER, k=draw.randint(1, 4)) + draw.choices(
+            GOOD if label == "good" else BAD, k=draw.randint(3, 5)
+        )
+        draw.shuffle(words)
         found.append({"text": " ".join(words), "label": label})
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -11,11 +12,11 @@ import pytest
 
 pytest.importorskip("typer")
 
-from cli_folders import rows, write_csv, write_jsonl  # noqa: E402  # after the check for the extra
+from cli_folders import rows, write_csv, write_jsonl
 
-from peftfn.cli import batches, options, records, tables  # noqa: E402
-from peftfn.cli.errors import UserError  # noqa: E402
-from peftfn.cli.settings import TrainSettings, differences  # noqa: E402
+from peftfn.cli import batches, options, records, tables
+from peftfn.cli.errors import UserError
+from peftfn.cli.settings import TrainSettings, differences
 
 ROWS = [{"text": 'He said "no",\nthen left', "label": "no"}, {"text": "Łódź\u2028über", "label": "yes"}]
 
@@ -58,9 +59,7 @@ def test_a_text_longer_than_the_csv_modules_own_limit_is_read(tmp_path: Path) ->
         ("a.xlsx", "text\n", "give a file that ends in .csv"),
     ],
 )
-def test_a_broken_file_is_an_error_that_says_where(
-    tmp_path: Path, name: str, content: str | bytes, said: str
-) -> None:
+def test_a_broken_file_is_an_error_that_says_where(tmp_path: Path, name: str, content: str | bytes, said: str) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as caught:
         tables.read_table(str(tmp_path / name), "train")
@@ -69,9 +68,7 @@ def test_a_broken_file_is_an_error_that_says_where(
 
 def test_a_folder_written_by_datasets_is_read_with_its_class_names(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    features = datasets.Features(
-        text=datasets.Value("string"), label=datasets.ClassLabel(names=["bad", "good"])
-    )
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["bad", "good"]))
     data = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
     datasets.DatasetDict(train=data).save_to_disk(str(tmp_path / "d"))
     assert tables.read_table(str(tmp_path / "d"), "train").rows == [
@@ -103,18 +100,16 @@ def test_columns_are_found_by_their_usual_names(row: dict[str, object], text: st
 
 
 def test_a_text_column_that_cannot_be_told_is_an_error_that_lists_the_columns() -> None:
-    with pytest.raises(UserError, match="Give --text-column; it has: first, second"):
+    with pytest.raises(UserError, match="give --text-column: first, second"):
         tables.text_column(table({"first": "a", "second": "b"}), None)
-    with pytest.raises(
-        UserError, match="--text-column third: rows.csv has no such column; it has: first, second"
-    ):
+    with pytest.raises(UserError, match=r"--text-column third: rows\.csv has no such column; it has: first, second"):
         tables.text_column(table({"first": "a", "second": "b"}), "third")
 
 
 def test_rows_without_text_are_left_out_and_rows_without_label_are_an_error() -> None:
     found = table({"text": "a", "label": 1}, {"text": " ", "label": 0}, {"text": None, "label": 0})
     assert tables.texts_of(found, "text") == [(0, "a")]
-    with pytest.raises(UserError, match="row 1: label 0.5 in column label"):
+    with pytest.raises(UserError, match=r"row 1: label 0\.5 in column label"):
         tables.labels_of(table({"text": "a", "label": 0.5}), "label", [0])
     with pytest.raises(UserError, match="column text is empty in all 1 rows"):
         tables.texts_of(table({"text": ""}), "text")
@@ -129,17 +124,11 @@ def test_labels_that_are_numbers_from_0_keep_their_number_and_others_are_sorted(
 def test_an_epoch_has_each_example_once_and_a_step_is_the_same_whenever_it_is_asked_for() -> None:
     lengths = tuple(len(row["text"]) for row in rows(101))
     steps = batches.steps_per_epoch(101, 4, 3)
-    seen = [
-        i for step in range(steps) for batch in batches.step_batches(lengths, 4, 3, 7, step) for i in batch
-    ]
+    seen = [i for step in range(steps) for batch in batches.step_batches(lengths, 4, 3, 7, step) for i in batch]
     assert sorted(seen) == list(range(101))
     later = batches.step_batches(lengths, 4, 3, 7, steps + 2)
     batches.epoch_batches.cache_clear()
-    assert (
-        batches.step_batches(lengths, 4, 3, 7, steps + 2)
-        == later
-        != batches.step_batches(lengths, 4, 3, 7, 2)
-    )
+    assert batches.step_batches(lengths, 4, 3, 7, steps + 2) == later != batches.step_batches(lengths, 4, 3, 7, 2)
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_the_last_step() -> None:
@@ -182,9 +171,8 @@ def test_an_option_is_read_by_the_type_of_its_field(hint: object, typed: list[st
     ],
 )
 def test_a_value_of_another_type_is_an_error(hint: object, typed: str, said: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(said)):
         options.parse(hint, [typed])
-    assert said in str(caught.value)
 
 
 def test_a_new_field_of_a_config_is_a_new_option_by_itself() -> None:
@@ -202,7 +190,7 @@ def test_a_new_field_of_a_config_is_a_new_option_by_itself() -> None:
 
 def test_two_dataclasses_with_a_field_of_one_name_cannot_share_a_command() -> None:
     other = dataclasses.make_dataclass("Other", [("seed", int, 0)])
-    with pytest.raises(TypeError, match="Other.seed would hide another option"):
+    with pytest.raises(TypeError, match=r"Other\.seed would hide another option"):
         options.command(lambda *_: None, {TrainSettings: "a", other: "b"})
 
 

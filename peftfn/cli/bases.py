@@ -48,23 +48,20 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def _loaded(what: str, name: str, load: Any) -> Any:
+def from_pretrained(kind: str, name: str, **options: Any) -> Any:
+    """What transformers' class `kind` loads from a folder or hub id, or a `UserError` that says why it cannot."""
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UserError(f"--model {name} has no config.json; give the folder of a transformers model")
+    loader: Any = getattr(transformers, kind)
     try:
-        return load()
+        return loader.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise UserError(f"the {what} of --model {name} could not be loaded: {sentence(error)}") from error
-
-
-def load_tokenizer(name: str, revision: str | None) -> Any:
-    """The tokenizer of a model folder or hub id."""
-    return _loaded("tokenizer", name, lambda: transformers.AutoTokenizer.from_pretrained(name, revision=revision))
+        raise UserError(f"{kind} could not load --model {name}: {sentence(error)}") from error
 
 
 def in_base_order(name: str, revision: str | None, labels: Sequence[str]) -> list[str]:
     """The base's own label names where it knows all of `labels` (a trained classifier), else `labels`."""
-    config = _loaded("config", name, lambda: transformers.AutoConfig.from_pretrained(name, revision=revision))
+    config = from_pretrained("AutoConfig", name, revision=revision)
     own = [str(config.id2label[i]) for i in sorted(config.id2label)] if config.id2label else []
     return own if labels and set(labels) <= set(own) else list(labels)
 
@@ -84,7 +81,7 @@ def load_base(
     Where `labels` are given it has a head for them: its own if that fits, else a new one, drawn from `seed`.
     """
     quiet()
-    tokenizer = load_tokenizer(name, revision)
+    tokenizer = from_pretrained("AutoTokenizer", name, revision=revision)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     extra: dict[str, Any] = {}
     if labels:
@@ -95,13 +92,8 @@ def load_base(
             "pad_token_id": pad,  # decoder models find a row's last token by it
             "ignore_mismatched_sizes": True,  # a head for other labels is replaced by a new one
         }
-    auto = getattr(transformers, auto_class)
     torch.manual_seed(seed)
-    model, info = _loaded(
-        "model",
-        name,
-        lambda: auto.from_pretrained(name, revision=revision, dtype=dtype, output_loading_info=True, **extra),
-    )
+    model, info = from_pretrained(auto_class, name, revision=revision, dtype=dtype, output_loading_info=True, **extra)
     return Base(model.to(device or torch.device("cpu")), tokenizer, pad, _new_modules(info))
 
 

@@ -8,9 +8,10 @@ import importlib.util
 import io
 import random
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,10 +75,12 @@ class Snapshot(NamedTuple):
 def snapshot(model: nn.Module) -> Snapshot:
     """A copy of the model's parameters and buffers, and of its flags."""
     named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    # torch leaves the type of named_modules() open
+    modules = cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
     return Snapshot(
         {name: tensor.detach().clone() for name, tensor in named.items()},
         {name: parameter.requires_grad for name, parameter in model.named_parameters()},
-        {name: module.training for name, module in model.named_modules()},
+        {name: module.training for name, module in modules},
     )
 
 
@@ -92,12 +95,10 @@ def differences(model: nn.Module, before: Snapshot) -> list[str]:
 
 
 def _same_bits(a: Tensor, b: Tensor | None) -> bool:
+    if b is None or a.dtype != b.dtype or a.shape != b.shape:
+        return False
     # as bytes, since -0.0 == 0.0 and nan != nan
-    return (
-        b is not None
-        and a.dtype == b.dtype
-        and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-    )
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def peft_difference(job: training.Job, adapter: pf.Adapter, batch: dict[str, Tensor]) -> float | None:
@@ -109,7 +110,9 @@ def peft_difference(job: training.Job, adapter: pf.Adapter, batch: dict[str, Ten
     how, chosen = tasks.TASKS[job.task], job.settings
     # another copy of the base: peft writes into the one that it is given
     other = bases.load_base(chosen.model, how.auto_class, job.columns.labels, seed=chosen.seed + 1)
-    theirs = peft.PeftModel.from_pretrained(other.model, chosen.output)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 with transformers 5.23: about names inside it
+        theirs = peft.PeftModel.from_pretrained(other.model, chosen.output)
     with torch.no_grad(), bases.mode(job.base.model, training=False), bases.mode(theirs, training=False):
         return float((pf.apply(job.base.model, adapter, batch).logits - theirs(**batch).logits).abs().max())
 
@@ -136,7 +139,7 @@ def run(output: str, threads: int | None = None, say: Callable[[str], None] = pr
     started = time.perf_counter()
     bases.quiet()
     train_rows, test_rows = reuters("train"), reuters("test")
-    settings = TrainSettings(model=model_folder(), data="Reuters R8", output=output, threads=threads, **DEMO)
+    chosen = settings(output, threads)
     config = pf.LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], modules_to_save=["classifier"])
     job = training.prepare(chosen, config, sample("Reuters R8", train_rows, TRAIN_ROWS))
     say(training.describe(job))

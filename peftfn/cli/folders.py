@@ -12,7 +12,7 @@ import torch
 
 import peftfn as pf
 from peftfn.cli import state
-from peftfn.cli.bases import Base, load_base
+from peftfn.cli.bases import Base, from_pretrained, load_base
 from peftfn.cli.errors import UserError
 
 AUTO_CLASSES = {
@@ -109,11 +109,11 @@ def _total(adapter: pf.Adapter, folder: str, model: str | None) -> int | None:
         return state.read_run(Path(folder)).get("parameters")
     import transformers  # seconds to import, and `inspect` mostly has no need of it
 
-    config = transformers.AutoConfig.from_pretrained(model)
+    config = from_pretrained("AutoConfig", model)
     labels = head_labels(adapter, folder)
     if labels:
         config.num_labels = len(labels)
-    auto = getattr(transformers, AUTO_CLASSES[adapter.config.task_type or "FEATURE_EXTRACTION"])
+    auto: Any = getattr(transformers, AUTO_CLASSES[adapter.config.task_type or "FEATURE_EXTRACTION"])
     with torch.device("meta"):
         return pf.count(adapter, auto.from_config(config)).total
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -52,7 +52,8 @@ def _settings(options: EvalOptions, adapter: pf.Adapter | None) -> DataSettings:
     if not run and task in ("SEQ_CLS", "CAUSAL_LM"):
         trained["task"] = task.lower()
     given = {k: v for k, v in dataclasses.asdict(options).items() if k in names and v is not None}
-    return DataSettings(**{"model": _model(options, adapter), **trained, **given})
+    chosen: dict[str, Any] = {"model": _model(options, adapter), **trained, **given}
+    return DataSettings(**chosen)
 
 
 def _model(options: EvalOptions, adapter: pf.Adapter | None) -> str:
@@ -109,7 +110,8 @@ def compare(options: EvalOptions) -> Comparison:
     alone = evaluate(base, task, examples, None, settings.batch_size)
     if adapter is None:
         return Comparison(alone, None, len(examples.ids), table.name, base.new)
-    adapter = pf.load(options.adapter, model=base.model)  # checked against the base, on its device
+    # again, now checked against the base and on its device
+    adapter = pf.load(str(options.adapter), model=base.model, device=base.model.device)
     return Comparison(
         alone,
         evaluate(base, task, examples, adapter, settings.batch_size),

@@ -7,7 +7,7 @@ import inspect
 import json
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -65,12 +65,12 @@ def _one(hint: Any, text: str) -> Any:
 
 def _json(hint: Any, text: str) -> Any:
     try:
-        value = json.loads(text)
+        value: Any = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{text!r} is not JSON ({error}); write it as '{{\"name\": 8}}'") from None
     if _sequence(hint) is None and not isinstance(value, dict):
         raise ValueError(f"{text!r} is JSON but not an object; write it as '{{\"name\": 8}}'")
-    return value
+    return cast("Any", value)
 
 
 def parse(hint: Any, texts: list[str]) -> Any:
@@ -110,18 +110,15 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default
 
 
-def _reader(hint: Any) -> Callable[[Any], Any]:
-    """The typer callback that turns what was typed into the field's value, so that errors name the option."""
-
-    def read(typed: Any) -> Any:
-        if not typed:  # not given: None, or an empty list where the option may be repeated
-            return None
-        try:
-            return parse(hint, typed if isinstance(typed, list) else [typed])
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-
-    return read
+def _read(name: str, hint: Any, typed: Any) -> Any:
+    """The field's value out of what typer has: a bool, a string, or strings. Errors name the option."""
+    if isinstance(typed, bool):
+        return typed
+    texts = cast("list[str]", typed) if isinstance(typed, list) else [str(typed)]
+    try:
+        return parse(hint, texts)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=f"--{name.replace('_', '-')}") from None
 
 
 def parameter(field: dataclasses.Field[Any], hint: Any, panel: str) -> inspect.Parameter:
@@ -135,7 +132,7 @@ def parameter(field: dataclasses.Field[Any], hint: Any, panel: str) -> inspect.P
     if kinds(hint) == (bool,):
         annotation: Any = Annotated[bool, typer.Option(**shared)]
         return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-    shared |= {"callback": _reader(hint), "metavar": field.metadata.get("metavar", _metavar(hint))}
+    shared["metavar"] = field.metadata.get("metavar", _metavar(hint))
     typed: Any = list[str] if _sequence(hint) is not None and not _is_json(hint) else str
     annotation = Annotated[typed if required else typed | None, typer.Option(**shared)]
     shown = inspect.Parameter.empty if required else _shown(default)
@@ -144,10 +141,10 @@ def parameter(field: dataclasses.Field[Any], hint: Any, panel: str) -> inspect.P
 
 def _shown(default: Any) -> Any:
     """The default as it would be typed, so that --help shows it; None where there is nothing to type."""
-    if default is None or (isinstance(default, (Mapping, Collection)) and not default):
+    if default is None or default in ("", (), [], {}):
         return None
     if isinstance(default, (list, tuple)):
-        return [str(item) for item in default]
+        return [str(item) for item in cast("Sequence[Any]", default)]
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 
@@ -160,21 +157,24 @@ def command(
 
     `run` is called with one value of each class; `fixed` names fields that `run` fills itself.
     """
-    chosen: dict[type, list[str]] = {}
+    chosen: dict[type, dict[str, Any]] = {}
     parameters: dict[str, inspect.Parameter] = {}
     for kind, panel in panels.items():
         hints = get_type_hints(kind)
         fields = [f for f in dataclasses.fields(kind) if f.init and f.name not in fixed]
         fields.sort(key=lambda field: _default(field) is not dataclasses.MISSING)  # what has to be given comes first
-        chosen[kind] = [field.name for field in fields]
+        chosen[kind] = {field.name: hints[field.name] for field in fields}
         for field in fields:
             if field.name in parameters:
                 raise TypeError(f"{kind.__name__}.{field.name} would hide another option of that name")
             parameters[field.name] = parameter(field, hints[field.name], panel)
 
     def typed(**values: Any) -> None:
-        given = {name: value for name, value in values.items() if value is not None}
-        run(*(kind(**{n: given[n] for n in names if n in given}) for kind, names in chosen.items()))
+        given = {name: value for name, value in values.items() if value not in (None, [])}
+        read = {
+            kind: {n: _read(n, h, given[n]) for n, h in hints.items() if n in given} for kind, hints in chosen.items()
+        }
+        run(*(kind(**fields) for kind, fields in read.items()))
 
     typed.__name__, typed.__doc__ = run.__name__, run.__doc__
     # typer reads a command's options from its signature

@@ -88,20 +88,20 @@ def _read_datasets(source: str, split: str) -> Table:
     datasets = need("datasets")
     datasets.disable_progress_bars()
     name, _, config = source.partition(":")
+    saved = any((Path(source) / file).is_file() for file in ("state.json", "dataset_dict.json"))
     try:
-        if Path(source).is_dir() and any((Path(source) / f).is_file() for f in ("state.json", "dataset_dict.json")):
-            data = datasets.load_from_disk(source)
-        else:
-            data = datasets.load_dataset(name, config or None)
-    except Exception as error:  # noqa: BLE001  # datasets raises its own classes, and those of whatever it reads with
+        data: Any = datasets.load_from_disk(source) if saved else datasets.load_dataset(name, config or None)
+    except Exception as error:  # noqa: BLE001  # datasets raises its own classes, and those of what it reads with
         raise UserError(f"{source} is neither a file nor a dataset that could be read: {sentence(error)}") from None
-    if isinstance(data, dict):  # DatasetDict
+    if isinstance(data, datasets.DatasetDict):
         if split not in data:
             raise UserError(f"{source} has no split {split!r}; it has: {', '.join(data)}")
         data = data[split]
-    names = {c: f.names for c, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
-    rows = [{c: names[c][v] if c in names and v >= 0 else v for c, v in row.items()} for row in data]
-    return Table(f"{source} ({split})", list(data.column_names), rows)
+    found: list[Row] = list(data)
+    for column, feature in data.features.items():
+        if isinstance(feature, datasets.ClassLabel):  # numbers in the file, with names beside it; -1 is none
+            found = [{**row, column: feature.names[row[column]] if row[column] >= 0 else None} for row in found]
+    return Table(f"{source} ({split})", list(data.column_names), found)
 
 
 def _find(table: Table, given: str | None, known: Sequence[str], option: str) -> str | None:

@@ -124,15 +124,20 @@ def _check_layers(config: LoraConfig) -> None:
 
 def resolve(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """The config with the targets that the model decides, and its heads, filled in."""
-    targets.refuse_lost_names(model, config.target_modules)
     names = config.target_modules
     if names is None and (not config.target_parameters or targets.model_type(model) in TARGETS):
-        names = targets.default_targets(model, TARGETS)
+        names = targets.in_present_names(model, targets.default_targets(model, TARGETS))
     elif isinstance(names, str) and names.lower() == targets.ALL_LINEAR:
         names = targets.all_linear(model, config.task_type)
-    parameters = targets.in_model_order(model, config.target_parameters)
+    else:
+        names = targets.in_present_names(model, names)
+        targets.refuse_lost_names(model, names)
     return dataclasses.replace(
-        config, target_modules=names, modules_to_save=targets.with_heads(config), target_parameters=parameters
+        config,
+        target_modules=names,
+        exclude_modules=targets.in_present_names(model, config.exclude_modules),
+        modules_to_save=targets.with_heads(config),
+        target_parameters=targets.in_model_order(model, config.target_parameters),
     )
 
 
@@ -197,13 +202,14 @@ def _draw(
     if how == "gaussian":
         a = torch.randn(shape_a, generator=generator) / r
     else:
-        a = _uniform(shape_a, generator)
-    return a, torch.zeros(shape_b) if how else _uniform(shape_b, generator)
+        # The one A with an axis more, of a convolution with groups, has its rank on two axes.
+        a = _uniform(shape_a, math.prod(shape_a[1 + (len(shape_a) > len(shape_b)) :]), generator)
+    return a, torch.zeros(shape_b) if how else _uniform(shape_b, math.prod(shape_b[1:]), generator)
 
 
-def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> Tensor:
     # kaiming_uniform_(a=sqrt(5)), the default of nn.Linear: within 1/sqrt(fan_in).
-    bound = 1 / math.sqrt(math.prod(shape[1:]))
+    bound = 1 / math.sqrt(fan_in)
     return torch.rand(shape, generator=generator) * (2 * bound) - bound
 
 

@@ -1,0 +1,119 @@
+"""A copy of a model's module objects that shares the storage of its parameters, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+Memo = dict[int, Any]
+"""What stands in the copy for an object of the model, by the object's id; as in `copy.deepcopy`."""
+
+_SMALL_CONTAINER = 256
+
+
+def shared(model: nn.Module) -> Any:
+    """The copy: a module of the same class and paths whose parameters alias the model's, and never require grad.
+
+    Buffers, configs, hooks and other attributes are copied, and what leads back into the model (bound methods,
+    closures, lists of layers) leads into the copy. An attribute that cannot be copied (a lock, a stream) is shared.
+    """
+    memo: Memo = {id(parameter): _alias(parameter) for parameter in model.parameters()}
+    # Classes with a __deepcopy__ of their own (TorchScript, torch.fx, parametrized layers) know better.
+    modules = [module for module in model.modules() if not hasattr(type(module), "__deepcopy__")]
+    for module in modules:
+        memo[id(module)] = object.__new__(type(module))
+    for module in modules:
+        memo[id(module)].__dict__.update({name: _copied(value, memo) for name, value in module.__dict__.items()})
+    return copy.deepcopy(model, memo)
+
+
+def _alias(parameter: nn.Parameter) -> nn.Parameter:
+    if type(parameter) is not nn.Parameter:
+        return parameter  # a packed one (bitsandbytes' Params4bit) loses its class when detached
+    alias = nn.Parameter(parameter.detach(), requires_grad=False)
+    alias.__dict__.update(parameter.__dict__)  # transformers keeps a mark there that it has been initialised
+    return alias
+
+
+def _copied(value: Any, memo: Memo, deep: bool = True) -> Any:
+    """The value in the copy. Without `deep`, only what leads into the model is replaced, as in a closure."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, types.FunctionType):
+        return _function(value, memo)
+    parts = _parts(value)
+    if parts is None:
+        made = _deep_copied(value, memo) if deep else value
+    elif not deep and len(parts[0]) > _SMALL_CONTAINER:
+        made = value
+    else:
+        old, rebuild = parts
+        new = [_copied(one, memo, deep) for one in old]
+        same = all(one is other for one, other in zip(old, new, strict=True))
+        made = value if same and not (deep and isinstance(value, (list, dict))) else rebuild(new)
+    if deep or made is not value:
+        memo[id(value)] = made
+    return made
+
+
+def _function(function: types.FunctionType, memo: Memo) -> types.FunctionType:
+    """The function; or, where its closure or defaults lead into the model, one with the same code that leads here."""
+    cells = function.__closure__ or ()
+    fresh = tuple(types.CellType() for _ in cells)
+    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, fresh)
+    memo[id(function)] = made  # it may be in its own closure
+    rest = (function.__defaults__, function.__kwdefaults__, function.__dict__)
+    old = [*(_contents(cell) for cell in cells), *rest]
+    new = [_copied(one, memo, deep=False) for one in old]
+    if all(one is other for one, other in zip(old, new, strict=True)):
+        memo[id(function)] = function
+        return function
+    for cell, value in zip(fresh, new, strict=False):
+        if not isinstance(value, types.CellType):
+            cell.cell_contents = value
+    made.__defaults__, made.__kwdefaults__ = new[-3:-1]
+    made.__dict__.update(new[-1])
+    return made
+
+
+def _deep_copied(value: Any, memo: Memo) -> Any:
+    if isinstance(value, Tensor) and not value.is_leaf:
+        return value.detach().clone()  # e.g. the weight that torch.nn.utils.weight_norm keeps
+    try:
+        return copy.deepcopy(value, memo)
+    except (TypeError, RuntimeError, NotImplementedError):
+        return value
+
+
+def _parts(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
+    """What a container or a callable holds, and how to make one that holds something else; `None` for the rest."""
+    if type(value) in (list, tuple):
+        return list(value), type(value)
+    if type(value) in (dict, OrderedDict):
+        items = cast("dict[Any, Any]", value)
+        return list(items.values()), lambda new: type(items)(zip(items, new, strict=True))
+    if isinstance(value, types.MethodType):
+        return [value.__func__, value.__self__], lambda new: types.MethodType(*new)
+    if isinstance(value, functools.partial):
+        partial = cast("functools.partial[Any]", value)
+        return [partial.func, partial.args, partial.keywords, partial.__dict__], _rebuilt_partial
+    return None
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty: a name that is set later
+        return cell
+
+
+def _rebuilt_partial(parts: list[Any]) -> functools.partial[Any]:
+    made = functools.partial(parts[0], *parts[1], **parts[2])
+    made.__dict__.update(parts[3])
+    return made

@@ -1,0 +1,290 @@
+"""The table that drives the laws: one row per kind of layer (and of base), for each method.
+
+A case is a small base, a config that acts on one kind of layer, and a batch whose axis 0 is the row. A law that has
+no meaning for a case is named in `exceptions` with its reason; a new method adds rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AlbertConfig, AlbertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import peftfn as pf
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row.
+
+    Attributes:
+        name: the kind of layer.
+        build: makes the base; its weights come from the global random state.
+        config: what to adapt.
+        batch: makes a batch of 4 rows.
+        exceptions: law -> why it has no meaning here.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    config: pf.PeftConfig
+    batch: Callable[[], Any]
+    exceptions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def base(self) -> nn.Module:
+        """The base, in evaluation mode, with every parameter requiring grad as `from_pretrained` gives it."""
+        torch.manual_seed(1)
+        return self.build().eval()
+
+
+def output(result: Any) -> Tensor:
+    """The tensor to compare in what a model returns."""
+    if isinstance(result, Tensor):
+        return result
+    found = getattr(result, "logits", None)
+    return result.last_hidden_state if found is None else found
+
+
+def loss(result: Any) -> Tensor:
+    """A scalar that depends on every output."""
+    return output(result).double().square().mean()
+
+
+def trained(adapter: pf.Adapter, seed: int = 0, size: float = 0.3) -> pf.Adapter:
+    """The adapter with random values everywhere, so that nothing is left at its neutral start."""
+    generator = torch.Generator().manual_seed(seed)
+    return adapter.replace(
+        params={
+            path: {
+                name: t + size * torch.randn(t.shape, generator=generator, dtype=t.dtype) for name, t in leaf.items()
+            }
+            for path, leaf in adapter.params.items()
+        }
+    )
+
+
+def randn(*shape: int) -> Callable[[], Tensor]:
+    """Makes normal numbers of a shape."""
+    return functools.partial(torch.randn, *shape)
+
+
+def tokens(length: int = 6, vocabulary: int = 20) -> Callable[[], Tensor]:
+    """Makes 4 rows of token ids."""
+    return lambda: torch.randint(0, vocabulary, (4, length))
+
+
+class Experts(nn.Module):
+    """Bare 3-D parameters, as a mixture of experts holds them, and a plain tensor beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 10, 8) / 3)  # (experts, out, in)
+        self.down = nn.Parameter(torch.randn(3, 6, 10) / 3)
+        self.scale = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, 8) -> (rows, 6)."""
+        hidden = torch.einsum("eoi,ni->neo", self.up, x).relu()
+        return torch.einsum("eoi,nei->no", self.down, hidden) * self.scale
+
+
+class TransposedExperts(nn.Module):
+    """Experts stored (experts, in, out), square: shapes alone do not tell."""
+
+    is_transposed = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 6, 6) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, 6) -> (rows, 6)."""
+        return torch.einsum("eio,ni->no", self.weight, x)
+
+
+class SelfAttention(nn.Module):
+    """torch's attention, which reads its projections itself."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **kwargs)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, tokens, 8) -> (rows, tokens, 5)."""
+        return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+
+class Tied(nn.Module):
+    """An embedding and a head that share one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(20, 8)
+        self.body = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 20, bias=False)
+        self.head.weight = self.emb.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(rows, tokens) -> (rows, tokens, 20)."""
+        return self.head(self.body(self.emb(ids)).tanh())
+
+
+class Twice(nn.Module):
+    """One module at two paths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, 8) -> (rows, 8)."""
+        return self.second(self.first(x).tanh())
+
+
+def mlp() -> nn.Module:
+    """Two linear layers with a norm that keeps statistics between them."""
+    return nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 5))
+
+
+def gpt2() -> nn.Module:
+    """transformers' Conv1D, tied embeddings."""
+    quiet = dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)  # a purity test compares the random state
+    return GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=20, n_positions=16, **quiet))
+
+
+def llama() -> nn.Module:
+    """Grouped-query attention, no biases."""
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=20, max_position_embeddings=32))
+
+
+def albert() -> nn.Module:
+    """One block that runs twice."""
+    sizes = dict(hidden_size=16, embedding_size=8, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    return AlbertModel(AlbertConfig(**sizes, vocab_size=20, max_position_embeddings=16))
+
+
+def lora(*targets: str, **kwargs: Any) -> pf.LoraConfig:
+    """A small LoRA config."""
+    return pf.LoraConfig(r=4, lora_alpha=6, target_modules=list(targets), **kwargs)
+
+
+FLOAT32 = "its norms and rotations run in float32 whatever the dtype: too coarse for finite differences"
+DEFINED = "padding_idx and scale_grad_by_freq say what the gradient is; it is not the slope"
+REPLACED = "two adapters that replace the same tensor are refused (test_bad_input.py)"
+BARE = "the base reads this tensor itself, one for all rows: refused with a clear error (test_bad_input.py)"
+SMALL = {"r": 4, "lora_alpha": 6}
+
+CASES = [
+    Case("linear", mlp, lora("0", "3"), randn(4, 8)),
+    Case(
+        "linear-3d",
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5)),
+        lora("0", "2", use_rslora=True),
+        randn(4, 3, 8),
+    ),
+    Case("linear-head", mlp, lora("0", modules_to_save=["3"]), randn(4, 8), {"sum": REPLACED}),
+    Case("linear-bias-all", mlp, lora("0", bias="all"), randn(4, 8), {"sum": REPLACED}),
+    Case("linear-bias-lora-only", mlp, lora("0", bias="lora_only"), randn(4, 8), {"sum": REPLACED}),
+    Case("linear-patterns", mlp, lora("0", "3", rank_pattern={"0": 2}, alpha_pattern={"3": 3}), randn(4, 8)),
+    Case(
+        "transposed-linear",
+        lambda: nn.Sequential(Conv1D(12, 8), nn.ReLU(), Conv1D(5, 12)),
+        lora("0", "2"),
+        randn(4, 3, 8),
+    ),
+    Case(
+        "transposed-square",
+        lambda: nn.Sequential(Conv1D(8, 8), nn.ReLU(), Conv1D(8, 8)),
+        lora("0", "2"),
+        randn(4, 3, 8),
+    ),
+    Case("embedding", lambda: nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 5)), lora("0"), tokens()),
+    Case(
+        "embedding-padding",
+        lambda: nn.Sequential(nn.Embedding(20, 8, padding_idx=0, scale_grad_by_freq=True)),
+        lora("0"),
+        tokens(),
+        {"slope": DEFINED},
+    ),
+    Case(
+        "embedding-max-norm",
+        lambda: nn.Sequential(nn.Embedding(20, 8, max_norm=1.0), nn.Linear(8, 5)),
+        lora("0"),
+        tokens(),
+    ),
+    Case(
+        "conv1d", lambda: nn.Sequential(nn.Conv1d(4, 6, 3, stride=2, padding=1), nn.ReLU()), lora("0"), randn(4, 4, 9)
+    ),
+    Case(
+        "conv2d",
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 3, 1)),
+        lora("0", "2"),
+        randn(4, 4, 6, 6),
+    ),
+    Case(
+        "conv2d-dilation",
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3, dilation=2, padding="same")),
+        lora("0"),
+        randn(4, 4, 7, 7),
+    ),
+    Case(
+        "conv2d-circular",
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular")),
+        lora("0"),
+        randn(4, 4, 6, 6),
+    ),
+    Case(
+        "conv2d-reflect",
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="reflect")),
+        lora("0"),
+        randn(4, 4, 6, 6),
+    ),
+    Case("conv2d-groups", lambda: nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), lora("0"), randn(4, 4, 6, 6)),
+    Case("conv2d-depthwise", lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=4)), lora("0"), randn(4, 4, 6, 6)),
+    Case(
+        "conv3d", lambda: nn.Sequential(nn.Conv3d(2, 4, (1, 2, 3), stride=(1, 1, 2))), lora("0"), randn(4, 2, 3, 4, 5)
+    ),
+    Case("attention", SelfAttention, lora("attention"), randn(4, 5, 8), {"routing": BARE}),
+    Case("attention-out-only", SelfAttention, lora("attention.out_proj"), randn(4, 5, 8), {"routing": BARE}),
+    Case(
+        "experts",
+        lambda: nn.Sequential(Experts()),
+        pf.LoraConfig(**SMALL, target_parameters=["0.up", "0.down"]),
+        randn(4, 8),
+        {"routing": BARE},
+    ),
+    Case(
+        "transposed-experts",
+        lambda: nn.Sequential(TransposedExperts()),
+        pf.LoraConfig(**SMALL, target_parameters=["0.weight"]),
+        randn(4, 6),
+        {"routing": BARE},
+    ),
+    Case("tied-embedding", Tied, lora("emb"), tokens()),
+    Case("tied-head", Tied, lora("head"), tokens()),
+    Case("two-paths", Twice, lora("first"), randn(4, 8)),
+    Case("gpt2", gpt2, lora("c_attn", "c_proj"), lambda: {"input_ids": tokens()()}),
+    Case(
+        "llama",
+        llama,
+        pf.LoraConfig(**SMALL, target_modules="all-linear"),
+        lambda: {"input_ids": tokens()()},
+        {"slope": FLOAT32},
+    ),
+    Case("albert", albert, lora("query", "value"), lambda: {"input_ids": tokens()()}),
+]
+BY_NAME = {case.name: case for case in CASES}
+
+
+def having(law: str) -> list[Case]:
+    """The cases for which a law has a meaning."""
+    return [case for case in CASES if law not in case.exceptions]

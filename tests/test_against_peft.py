@@ -1,0 +1,364 @@
+"""LoRA here and in peft: from the same tensors the same outputs, gradients, training, merged weights and files."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import oracle
+import peft
+import pytest
+import torch
+from bases import BASES, Base
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import peftfn as pf
+from peftfn import keys
+
+# Both libraries compute the same sums; ours scales the narrow side of the product and adds while it multiplies, so
+# float32 results differ in their last bits. What the number is relative to, `oracle.furthest` and `distance` say.
+ROUNDING = 1e-6
+# The same in float64, where rounding is out of the way: what is left would be another formula.
+FORMULA = 1e-13
+# Ten steps at a rate of 0.001 go 0.01 far; AdamW divides by the size of the gradient, and so grows its rounding.
+TRAINING = 1e-5
+
+
+class Case(NamedTuple):
+    """A base and the options of its LoRA config.
+
+    Attributes:
+        tied: the adapter changes one end of a tied weight; peft's merge then changes the other end as well.
+    """
+
+    base: str
+    options: dict[str, Any]
+    tied: bool = False
+
+
+def lora(*targets: str, **options: Any) -> dict[str, Any]:
+    # s = 6 / 4 is no power of two: with one, products scaled before and after would agree in every bit.
+    return {"r": 4, "lora_alpha": 6, **({"target_modules": list(targets)} if targets else {}), **options}
+
+
+# The config line of peft's first example.
+FIRST = {
+    "r": 16,
+    "lora_alpha": 16,
+    "target_modules": ["query", "value"],
+    "lora_dropout": 0.1,
+    "bias": "none",
+    "modules_to_save": ["classifier"],
+}
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+PATTERNS = {"rank_pattern": {"0": 2, r"[3-4]": 5}, "alpha_pattern": {"5": 7, "0": 3}}
+
+CASES = {
+    "mlp": Case("mlp", lora("0", "3", "5")),
+    "convnet": Case("convnet", lora("0", "4", "5", "8", "10")),
+    "embedding and conv1d": Case("words", lora("0", "1", "3", "5")),
+    "minilm": Case("minilm", lora("query", "value", task_type="SEQ_CLS")),
+    "llama": Case("llama", lora(task_type="CAUSAL_LM")),
+    "gpt2": Case("gpt2", lora(task_type="CAUSAL_LM")),
+    "gpt2 all projections": Case("gpt2", lora("c_attn", "c_proj", "c_fc", fan_in_fan_out=True)),
+    "t5": Case("t5", lora(task_type="SEQ_2_SEQ_LM")),
+    "vit": Case("vit", FIRST),
+    "mixtral": Case("mixtral", lora("q_proj", "v_proj")),
+    "mixtral experts": Case("mixtral", lora(target_parameters=EXPERTS)),
+    "mixtral attention and experts": Case("mixtral", lora("q_proj", "v_proj", target_parameters=EXPERTS)),
+    "rslora": Case("mlp", lora("0", "3", use_rslora=True)),
+    "patterns": Case("mlp", lora("0", "3", "5", **PATTERNS)),
+    "patterns on bert": Case("bert", lora("query", "value", rank_pattern={r"layer\.1\..*query": 2, "value": 3})),
+    "pattern on experts": Case("mixtral", lora(target_parameters=EXPERTS, rank_pattern={"down_proj": 2})),
+    "bias all": Case("mlp", lora("0", bias="all")),
+    "bias lora_only": Case("mlp", lora("0", "5", bias="lora_only")),
+    "bias all on bert": Case("bert", lora("query", bias="all", task_type="SEQ_CLS")),
+    "bias on convolutions": Case("convnet", lora("0", "8", bias="all")),
+    "modules_to_save": Case("mlp", lora("0", modules_to_save=["5"])),
+    "a norm saved": Case("convnet", lora("4", modules_to_save=["2"])),
+    "layers_to_transform": Case("bert", lora("query", "value", layers_to_transform=1)),
+    "layers_pattern": Case("bert", lora("query", layers_to_transform=[0], layers_pattern="layer")),
+    "exclude_modules": Case("bert", lora("query", "value", exclude_modules=r".*layer\.0\..*")),
+    "exclude_modules by name": Case("mlp", lora("0", "3", "5", exclude_modules=["3"])),
+    "all-linear": Case("bert", lora(target_modules="all-linear", task_type="SEQ_CLS")),
+    "all-linear llama": Case("llama", lora(target_modules="all-linear")),
+    "regex": Case("bert", lora(target_modules=r".*\.1\.attention\.(self\.query|output\.dense)")),
+    "dropout": Case("bert", lora("query", lora_dropout=0.5)),
+    "word embeddings": Case("bert", lora("word_embeddings", "query")),
+    "llama embedding": Case("llama", lora("embed_tokens", "q_proj")),
+    "llama head": Case("llama", lora("lm_head")),
+    "token classes": Case("bert tokens", lora("query", "value", task_type="TOKEN_CLS")),
+    "questions": Case("bert questions", lora("query", "value", task_type="QUESTION_ANS")),
+    "tied embedding": Case("tied", lora("emb", "body"), tied=True),
+    "tied head": Case("tied", lora("head", "body"), tied=True),
+    "llama tied": Case("llama tied", lora("embed_tokens"), tied=True),
+}
+
+
+class Pair(NamedTuple):
+    """One case in both libraries: our adapter, and the peft model that `peft` made of its folder."""
+
+    case: Case
+    base: nn.Module
+    batch: Any
+    adapter: pf.Adapter
+    folder: Path
+    theirs: Any
+
+
+def pair_of(case: Case, folder: Path, cast: Callable[[Any], Any] = lambda one: one) -> Pair:
+    kind: Base = BASES[case.base]
+    base, batch = cast(kind.make()), cast(kind.inputs())
+    adapter = oracle.randomised(pf.init(base, oracle.config_of(pf, case.options)))
+    pf.save(adapter, folder)
+    return Pair(case, base, batch, adapter, folder, oracle.loaded(base, folder))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return pair_of(CASES[request.param], tmp_path_factory.mktemp("adapter"))
+
+
+def test_peft_finds_every_key_of_our_file_and_no_other(pair: Pair) -> None:
+    weights = peft.load_peft_weights(str(pair.folder), device="cpu")
+    with oracle.quiet_peft():
+        result = peft.set_peft_model_state_dict(pair.theirs, weights)
+    assert result.unexpected_keys == []
+    assert not set(result.missing_keys) & set(oracle.trained(pair.theirs))
+    assert sorted(oracle.file_of(pair.theirs)) == sorted(weights)
+
+
+def test_peft_holds_the_tensors_of_our_file_bit_for_bit(pair: Pair) -> None:
+    ours, theirs = load_file(pair.folder / "adapter_model.safetensors"), oracle.file_of(pair.theirs)
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+def test_outputs_are_pefts(pair: Pair) -> None:
+    ours = oracle.outputs(pf.apply(pair.base, pair.adapter, pair.batch))
+    theirs = oracle.outputs(oracle.called(pair.theirs, pair.batch))
+    assert oracle.distance(ours, theirs) < ROUNDING
+    assert oracle.distance(ours, oracle.outputs(oracle.called(pair.base, pair.batch))) > 1e-3  # and not the base's
+
+
+def test_every_gradient_is_pefts(pair: Pair) -> None:
+    ours = oracle.gradients(pair.base, pair.adapter, pair.batch)
+    theirs = oracle.gradients_of(pair.theirs, pair.batch)
+    assert oracle.furthest(ours, theirs) < ROUNDING
+
+
+def test_ten_steps_of_adamw_give_pefts_leaves(pair: Pair) -> None:
+    adapter = copy.deepcopy(pair.adapter)
+    theirs = oracle.loaded(pair.base, pair.folder)
+    before = {key: tensor.clone() for key, tensor in keys.to_keys(adapter).items()}
+    oracle.steps(pf.leaves(adapter), lambda: oracle.loss(pf.apply(pair.base, adapter, pair.batch)), 10)
+    oracle.steps(list(oracle.trained(theirs).values()), lambda: oracle.loss(oracle.called(theirs, pair.batch)), 10)
+    ours, found = keys.to_keys(adapter), oracle.file_of(theirs)
+    assert oracle.furthest(ours, {key: found[key] for key in ours}) < TRAINING
+    assert oracle.furthest(ours, before) > 1e-3
+
+
+def test_merged_weights_are_pefts(pair: Pair) -> None:
+    state = pair.base.state_dict()
+    merged = pf.merge(state, pair.adapter)
+    assert oracle.furthest(merged, state) > 1e-3
+    if pair.case.tied:
+        output = torch.func.functional_call(pair.base, merged, *_call(pair.batch), tie_weights=False)
+        ours = pf.apply(pair.base, pair.adapter, pair.batch)
+        assert oracle.distance(oracle.outputs(output), oracle.outputs(ours)) < ROUNDING
+    else:
+        assert oracle.furthest(merged, oracle.merged_of(pair.theirs)) < ROUNDING
+
+
+def _call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return ((), batch) if isinstance(batch, dict) else ((batch,), {})
+
+
+def _peft_options(pair: Pair) -> dict[str, Any]:
+    if pair.case.base == "vit":  # transformers 5 renamed ViT's layers; peft knows them by their new names only
+        return pair.case.options | {"target_modules": list(pair.adapter.config.target_modules)}
+    return pair.case.options
+
+
+def test_a_folder_that_peft_wrote_gives_pefts_output_and_comes_back_bit_for_bit(pair: Pair, tmp_path: Path) -> None:
+    theirs = oracle.made(pair.base, _peft_options(pair))
+    oracle.randomise(theirs, seed=1)
+    with oracle.quiet_peft():
+        theirs.save_pretrained(tmp_path / "theirs")
+    adapter = pf.load(tmp_path / "theirs", model=pair.base)
+    ours = oracle.outputs(pf.apply(pair.base, adapter, pair.batch))
+    assert oracle.distance(ours, oracle.outputs(oracle.called(theirs, pair.batch))) < ROUNDING
+    pf.save(adapter, tmp_path / "ours")
+    written, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert sorted(written) == sorted(oracle.without_copies(found))
+    assert all(torch.equal(tensor, found[key]) for key, tensor in written.items())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_float64_nothing_but_rounding_is_left(name: str, tmp_path: Path) -> None:
+    if name == "minilm":
+        pytest.skip("22 million float64 numbers, for what the cases on bert show too")
+
+    def cast(one: Any) -> Any:
+        if isinstance(one, dict):
+            return {key: cast(value) for key, value in one.items()}
+        if CASES[name].base == "mixtral" and isinstance(one, nn.Module):
+            one.set_experts_implementation("eager")  # torch's grouped product has no float64
+        return one.double() if isinstance(one, nn.Module) or one.is_floating_point() else one
+
+    pair = pair_of(CASES[name], tmp_path, cast)
+    ours = oracle.gradients(pair.base, pair.adapter, pair.batch)
+    theirs = oracle.gradients_of(pair.theirs, pair.batch)
+    assert oracle.furthest(ours, theirs) < FORMULA
+
+
+TWO = {
+    "other layers, rank and alpha": Case("mlp", lora("0", "3")),
+    "embedding": Case("words", lora("0", "1", "5")),
+    "convolutions": Case("convnet", lora("0", "8")),
+    "bert": Case("bert", lora("query", "dense")),
+}
+SECOND = {"mlp": ["3", "5"], "words": ["0", "3"], "convnet": ["0", "5"], "bert": ["query", "value"]}
+
+
+@pytest.mark.parametrize("case", TWO.values(), ids=TWO)
+def test_two_active_adapters_are_pefts_two_active_adapters(case: Case, tmp_path: Path) -> None:
+    pair = pair_of(case, tmp_path / "first")
+    config = pf.LoraConfig(r=3, lora_alpha=5, target_modules=SECOND[case.base], use_rslora=True)
+    second = oracle.randomised(pf.init(pair.base, config), seed=1)
+    pf.save(second, tmp_path / "second")
+    with oracle.quiet_peft():
+        pair.theirs.load_adapter(str(tmp_path / "second"), "second", is_trainable=True)
+        pair.theirs.base_model.set_adapter(["default", "second"])
+    ours = oracle.outputs(pf.apply(pair.base, (pair.adapter, second), pair.batch))
+    assert oracle.distance(ours, oracle.outputs(oracle.called(pair.theirs, pair.batch))) < ROUNDING
+    for one, other, name in ((pair.adapter, second, "default"), (second, pair.adapter, "second")):
+        found = oracle.gradients(pair.base, one, pair.batch, other)
+        assert oracle.furthest(found, oracle.gradients_of(pair.theirs, pair.batch, name)) < ROUNDING
+
+
+def test_attention_is_that_of_the_sum_of_weights_and_deltas() -> None:
+    # peft 0.21.2 adds the delta of out_proj twice: here the reference is the formula itself.
+    base, batch = BASES["attention"].make().double(), BASES["attention"].inputs().double()
+    adapter = oracle.randomised(pf.init(base, oracle.config_of(pf, lora("attention"))))
+    params = {path: {name: t.requires_grad_() for name, t in leaf.items()} for path, leaf in adapter.params.items()}
+    names = {"attention": "attention.in_proj_weight", "attention.out_proj": "attention.out_proj.weight"}
+    assert sorted(params) == sorted(names)
+    state = base.state_dict()
+    for path, name in names.items():
+        state[name] = state[name] + 1.5 * params[path]["lora_B"] @ params[path]["lora_A"]
+    expected = torch.func.functional_call(base, state, batch)
+    ours = pf.apply(base, adapter.replace(params=params), batch)
+    assert oracle.distance(ours, expected) < FORMULA
+    flat = [tensor for leaf in params.values() for tensor in leaf.values()]
+    found, wanted = (torch.autograd.grad(oracle.loss(one), flat) for one in (ours, expected))
+    assert oracle.furthest(dict(enumerate(found)), dict(enumerate(wanted))) < FORMULA
+
+
+def test_attention_without_out_proj_is_pefts(tmp_path: Path) -> None:
+    base, batch = BASES["attention"].make(), BASES["attention"].inputs()
+    adapter = oracle.randomised(pf.init(base, oracle.config_of(pf, lora("attention", "head"))))
+    adapter.params["attention.out_proj"]["lora_B"].zero_()
+    pf.save(adapter, tmp_path)
+    theirs = oracle.loaded(base, tmp_path)
+    ours = pf.apply(base, adapter, batch)
+    assert oracle.distance(ours, theirs(batch)) < ROUNDING
+    assert oracle.distance(ours, base(batch)) > 1e-3
+    found, wanted = oracle.gradients(base, adapter, batch), oracle.gradients_of(theirs, batch)
+    assert sorted(found) == sorted(wanted)
+    kept = [key for key in found if ".out_proj." not in key]
+    assert oracle.furthest({key: found[key] for key in kept}, {key: wanted[key] for key in kept}) < ROUNDING
+
+
+def test_a_folder_of_pefts_with_attention_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    base = BASES["attention"].make()
+    theirs = oracle.made(base, lora("attention"))
+    oracle.randomise(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    pf.save(pf.load(tmp_path / "theirs", model=base), tmp_path / "ours")
+    ours, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert sorted(ours) == sorted(found)
+    assert all(torch.equal(ours[key], found[key]) for key in found)
+
+
+def test_pefts_first_example_trains() -> None:
+    model = BASES["vit"].make().train()
+    config = pf.LoraConfig(
+        r=16,
+        lora_alpha=16,
+        target_modules=["query", "value"],
+        lora_dropout=0.1,
+        bias="none",
+        modules_to_save=["classifier"],
+    )
+    adapter = pf.init(model, config)
+    labels = torch.arange(16) % 4
+    batch = {"pixel_values": torch.randn(16, 3, 8, 8) + labels[:, None, None, None], "labels": labels}
+    losses: list[float] = []
+
+    def value() -> Tensor:
+        found = pf.apply(model, adapter, batch).loss
+        losses.append(float(found.detach()))
+        return found
+
+    oracle.steps(pf.leaves(adapter), value, 20, rate=1e-2)
+    assert losses[-1] < losses[0] / 2
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def tensors_of(library: Any, base: nn.Module, options: dict[str, Any]) -> dict[str, Tensor]:
+    """Fresh tensors of either library, by key."""
+    if library is pf:
+        return keys.to_keys(pf.init(base, oracle.config_of(pf, options)))
+    return oracle.file_of(oracle.made(base, options))
+
+
+def wide() -> nn.Module:
+    """Layers of each kind with enough numbers to see how they are drawn."""
+    return nn.ModuleDict(
+        {
+            "linear": nn.Linear(300, 200),
+            "embedding": nn.Embedding(300, 200),
+            "conv": nn.Conv2d(40, 200, 3),
+            "transposed": Conv1D(200, 300),
+        }
+    )
+
+
+SPREAD = {
+    # The standard deviation of A and B for r = 16: uniform numbers within 1/sqrt(fan in) have 1/sqrt(3 fan in).
+    True: {"linear": (900**-0.5, 0), "embedding": (0, 1), "conv": (1080**-0.5, 0), "transposed": (900**-0.5, 0)},
+    "gaussian": {"linear": (1 / 16, 0), "embedding": (0, 1), "conv": (1 / 16, 0), "transposed": (1 / 16, 0)},
+    False: {
+        "linear": (900**-0.5, 48**-0.5),
+        "embedding": (1, 1),
+        "conv": (1080**-0.5, 48**-0.5),
+        "transposed": (900**-0.5, 48**-0.5),
+    },
+}
+
+
+@pytest.mark.parametrize("how", SPREAD)
+@pytest.mark.parametrize("library", [pf, peft], ids=["peftfn", "peft"])
+def test_both_libraries_draw_fresh_tensors_alike(library: Any, how: bool | str) -> None:
+    names = ["linear", "embedding", "conv", "transposed"]
+    found = tensors_of(library, wide(), {"r": 16, "target_modules": names, "init_lora_weights": how})
+    for key, tensor in found.items():
+        name = next(one for one in names if f".{one}." in key)
+        expected = SPREAD[how][name]["_B" in key]
+        assert float(tensor.std()) == pytest.approx(expected, rel=0.05), key  # of at least 3,200 numbers
+        assert abs(float(tensor.mean())) <= 0.1 * expected, key
+        if not isinstance(how, str) and name != "embedding":
+            assert float(tensor.abs().max()) <= expected * 3**0.5, key  # uniform, not normal
+
+
+def test_a_convolution_with_groups_starts_as_large_as_one_without() -> None:
+    def spread(groups: int) -> float:
+        model = nn.Sequential(nn.Conv2d(64, 64, 3, groups=groups))
+        adapter = pf.init(model, pf.LoraConfig(r=32, target_modules=["0"]))
+        return float(adapter.params["0"]["lora_A"].std()) * (64 / groups) ** 0.5
+
+    assert spread(4) == pytest.approx(spread(1), rel=0.05)

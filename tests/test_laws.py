@@ -1,0 +1,268 @@
+"""The nine laws of the design, for every row of the table in cases.py (gradients against peft: test_against_peft.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import optree
+import pytest
+import torch
+import torch.utils._pytree as torch_pytree
+from cases import Case, having, loss, output, trained
+from snapshot import snapshot
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import peftfn as pf
+
+# Two ways to compute the same number in float32: sums are taken in another order.
+SAME = {"rtol": 1e-5, "atol": 2e-6}
+
+
+def cases(law: str) -> Any:
+    return pytest.mark.parametrize("case", having(law), ids=lambda case: case.name)
+
+
+def call(model: nn.Module, batch: Any) -> Tensor:
+    return output(model(**batch) if isinstance(batch, dict) else model(batch))
+
+
+def applied(model: nn.Module, adapter: Any, batch: Any, **kwargs: Any) -> Tensor:
+    return output(pf.apply(model, adapter, batch, **kwargs))
+
+
+def every_name(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters under each of their names, so that a tied weight can come apart."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+
+
+def rows(batch: Any, pick: Any) -> Any:
+    return {name: tensor[pick] for name, tensor in batch.items()} if isinstance(batch, dict) else batch[pick]
+
+
+@contextlib.contextmanager
+def no_fast_attention() -> Iterator[None]:
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def close(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one, other, **SAME)
+
+
+@cases("purity")
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_base_is_the_same_after_init_apply_backward_and_merge(case: Case, train: bool) -> None:
+    model, batch = case.base().train(train), case.batch()
+    before = snapshot(model)
+    adapter = trained(pf.init(model, case.config))
+    pf.leaves(adapter)
+    loss(pf.apply(model, adapter, batch)).backward()
+    pf.merge(every_name(model), adapter, model=model)
+    assert snapshot(model) == before
+    assert all(tensor.grad is not None for tensor in pf.leaves(adapter))
+
+
+@cases("identity")
+def test_fresh_adapter_gives_the_bases_output_bit_for_bit(case: Case) -> None:
+    model, batch = case.base(), case.batch()
+    with torch.no_grad():  # nn.MultiheadAttention takes another kernel when something requires grad
+        fresh, bare = applied(model, pf.init(model, case.config), batch), applied(model, (), batch)
+        expected = call(model, batch)  # last: an nn.Embedding with max_norm writes to itself when it runs
+    assert torch.equal(fresh, expected)
+    assert torch.equal(bare, expected)
+
+
+@cases("identity")
+def test_trained_adapter_changes_the_output(case: Case) -> None:
+    model, batch = case.base(), case.batch()
+    adapted = applied(model, trained(pf.init(model, case.config)), batch)
+    assert (adapted - applied(model, (), batch)).abs().max() > 1e-3
+
+
+@cases("merge")
+def test_merged_weights_compute_what_apply_does(case: Case) -> None:
+    model, batch = case.base(), case.batch()
+    adapter = trained(pf.init(model, case.config))
+    params = every_name(model)
+    before = dict(params)
+    merged = pf.merge(params, adapter, model=model)
+    adapted = applied(model, adapter, batch)
+    assert params.keys() == before.keys() == merged.keys()
+    assert all(params[name] is before[name] for name in params)
+    assert sum(merged[name] is not params[name] for name in params) > 0
+    args = ((), batch) if isinstance(batch, dict) else ((batch,), {})
+    merged = {name: tensor.detach().clone() for name, tensor in merged.items()}  # max_norm writes to what it is given
+    close(output(functional_call(model, merged, *args, tie_weights=False)), adapted)
+
+
+@cases("sum")
+def test_two_adapters_are_the_second_on_the_merged_first(case: Case) -> None:
+    model, batch = case.base(), case.batch()
+    first, second = (trained(pf.init(model, case.config), seed) for seed in (1, 2))
+    merged = pf.merge(every_name(model), first, model=model)
+    close(applied(model, (first, second), batch), applied(model, second, batch, params=merged))
+
+
+@cases("stack")
+def test_vmap_over_a_stack_is_each_adapter_alone(case: Case) -> None:
+    model, batch = case.base(), case.batch()
+    adapters = [trained(pf.init(model, case.config), seed) for seed in range(3)]
+    with warnings.catch_warnings():  # torch says that attention falls back to a loop under vmap
+        warnings.filterwarnings("ignore", message=".*batching rule", category=UserWarning)
+        together = vmap(lambda adapter: applied(model, adapter, batch))(pf.stack(adapters))
+        gradients = vmap(grad(lambda params, adapter: loss(pf.apply(model, adapter.replace(params=params), batch))))(
+            pf.stack(adapters).params, pf.stack(adapters)
+        )
+    for number, adapter in enumerate(adapters):
+        close(together[number], applied(model, adapter, batch))
+        alone = grad(lambda params: loss(pf.apply(model, adapter.replace(params=params), batch)))(adapter.params)  # noqa: B023  # called at once
+        close(torch_pytree.tree_map(lambda tensor: tensor[number], gradients), alone)  # noqa: B023  # called at once
+
+
+@cases("stack")
+def test_unstack_gives_back_what_was_stacked(case: Case) -> None:
+    model = case.base()
+    adapters = [trained(pf.init(model, case.config), seed) for seed in range(2)]
+    for one, other in zip(pf.unstack(pf.stack(adapters)), adapters, strict=True):
+        assert one.config == other.config
+        assert_same(one, other)
+
+
+@cases("routing")
+def test_each_row_uses_its_own_adapter(case: Case) -> None:
+    model, batch = case.base(), case.batch()
+    adapters = [trained(pf.init(model, case.config), seed) for seed in range(3)]
+    routed = applied(model, pf.stack(adapters), batch, index=[2, -1, 0, 2])
+    for row, number in enumerate([2, -1, 0, 2]):
+        alone = applied(model, adapters[number] if number >= 0 else (), batch)[row]
+        close(routed[row], alone)
+
+
+@cases("gradients")
+def test_grad_and_backward_agree(case: Case) -> None:
+    model, batch = case.base(), case.batch()
+    adapter = trained(pf.init(model, case.config))
+    functional = grad(lambda params: loss(pf.apply(model, adapter.replace(params=params), batch)))(adapter.params)
+    leaves = pf.leaves(adapter)
+    loss(pf.apply(model, adapter, batch)).backward()
+    for tensor, expected in zip(leaves, torch_pytree.tree_leaves(functional), strict=True):
+        assert tensor.grad is not None
+        close(tensor.grad, expected)
+
+
+@cases("slope")
+def test_gradient_is_the_slope(case: Case) -> None:
+    """Against the mathematics: the directional derivative in float64, by finite differences."""
+    model = case.base().double()
+    batch = torch_pytree.tree_map(lambda t: t.double() if t.is_floating_point() else t, case.batch())
+    adapter = trained(pf.init(model, case.config))
+    direction = torch_pytree.tree_map(torch.randn_like, adapter.params)
+
+    def value(step: float) -> Tensor:
+        moved = torch_pytree.tree_map(lambda tensor, along: tensor + step * along, adapter.params, direction)
+        return loss(pf.apply(model, adapter.replace(params=moved), batch))
+
+    gradient = grad(lambda params: loss(pf.apply(model, adapter.replace(params=params), batch)))(adapter.params)
+    slope = sum(torch_pytree.tree_leaves(torch_pytree.tree_map(lambda g, d: (g * d).sum(), gradient, direction)))
+    measured = (value(1e-5) - value(-1e-5)) / 2e-5
+    torch.testing.assert_close(torch.as_tensor(slope), measured, rtol=1e-5, atol=1e-8)
+    # The fused kernels have no forward-mode derivative, and nn.MultiheadAttention does not see that one is asked for.
+    with sdpa_kernel(SDPBackend.MATH), no_fast_attention():
+        forward = jvp(
+            lambda p: loss(pf.apply(model, adapter.replace(params=p), batch)), (adapter.params,), (direction,)
+        )
+    torch.testing.assert_close(forward[1], torch.as_tensor(slope), rtol=1e-9, atol=1e-12)
+
+
+@cases("round trip")
+def test_saved_adapter_loads_bit_for_bit(case: Case, tmp_path: Any) -> None:
+    model = case.base()
+    adapter = trained(pf.init(model, case.config))
+    for loaded in (pf.load(pf.save(adapter, tmp_path)), pf.load(tmp_path, model)):
+        assert loaded.config == adapter.config
+        assert_same(loaded, adapter)
+
+
+@cases("randomness")
+def test_init_takes_its_randomness_from_the_generator_alone(case: Case) -> None:
+    model = case.base()
+    before = torch.get_rng_state()
+    one, again = (pf.init(model, case.config, torch.Generator().manual_seed(3)) for _ in range(2))
+    other = pf.init(model, case.config, torch.Generator().manual_seed(4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_same(one, again)
+    assert_same(pf.init(model, case.config), pf.init(model, case.config))
+    assert any(not torch.equal(a, b) for a, b in zip(*map(torch_pytree.tree_leaves, (one, other)), strict=True))
+
+
+@cases("pytree")
+def test_torch_and_optree_see_the_same_tree(case: Case) -> None:
+    adapter = pf.init(case.base(), case.config)
+    ours = torch_pytree.tree_leaves(adapter)
+    theirs = optree.tree_leaves(adapter)
+    assert len(ours) == len(theirs) > 0
+    assert all(one is other for one, other in zip(ours, theirs, strict=True))
+    doubled = optree.tree_map(lambda tensor: tensor * 2, adapter)
+    assert isinstance(doubled, pf.Adapter)
+    assert doubled.config is adapter.config
+    assert list(doubled.params) == list(adapter.params) == sorted(adapter.params)
+
+
+def assert_same(one: pf.Adapter, other: pf.Adapter) -> None:
+    for mine, yours in ((one.params, other.params), (one.buffers, other.buffers)):
+        assert {path: list(leaf) for path, leaf in mine.items()} == {path: list(leaf) for path, leaf in yours.items()}
+        for path, leaf in mine.items():
+            for name, tensor in leaf.items():
+                assert tensor.dtype == yours[path][name].dtype
+                assert torch.equal(tensor, yours[path][name]), f"{path}.{name}"
+
+
+def test_dropout_follows_the_mode_and_the_rules_of_vmap() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    adapter = trained(pf.init(model, pf.LoraConfig(r=4, target_modules=["0"], lora_dropout=0.5)))
+    x = torch.randn(4, 8)
+    model.train()
+    assert not torch.equal(pf.apply(model, adapter, x), pf.apply(model, adapter, x))
+    torch.manual_seed(3)
+    first = pf.apply(model, adapter, x)
+    torch.manual_seed(3)
+    assert torch.equal(pf.apply(model, adapter, x), first)
+    stacked = pf.stack([adapter, adapter])
+    same = vmap(lambda one: pf.apply(model, one, x), randomness="same")(stacked)
+    assert torch.equal(same[0], same[1])
+    different = vmap(lambda one: pf.apply(model, one, x), randomness="different")(stacked)
+    assert not torch.equal(different[0], different[1])
+    with pytest.raises(RuntimeError, match="random"):
+        vmap(lambda one: pf.apply(model, one, x))(stacked)
+    model.eval()
+    assert torch.equal(pf.apply(model, adapter, x), pf.apply(model, adapter, x))
+
+
+def test_adapters_of_unlike_rank_alpha_and_sites_stack() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 5)), torch.randn(4, 8)
+    configs = [
+        pf.LoraConfig(r=2, target_modules=["0"]),
+        pf.LoraConfig(r=5, lora_alpha=20, target_modules=["0", "2"], rank_pattern={"2": 3}),
+        pf.LoraConfig(r=3, target_modules=["2"], use_rslora=True),
+    ]
+    adapters = [trained(pf.init(model, config), seed) for seed, config in enumerate(configs)]
+    stacked = pf.stack(adapters)
+    assert stacked.params["0"]["lora_A"].shape == (3, 5, 8)
+    together = vmap(lambda adapter: pf.apply(model, adapter, x))(stacked)
+    routed = pf.apply(model, stacked, x, index=torch.tensor([2, 0, -1, 1]))
+    for number, adapter in enumerate(adapters):
+        close(together[number], pf.apply(model, adapter, x))
+        close(routed[[1, 3, 0][number]], pf.apply(model, adapter, x)[[1, 3, 0][number]])
+    gradients = vmap(grad(lambda p, a: loss(pf.apply(model, a.replace(params=p), x))))(stacked.params, stacked)
+    padding = gradients["0"]["lora_A"][0, 2:]
+    assert torch.equal(padding, torch.zeros_like(padding)), "padding is exact in training too"
+    for one, adapter in zip(pf.unstack(stacked), adapters, strict=True):
+        assert_same(one, adapter)
