@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from peftfn import attach, graft, layers, methods, routing, stacking, targets
+from peftfn import attach, graft, layers, methods, routing, stacking, targets, twins
 from peftfn.adapter import Adapter, Tree, as_tuple, sorted_tree
 from peftfn.config import PeftConfig
 
@@ -149,18 +150,38 @@ def apply(
     adapters = as_tuple(adapter)
     arguments, keywords = as_call(batch)
     rows = _check_stacks(adapters, index)
-    twins = graft.Twins(model, params)
-    armed = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    attach.attach(twins.root, twins.by_path, attach.parts(adapters, rows), _put, armed)
-    if twins.checkpointing:
-        graft.let_inputs_require_grad(twins.root)
+    made = twins.Twins(model, params)
+    tracing = torch.compiler.is_compiling()
+    for table in made.tables:
+        graft.keep_norms(table)
+    how = attach.How(
+        hold=_put,
+        armed=torch.is_grad_enabled() and not tracing,
+        check=tracing or not _is_known(model, adapters),
+        apart=not tracing,
+    )
+    attach.attach(made.root, made.by_path, attach.parts(adapters, rows), how)
+    if made.checkpointing:
+        graft.let_inputs_require_grad(made.root)
     try:
         # The twins hold every tensor already, and keep it for the backward pass (a checkpointed block looks for it
         # there): functional_call finds each in its place, and leaves it there.
-        named = {name: twins.tensor(name) for name in params or ()}
-        return torch.func.functional_call(twins.root, named, arguments, keywords, tie_weights=False)
+        named = {name: made.tensor(name) for name in params or ()}
+        return torch.func.functional_call(made.root, named, arguments, keywords, tie_weights=False)
     except RuntimeError as error:
         raise graft.explained(error) from error
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Adapter]] = weakref.WeakKeyDictionary()
+
+
+def _is_known(model: nn.Module, adapters: Sequence[Adapter]) -> bool:
+    """Whether these adapters were held against this model before; from now on they are known."""
+    known = _KNOWN.setdefault(model, weakref.WeakSet())
+    if all(adapter in known for adapter in adapters):
+        return True
+    known.update(adapters)
+    return False
 
 
 def _put(twin: nn.Module, name: str, compute: Any) -> None:

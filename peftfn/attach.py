@@ -18,8 +18,22 @@ from peftfn.layers import Place, Site
 from peftfn.methods import Method
 from peftfn.stacking import Stacked
 
-Hold = Callable[[nn.Module, str, Callable[[], Tensor]], None]
-"""How a weight that the base reads itself is put on its twin: `(twin, name, compute)`."""
+
+class How(NamedTuple):
+    """How to attach.
+
+    Attributes:
+        hold: how a weight that the base reads itself is put on its twin: `(twin, name, compute)`.
+        armed: whether a site that runs without gradients is to be looked at (see `_watched`).
+        check: whether to hold names and shapes against the layers.
+        apart: whether a site runs on a second twin of its layer. A twin that held a forward that held the twin would be
+            a cycle, and keep its tensors until the garbage collector comes by.
+    """
+
+    hold: Callable[[nn.Module, str, Callable[[], Tensor]], None]
+    armed: bool
+    check: bool = True
+    apart: bool = False
 
 
 class Part(NamedTuple):
@@ -59,17 +73,14 @@ def parts(adapters: Sequence[Adapter], rows: Tensor | None = None) -> dict[str, 
     return found
 
 
-def attach(
-    root: nn.Module, by_path: Mapping[str, nn.Module], found: Mapping[str, Sequence[Part]], hold: Hold, armed: bool
-) -> None:
+def attach(root: nn.Module, by_path: Mapping[str, nn.Module], found: Mapping[str, Sequence[Part]], how: How) -> None:
     """Make the twins of the sites compute what the adapters say.
 
     Args:
         root: the twin of the whole model.
         by_path: the twins, by module path.
         found: what the adapters bring, from `parts`.
-        hold: how to put an adapted weight on a twin whose base reads that weight itself.
-        armed: whether a site that runs without gradients is to be looked at (see `_watched`).
+        how: the rest.
 
     Raises:
         KeyError: an adapter has a site that the model does not have.
@@ -79,12 +90,12 @@ def attach(
         twin = by_path.get(path)
         if twin is None:
             place = _parameter_place(root, by_path, path)
-            _adapt(by_path[place.owner], place, path, here, hold, armed)
+            _adapt(by_path[place.owner], place, path, here, how)
             continue
-        _replace(twin, path, here)
+        _replace(twin, path, here, how)
         if any(part.leaf for part in here):
             _leave_fast_path(by_path, path)
-            _adapt(twin, _module_place(root, by_path, path, twin), path, here, hold, armed)
+            _adapt(twin, _module_place(root, by_path, path, twin), path, here, how)
 
 
 def _parameter_place(root: nn.Module, by_path: Mapping[str, nn.Module], path: str) -> Place:
@@ -114,7 +125,7 @@ def _module_place(root: nn.Module, by_path: Mapping[str, nn.Module], path: str, 
     return place
 
 
-def _replace(twin: nn.Module, path: str, here: Sequence[Part]) -> None:
+def _replace(twin: nn.Module, path: str, here: Sequence[Part], how: How) -> None:
     """Put whole tensors (heads, biases) in place of the twin's."""
     taken: set[str] = set()
     for part in here:
@@ -127,7 +138,8 @@ def _replace(twin: nn.Module, path: str, here: Sequence[Part]) -> None:
             if part.rows is None:
                 graft.put(twin, name, tensor)
         if part.rows is not None and part.replaced:
-            graft.set_forward(twin, routing.replaced(twin, path, part.replaced, part.rows))
+            layer = graft.second(twin) if how.apart else twin
+            graft.set_forward(twin, routing.replaced(layer, path, part.replaced, part.rows))
 
 
 def _check_replacement(old: Tensor | None, twin: nn.Module, name: str, tensor: Tensor, part: Part, fixed: bool) -> None:
@@ -142,23 +154,25 @@ def _check_replacement(old: Tensor | None, twin: nn.Module, name: str, tensor: T
     )
 
 
-def _adapt(twin: nn.Module, place: Place, path: str, here: Sequence[Part], hold: Hold, armed: bool) -> None:
-    _check_leaves(twin, place, path, here)
+def _adapt(twin: nn.Module, place: Place, path: str, here: Sequence[Part], how: How) -> None:
+    if how.check:
+        _check_leaves(twin, place, path, here)
     here = [part for part in here if part.leaf]
     if place.kind in layers.WEIGHT_KINDS:
         if any(part.rows is not None for part in here):
             routing.refuse(path, twin)
-        hold(twin, place.weight, functools.partial(_merged, twin, place, here))
+        how.hold(twin, place.weight, functools.partial(_merged, twin, place, here))
         return
-    run = graft.base_forward(twin)
+    layer = graft.second(twin) if how.apart else twin
+    run = graft.base_forward(layer)
     for part in here:
-        site = Site(path, place.kind, twin, place.weight, run)
+        site = Site(path, place.kind, layer, place.weight, run)
         if part.rows is None:
             run = functools.partial(part.method.forward, part.config, part.leaf, site)
         else:
             run = routing.step(part.method, part.config, part.leaf, part.rows, run, site)
-    if armed:
-        run = functools.partial(_watched, run, twin, path, [tensor for part in here for tensor in part.leaf.values()])
+    if how.armed:
+        run = functools.partial(_watched, run, layer, path, [tensor for part in here for tensor in part.leaf.values()])
     graft.set_forward(twin, run)
 
 

@@ -28,8 +28,10 @@ def shared(model: nn.Module) -> Any:
     modules = [module for module in model.modules() if not hasattr(type(module), "__deepcopy__")]
     for module in modules:
         memo[id(module)] = object.__new__(type(module))
+    for hooks in (value for module in modules for value in vars(module).values() if type(value) is OrderedDict):
+        _copied(hooks, memo)  # before the handles that refer to them
     for module in modules:
-        memo[id(module)].__dict__.update({name: _copied(value, memo) for name, value in module.__dict__.items()})
+        vars(memo[id(module)]).update({name: _copied(value, memo) for name, value in vars(module).items()})
     return copy.deepcopy(model, memo)
 
 

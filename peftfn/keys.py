@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from peftfn import attach, graft, layers, methods, targets
+from peftfn import attach, layers, methods, targets, twins
 from peftfn.adapter import Adapter, Leaf, Tree, sorted_tree
 from peftfn.config import PeftConfig
 from peftfn.methods import Method
@@ -228,8 +228,8 @@ def check_against(adapter: Adapter, model: nn.Module, source: str) -> None:
             f"{source} does not fit this {type(model).__name__}: missing sites {_few(missing)}, unexpected sites "
             f"{_few(unexpected)}. It was made for another architecture, or its config was changed."
         )
-    twins = graft.Twins(model)
-    attach.attach(twins.root, twins.by_path, attach.parts([adapter]), _hold_nothing, armed=False)
+    made = twins.Twins(model)
+    attach.attach(made.root, made.by_path, attach.parts([adapter]), attach.How(hold=_hold_nothing, armed=False))
 
 
 def _hold_nothing(_twin: nn.Module, _name: str, _compute: Callable[[], Tensor]) -> None:

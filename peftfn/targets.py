@@ -20,19 +20,39 @@ class Targeting(Protocol):
     """The fields of a config that choose modules."""
 
     @property
-    def target_modules(self) -> Sequence[str] | str | None: ...
+    def target_modules(self) -> Sequence[str] | str | None:
+        """Names (a path's ending), or a regex for whole paths."""
+        ...
+
     @property
-    def exclude_modules(self) -> Sequence[str] | str | None: ...
+    def exclude_modules(self) -> Sequence[str] | str | None:
+        """Names or a regex of modules to leave out."""
+        ...
+
     @property
-    def modules_to_save(self) -> Sequence[str] | None: ...
+    def modules_to_save(self) -> Sequence[str] | None:
+        """Names of modules to train whole."""
+        ...
+
     @property
-    def layers_to_transform(self) -> Sequence[int] | int | None: ...
+    def layers_to_transform(self) -> Sequence[int] | int | None:
+        """Indices of the layers to adapt."""
+        ...
+
     @property
-    def layers_pattern(self) -> Sequence[str] | str | None: ...
+    def layers_pattern(self) -> Sequence[str] | str | None:
+        """The name of the list of layers."""
+        ...
+
     @property
-    def target_parameters(self) -> Sequence[str] | None: ...
+    def target_parameters(self) -> Sequence[str] | None:
+        """Names of bare parameters (a path's ending)."""
+        ...
+
     @property
-    def task_type(self) -> str | None: ...
+    def task_type(self) -> str | None:
+        """What the model is for."""
+        ...
 
 
 def model_type(model: nn.Module) -> str | None:
@@ -127,9 +147,10 @@ def sites(model: nn.Module, config: Targeting) -> dict[str, layers.Place]:
     for path in named:
         at = layers.places(model, path)
         if not at:
+            kind = type(model.get_submodule(path)).__name__
             raise ValueError(
-                f"target_modules={_shown(config.target_modules)} names {path!r}, a {type(model.get_submodule(path)).__name__}; "
-                "expected a linear, embedding, convolution or attention layer. Name a more specific path, or "
+                f"target_modules={_shown(config.target_modules)} names {path!r}, a {kind}; expected a linear, "
+                "embedding, convolution or attention layer. Name a more specific path, or "
                 f"exclude_modules=[{path!r}]."
             )
         found.update(at)
@@ -164,7 +185,7 @@ def in_model_order(model: nn.Module, names: Sequence[str] | None) -> Sequence[st
 
 
 def pattern_value(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """The value of the first pattern that matches the path (`(.*\\.)?pattern$`, as in PEFT), or the default."""
+    r"""The value of the first pattern that matches the path (`(.*\.)?pattern$`, as in PEFT), or the default."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", path):
             return value

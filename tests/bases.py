@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 WORDS = 40
 # Ten times what transformers takes: in a model this small, attention would hardly look at its input otherwise.
-WIDE = {"initializer_range": 0.2}
+WIDE: dict[str, Any] = {"initializer_range": 0.2}
 
 
 class Base(NamedTuple):
@@ -108,12 +108,12 @@ def minilm() -> nn.Module:
 
 def bert(head: str = "ForSequenceClassification", **config: Any) -> Callable[[], nn.Module]:
     """Makes a small random BERT with the head."""
-    sizes = {"vocab_size": WORDS, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"vocab_size": WORDS, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 3, "max_position_embeddings": 16} | WIDE | config
     return lambda: getattr(transformers, f"Bert{head}")(transformers.BertConfig(**sizes))
 
 
-_DECODER = {"vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+_DECODER: dict[str, Any] = {"vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 _DECODER |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16} | WIDE
 
 
@@ -128,20 +128,33 @@ def mixtral() -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    sizes = {"vocab_size": WORDS, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 24}
+    sizes: dict[str, Any] = {
+        "vocab_size": WORDS,
+        "n_positions": 16,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_inner": 24,
+    }
     sizes |= {"bos_token_id": 1, "eos_token_id": 2} | WIDE
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
 
 
 def t5() -> nn.Module:
-    sizes = {"vocab_size": WORDS, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
+    sizes: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    sizes |= {"vocab_size": WORDS, "decoder_start_token_id": 0}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
 
 
 def vit() -> nn.Module:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2} | WIDE
-    config = transformers.ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=3, num_labels=4)
-    return transformers.ViTForImageClassification(config)
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    } | WIDE
+    sizes |= {"image_size": 8, "patch_size": 4, "num_channels": 3, "num_labels": 4}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes))
 
 
 def randn(*shape: int) -> Callable[[], Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ Tensors = dict[str, Tensor]
 
 
 @contextlib.contextmanager
-def quiet_peft() -> Iterator[None]:
+def quiet_peft() -> Generator[None]:
     """Let peft and transformers warn: their advice about their own use says nothing about ours."""
     with warnings.catch_warnings():
         for category in (UserWarning, RuntimeWarning, FutureWarning):

@@ -177,14 +177,15 @@ def _call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return ((), batch) if isinstance(batch, dict) else ((batch,), {})
 
 
-def _peft_options(pair: Pair) -> dict[str, Any]:
+def peft_options(pair: Pair) -> dict[str, Any]:
     if pair.case.base == "vit":  # transformers 5 renamed ViT's layers; peft knows them by their new names only
-        return pair.case.options | {"target_modules": list(pair.adapter.config.target_modules)}
+        config: Any = pair.adapter.config
+        return pair.case.options | {"target_modules": list(config.target_modules)}
     return pair.case.options
 
 
 def test_a_folder_that_peft_wrote_gives_pefts_output_and_comes_back_bit_for_bit(pair: Pair, tmp_path: Path) -> None:
-    theirs = oracle.made(pair.base, _peft_options(pair))
+    theirs = oracle.made(pair.base, peft_options(pair))
     oracle.randomise(theirs, seed=1)
     with oracle.quiet_peft():
         theirs.save_pretrained(tmp_path / "theirs")
@@ -197,19 +198,23 @@ def test_a_folder_that_peft_wrote_gives_pefts_output_and_comes_back_bit_for_bit(
     assert all(torch.equal(tensor, found[key]) for key, tensor in written.items())
 
 
+def in_float64(one: Any) -> Any:
+    """The model or batch in float64."""
+    if isinstance(one, dict):
+        return {key: in_float64(value) for key, value in one.items()}
+    if isinstance(one, Tensor):
+        return one.double() if one.is_floating_point() else one
+    if hasattr(one, "set_experts_implementation"):
+        one.set_experts_implementation("eager")  # torch's grouped product has no float64
+    return one.double()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_in_float64_nothing_but_rounding_is_left(name: str, tmp_path: Path) -> None:
     if name == "minilm":
         pytest.skip("22 million float64 numbers, for what the cases on bert show too")
 
-    def cast(one: Any) -> Any:
-        if isinstance(one, dict):
-            return {key: cast(value) for key, value in one.items()}
-        if CASES[name].base == "mixtral" and isinstance(one, nn.Module):
-            one.set_experts_implementation("eager")  # torch's grouped product has no float64
-        return one.double() if isinstance(one, nn.Module) or one.is_floating_point() else one
-
-    pair = pair_of(CASES[name], tmp_path, cast)
+    pair = pair_of(CASES[name], tmp_path, in_float64)
     ours = oracle.gradients(pair.base, pair.adapter, pair.batch)
     theirs = oracle.gradients_of(pair.theirs, pair.batch)
     assert oracle.furthest(ours, theirs) < FORMULA
@@ -253,9 +258,9 @@ def test_attention_is_that_of_the_sum_of_weights_and_deltas() -> None:
     expected = torch.func.functional_call(base, state, batch)
     ours = pf.apply(base, adapter.replace(params=params), batch)
     assert oracle.distance(ours, expected) < FORMULA
-    flat = [tensor for leaf in params.values() for tensor in leaf.values()]
-    found, wanted = (torch.autograd.grad(oracle.loss(one), flat) for one in (ours, expected))
-    assert oracle.furthest(dict(enumerate(found)), dict(enumerate(wanted))) < FORMULA
+    flat = {f"{path}.{name}": tensor for path, leaf in params.items() for name, tensor in leaf.items()}
+    found, wanted = (torch.autograd.grad(oracle.loss(one), list(flat.values())) for one in (ours, expected))
+    assert oracle.furthest(dict(zip(flat, found, strict=True)), dict(zip(flat, wanted, strict=True))) < FORMULA
 
 
 def test_attention_without_out_proj_is_pefts(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -195,13 +195,8 @@ def test_two_dataclasses_with_a_field_of_one_name_cannot_share_a_command() -> No
 
 
 def test_settings_that_no_run_could_use_are_an_error() -> None:
-    for name, value in (
-        ("batch_size", 0),
-        ("lr", float("nan")),
-        ("epochs", 0),
-        ("warmup", -1),
-        ("max_steps", 0),
-    ):
+    wrong: dict[str, Any] = {"batch_size": 0, "lr": float("nan"), "epochs": 0, "warmup": -1, "max_steps": 0}
+    for name, value in wrong.items():
         with pytest.raises(UserError, match=f"--{name.replace('_', '-')} "):
             TrainSettings(model="m", data="d", output="o", **{name: value})
 

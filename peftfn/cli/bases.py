@@ -21,12 +21,14 @@ class Base(NamedTuple):
         model: the transformers model, on its device.
         tokenizer: its tokenizer.
         pad: the id that fills up short rows (the attention mask hides it).
+        longest: the most tokens that the model has positions for.
         new: modules whose weights the folder does not have, so that they were drawn at random: a new head.
     """
 
     model: Any
     tokenizer: Any
     pad: int
+    longest: int
     new: list[str]
 
 
@@ -94,12 +96,28 @@ def load_base(
         }
     torch.manual_seed(seed)
     model, info = from_pretrained(auto_class, name, revision=revision, dtype=dtype, output_loading_info=True, **extra)
-    return Base(model.to(device or torch.device("cpu")), tokenizer, pad, _new_modules(info))
+    # a tokenizer that knows no limit says 1e30; RoBERTa's has two positions less than its config
+    positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    longest = int(min(positions, tokenizer.model_max_length))
+    return Base(model.to(device or torch.device("cpu")), tokenizer, pad, longest, _new_modules(info))
+
+
+def refuse_seeing_ahead(base: Base, name: str) -> None:
+    """Raise where an earlier token's logits depend on a later one: an encoder cannot be a language model."""
+    rows = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 1]], device=base.model.device)
+    with torch.no_grad(), mode(base.model, training=False):
+        first, second = (base.model(input_ids=row[None]).logits[0, 0].float() for row in rows)
+    if not torch.allclose(first, second, atol=1e-4, rtol=1e-4):
+        raise UserError(
+            f"--model {name} ({type(base.model).__name__}) sees the tokens that come after, so it cannot predict them; "
+            "give a causal language model, or a label column for --task seq_cls"
+        )
 
 
 def _new_modules(info: dict[str, Any]) -> list[str]:
     missing = [key if isinstance(key, str) else key[0] for key in (*info["missing_keys"], *info["mismatched_keys"])]
-    return sorted({key.rpartition(".")[0] for key in missing})
+    modules = {key.rpartition(".")[0] for key in missing}
+    return sorted(one for one in modules if not any(one.startswith(other + ".") for other in modules))
 
 
 @contextlib.contextmanager

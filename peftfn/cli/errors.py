@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec
 
+import torch
+
 P = ParamSpec("P")
 
 
@@ -48,8 +50,13 @@ def one_sentence(command: Callable[P, None]) -> Callable[P, None]:
                 raise
             print(f"peftfn: {sentence(error)}", file=sys.stderr)
             sys.exit(2)
-        except KeyboardInterrupt:
-            print("peftfn: interrupted", file=sys.stderr)
+        except torch.OutOfMemoryError:
+            print(
+                "peftfn: out of memory; try a smaller --batch-size (with a larger --grad-accumulation)", file=sys.stderr
+            )
+            sys.exit(2)
+        except KeyboardInterrupt as error:
+            print(f"peftfn: {sentence(error)}", file=sys.stderr)
             sys.exit(130)  # 128 + SIGINT, as shells have it
 
     return guarded

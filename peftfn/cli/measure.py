@@ -106,6 +106,7 @@ def compare(options: EvalOptions) -> Comparison:
         device=device,
         seed=settings.seed,
     )
+    settings = dataclasses.replace(settings, max_length=min(settings.max_length, base.longest))
     examples = how.encode(table, columns, base.tokenizer, settings)
     alone = evaluate(base, task, examples, None, settings.batch_size)
     if adapter is None:

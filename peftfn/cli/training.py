@@ -14,9 +14,10 @@ import torch
 import peftfn as pf
 from peftfn import files, targets
 from peftfn.cli import batches, progress, records, state, tables, tasks
-from peftfn.cli.bases import Base, device_of, in_base_order, load_base, mode
+from peftfn.cli.bases import Base, mode
 from peftfn.cli.errors import UserError, need
 from peftfn.cli.evaluation import evaluate
+from peftfn.cli.loading import in_base_order, load_base
 from peftfn.cli.settings import TrainSettings, differences, fingerprint
 
 
@@ -50,7 +51,6 @@ def prepare(
         need(module)  # a missing one is an error now, not after the training
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    device = device_of(settings.device)
     table = table or tables.read_table(settings.data, settings.split)
     if held_out is None and settings.eval_data is not None:
         held_out = tables.read_table(settings.eval_data, settings.eval_split)
@@ -58,21 +58,12 @@ def prepare(
     if len(columns.labels) == 1:
         raise UserError(f"{table.name}: every row is labelled {columns.labels[0]!r}; two different labels are needed")
     columns = columns._replace(labels=in_base_order(settings.model, config.revision, columns.labels))
-    how = tasks.TASKS[task]
-    base = load_base(
-        settings.model,
-        how.auto_class,
-        columns.labels,
-        revision=config.revision,
-        dtype=settings.dtype,
-        device=device,
-        seed=settings.seed,
-    )
-    encoded = [how.encode(t, columns, base.tokenizer, settings) if t else None for t in (table, held_out)]
-    assert encoded[0] is not None
+    base = load_base(settings, task, columns.labels, config.revision)
+    settings = dataclasses.replace(settings, max_length=min(settings.max_length, base.longest))
+    examples, *others = (tasks.TASKS[task].encode(t, columns, base.tokenizer, settings) for t in (table, held_out) if t)
     config = _completed(config, base, settings.model, task)
     adapter = pf.init(base.model, config, generator=torch.Generator().manual_seed(settings.seed))
-    return Job(settings, base, task, columns, encoded[0], encoded[1], adapter)
+    return Job(settings, base, task, columns, examples, others[0] if others else None, adapter)
 
 
 def _completed(config: pf.LoraConfig, base: Base, name: str, task: str) -> pf.LoraConfig:
@@ -96,7 +87,7 @@ def describe(job: Job) -> str:
     each = settings.batch_size * settings.grad_accumulation
     lines = (
         f"base     {settings.model} ({type(model).__name__}, frozen{new})",
-        f"data     {settings.data}: {len(job.examples.ids):,} examples, {read}",
+        f"data     {settings.data}: {len(job.examples.ids):,} examples of at most {settings.max_length} tokens, {read}",
         f"adapter  {config.peft_type} at {len(job.adapter.params)} sites; {pf.count(job.adapter, model)}",
         f"run      {job.total:,} steps of {each} examples on {model.device}",
     )

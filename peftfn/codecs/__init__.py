@@ -35,6 +35,12 @@ class Codec(NamedTuple):
 TABLE: tuple[Codec, ...] = (Codec(dense.matches, False, dense.run, dense.read, dense.write),)
 
 
+_BY_CLASS: dict[type[nn.Module], Codec] = {}
+
+
 def of(module: nn.Module) -> Codec:
-    """The codec of a module's weight: the first of the table that matches."""
-    return next(codec for codec in TABLE if codec.matches(module))
+    """The codec of a module's weight: the first of the table that matches its class."""
+    cls = type(module)
+    if cls not in _BY_CLASS:
+        _BY_CLASS[cls] = next(codec for codec in TABLE if codec.matches(module))
+    return _BY_CLASS[cls]

@@ -249,8 +249,9 @@ def merge(config: LoraConfig, leaf: Mapping[str, Tensor], kind: str, weight: Ten
     if a.device.type == "cpu" and a.dtype in (torch.float16, torch.bfloat16):
         # Half-precision products are slow on CPU, and rounded once more: as PEFT, compute in float32.
         a, b = a.float(), b.float()
-    delta = lowrank.TABLE[kind].delta(a, b, weight.shape)
-    return (weight + delta * leaf["scaling"].to(delta.dtype)).to(weight.dtype)
+    with torch.autocast(weight.device.type, enabled=False):  # weights are not rounded to what products run in
+        delta = lowrank.TABLE[kind].delta(a, b, weight.shape)
+    return (weight + lowrank.scaled(delta, leaf["scaling"])).to(weight.dtype)
 
 
 def check(leaf: Mapping[str, Tensor], site: Site) -> str | None:

@@ -33,6 +33,11 @@ class LowRank(NamedTuple):
     delta: Callable[[Tensor, Tensor, torch.Size], Tensor]
 
 
+def scaled(tensor: Tensor, scaling: Tensor) -> Tensor:
+    """`scaling * tensor` in the dtype of the tensor; the scaling itself is never rounded to a half."""
+    return (tensor.to(scaling.dtype) * scaling).to(tensor.dtype)
+
+
 # --- linear layers: W is (out, in), or (in, out) in transformers' Conv1D ---------------------------------------------
 
 
@@ -47,8 +52,7 @@ def _transposed_shapes(layer: nn.Module, weight: torch.Size, r: int) -> Shapes:
 
 
 def _linear_add(site: Site, a: Tensor, b: Tensor, scaling: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    h = F.linear(x, a)  # (..., r)
-    h = h * scaling.to(h.dtype)  # scaled while it is narrow
+    h = scaled(F.linear(x, a), scaling)  # (..., r), scaled while it is narrow
     if y.dtype == h.dtype and y.dim() > 1:
         # One pass over y in place of two: see benchmarks/training_step.py.
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.T).view(y.shape)
@@ -80,7 +84,7 @@ def _embedding_add(site: Site, a: Tensor, b: Tensor, scaling: Tensor, x: Tensor,
         padding_idx=getattr(layer, "padding_idx", None),
         scale_grad_by_freq=bool(getattr(layer, "scale_grad_by_freq", False)),
     )  # (..., r)
-    delta = F.linear(h * scaling.to(h.dtype), b)
+    delta = F.linear(scaled(h, scaling), b)
     embed_scale = getattr(layer, "embed_scale", None)  # some layers multiply what they look up (Gemma)
     return y + (delta if embed_scale is None else delta * embed_scale)
 
@@ -119,7 +123,7 @@ def _convolution_add(site: Site, a: Tensor, b: Tensor, scaling: Tensor, x: Tenso
         x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
     convolve = _CONVOLVE[b.dim()]
     h = convolve(x, kernel, None, layer.stride, padding, layer.dilation, groups)
-    return y + convolve(h * scaling.to(h.dtype), b, groups=kernel.shape[0] // b.shape[1])
+    return y + convolve(scaled(h, scaling), b, groups=kernel.shape[0] // b.shape[1])
 
 
 def _convolution_delta(a: Tensor, b: Tensor, weight: torch.Size) -> Tensor:

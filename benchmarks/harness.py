@@ -1,0 +1,180 @@
+"""What the benchmarks share: interleaved timing, medians and quartiles, a table, JSON rows and a chart.
+
+A busy machine slows everything down for a while, so the cases of a group take turns, in a new order each round, and
+ratios are taken within a round before their median is. With one thread the clock is the process's CPU time, which
+does not run while another process has the core. Each sample starts with no garbage from the one before; the collector
+stays on, so that a case pays for the garbage that it makes.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+FLOOR = "base alone"
+PEFT = "peft"
+
+
+class Quartiles(NamedTuple):
+    """The median, and the quarter and three quarters of the samples below."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Row(NamedTuple):
+    """One measurement."""
+
+    group: str
+    what: str
+    ms: Quartiles
+    to_floor: Quartiles
+    to_peft: Quartiles
+    repeats: int
+    calls: int
+
+
+def pin(threads: int) -> Callable[[], float]:
+    """Fix the number of threads, and return the clock to read for it."""
+    torch.set_num_threads(threads)
+    torch.set_num_interop_threads(threads)
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def measure(
+    group: str,
+    cases: Mapping[str, Callable[[], object]],
+    clock: Callable[[], float],
+    *,
+    repeats: int,
+    warm_up: int = 2,
+    calls: int = 1,
+) -> list[Row]:
+    """Time the cases in turns: `repeats` samples each, of `calls` calls, after `warm_up` rounds that do not count."""
+    samples: dict[str, list[float]] = {name: [] for name in cases}
+    order = list(cases)
+    shuffle = random.Random(0).shuffle
+    gc.collect()
+    gc.freeze()  # what there is now need not be looked through again at each collection
+    for _ in range(warm_up + repeats):
+        shuffle(order)
+        for name in order:
+            samples[name].append(_sample(cases[name], clock, calls))
+    gc.unfreeze()
+    kept = {name: times[warm_up:] for name, times in samples.items()}
+    return [
+        Row(
+            group,
+            name,
+            _quartiles([1000 * seconds for seconds in times]),
+            _quartiles(_ratios(times, kept[FLOOR])),
+            _quartiles(_ratios(times, kept[PEFT])),
+            repeats,
+            calls,
+        )
+        for name, times in kept.items()
+    ]
+
+
+def _sample(run: Callable[[], object], clock: Callable[[], float], calls: int) -> float:
+    gc.collect()
+    start = clock()
+    for _ in range(calls):
+        run()
+    return (clock() - start) / calls
+
+
+def _ratios(times: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [one / other for one, other in zip(times, others, strict=True)]
+
+
+def _quartiles(values: Sequence[float]) -> Quartiles:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Quartiles(median, low, high)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The measurements as text: the median of each with its quartiles, by group."""
+    width = max(len(row.what) for row in rows)
+    lines: list[str] = []
+    group = ""
+    for row in rows:
+        if row.group != group:
+            group = row.group
+            lines += ["", f"{group} ({row.repeats} rounds)"]
+            lines += [f"  {'':{width}}  {'ms':>7}  {'quartiles':>15}  {'/ base':>6}  {'quartiles':>11}  {'/ peft':>6}"]
+        ms = f"{row.ms.low:7.1f} {row.ms.high:7.1f}"
+        ratios = f"{row.to_floor.median:6.3f}  {row.to_floor.low:.3f} {row.to_floor.high:.3f}"
+        lines.append(f"  {row.what:{width}}  {row.ms.median:7.1f}  {ms}  {ratios}  {row.to_peft.median:6.3f}")
+    return "\n".join(lines[1:])
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Where the numbers come from."""
+    return {"cpu": _cpu(), "cores": os.cpu_count(), "threads": threads, "clock": "cpu" if threads == 1 else "wall"}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of Python and of what the benchmark compares."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+def _version(package: str) -> str:
+    return str(importlib.import_module(package).__version__)  # also where it runs from a checkout, uninstalled
+
+
+def write(rows: Sequence[Row], path: Path, **about: Any) -> None:
+    """Write a JSON list with one measurement a line; `about` is the same in each."""
+    lines = [
+        json.dumps({k: v._asdict() if isinstance(v, Quartiles) else v for k, v in row._asdict().items()} | about)
+        for row in rows
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+
+
+def draw(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Write a bar chart: for each group, how many times the base's time each case takes, with quartiles."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")  # a server has no display
+    import matplotlib.pyplot as plt
+
+    groups = list(dict.fromkeys(row.group for row in rows))
+    figure, panels = plt.subplots(1, len(groups), figsize=(3.6 * len(groups), 3.2), squeeze=False)
+    for axes, group in zip(panels[0], groups, strict=True):
+        bars = [row for row in rows if row.group == group]
+        ratios = [row.to_floor for row in bars]
+        colors = [{FLOOR: "tab:gray", PEFT: "tab:orange"}.get(row.what, "tab:blue") for row in bars]
+        medians = [ratio.median for ratio in ratios]
+        whiskers = [[r.median - r.low for r in ratios], [r.high - r.median for r in ratios]]
+        drawn = axes.barh([row.what for row in bars], medians, xerr=whiskers, color=colors, ecolor="black", capsize=2)
+        axes.bar_label(drawn, [f" {median:.2f}" for median in medians], padding=4, fontsize=8)
+        axes.invert_yaxis()
+        axes.set(title=group, xlabel="× the base alone", xlim=(0, 1.25 * max(ratio.high for ratio in ratios)))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,129 @@
+"""What keeps a bound module's own methods from reaching the base through the storage that they share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_SHARED = "_peftfn_shared"
+
+
+def protect(bound: nn.Module, own: Collection[int]) -> None:
+    """Make the methods that write to parameters leave those of the base alone.
+
+    `load_state_dict` (of any module of the tree, or of a wrapper) refuses other values for them, `apply(fn)` refuses
+    to write to them, `requires_grad_` passes them by, and DDP does not broadcast them. Code that writes to one by
+    name, `bound.layer.weight.normal_()`, writes to the base: nothing can stand between.
+
+    Args:
+        bound: the module, whose parameters share the base's storage.
+        own: ids of the parameters that are the adapter's.
+    """
+    for module in bound.modules():
+        attributes = vars(module)
+        attributes[_SHARED] = frozenset(
+            name for name, parameter in module._parameters.items() if parameter is not None and id(parameter) not in own
+        )
+        attributes["_load_from_state_dict"] = functools.partial(_load, module)
+        attributes["apply"] = functools.partial(_apply, module)
+        attributes["requires_grad_"] = functools.partial(_requires_grad, module)
+    names = [name for name, parameter in bound.named_parameters(remove_duplicate=False) if id(parameter) not in own]
+    vars(bound)["_ddp_params_and_buffers_to_ignore"] = names
+
+
+def _is_shared(module: nn.Module, name: str) -> bool:
+    return name in vars(module).get(_SHARED, ())
+
+
+def _load(
+    module: nn.Module,
+    state: Mapping[str, Any],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Load into stand-ins of the base's parameters, and say so if what they were given is not what the base has."""
+    lent = {
+        name: parameter
+        for name, parameter in module._parameters.items()
+        if type(parameter) is nn.Parameter and _is_shared(module, name) and prefix + name in state
+    }
+    for name, parameter in lent.items():
+        module._parameters[name] = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
+    before = len(error_msgs)
+    try:
+        type(module)._load_from_state_dict(
+            module, state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+    finally:
+        given = {name: module._parameters[name] for name in lent}
+        module._parameters.update(lent)
+    changed = [name for name, parameter in lent.items() if not _same(given[name], parameter)]
+    if changed and len(error_msgs) == before:
+        error_msgs.append(
+            f"{prefix}{changed[0]} is not what the base has. A bound module shares the base's weights and writes to none "
+            "of them: load other weights (a checkpoint of Trainer or save_pretrained holds merged ones) into a base with "
+            "from_pretrained, the adapter with peftfn.load, and bind again."
+        )
+
+
+def _same(one: Tensor | None, other: Tensor) -> bool:
+    return one is not None and torch.equal(_bits(one), _bits(other))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+
+
+def _requires_grad(module: nn.Module, requires_grad: bool = True) -> nn.Module:
+    """`module.requires_grad_()` for the adapter's parameters."""
+    for inner in module.modules():
+        for name, parameter in inner._parameters.items():
+            if parameter is not None and not _is_shared(inner, name):
+                parameter.requires_grad_(requires_grad)
+    return module
+
+
+def _apply(module: nn.Module, fn: Callable[[nn.Module], None]) -> nn.Module:
+    """`module.apply(fn)`, in which `fn` can write to everything but the base's parameters."""
+    names = {
+        parameter.untyped_storage()._cdata: f"{type(inner).__name__}.{name}"
+        for inner in module.modules()
+        for name, parameter in inner._parameters.items()
+        if parameter is not None and _is_shared(inner, name)
+    }
+    with _ReadOnly(names):
+        return type(module).apply(module, fn)
+
+
+class _ReadOnly(TorchDispatchMode):
+    """Refuses to write to some storages."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self._names = names
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        kwargs = kwargs or {}
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[position] if position < len(args) else kwargs.get(argument.name)
+                for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                    self._check(tensor)
+        return func(*args, **kwargs)
+
+    def _check(self, tensor: Any) -> None:
+        name = self._names.get(tensor.untyped_storage()._cdata) if isinstance(tensor, Tensor) else None
+        if name is not None:
+            raise RuntimeError(
+                f"apply(fn) on a bound module: fn writes to {name}, whose memory is the base's. Give new values to the base "
+                "before bind, or let fn leave frozen parameters alone."
+            )

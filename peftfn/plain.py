@@ -1,0 +1,109 @@
+"""`save_pretrained` of a bound module: a plain model folder with the adapter merged in."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfn import layers
+from peftfn.adapter import Adapter
+from peftfn.merge import merge
+
+_TIE = "tie_word_embeddings"
+
+
+def save(
+    bound: Any,
+    adapters: Sequence[Adapter],
+    added: Collection[str],
+    tied: Sequence[Sequence[str]],
+    state: Mapping[str, Tensor] | None,
+    folder: str | Path,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Write the folder by the class's own `save_pretrained`; `from_pretrained` loads it with the same outputs.
+
+    Args:
+        bound: the module.
+        adapters: what it holds now.
+        added: names in its state dict that are no part of a plain model.
+        tied: groups of names that share one parameter in the base.
+        state: its state dict, where the module itself holds only a part of it (FSDP).
+        folder: where to write, and further arguments of the class's `save_pretrained`.
+
+    Raises:
+        ValueError: an adapter without a merged form, or weights that come apart where the class cannot load them so.
+    """
+    state = bound.state_dict() if state is None else dict(state)
+    weights, is_apart = merged(bound, state, adapters, tied)
+    plain = copy.copy(bound)
+    own = vars(plain)
+    for name in ("save_pretrained", "_hf_peft_config_loaded"):
+        own.pop(name, None)
+    if hasattr(plain, "config"):
+        plain.config = copy.deepcopy(bound.config)
+        if is_apart:
+            _untie(plain)
+    kept = {name: tensor for name, tensor in weights.items() if name not in added}
+    own["state_dict"] = lambda *_args, **_kwargs: dict(kept)
+    return plain.save_pretrained(folder, *args, **kwargs)
+
+
+def merged(
+    bound: nn.Module, state: Mapping[str, Tensor], adapters: Sequence[Adapter], tied: Sequence[Sequence[str]]
+) -> tuple[dict[str, Tensor], bool]:
+    """The state dict with the adapters merged in, and whether names that were tied have come apart.
+
+    Where they have, every tied name gets a tensor of its own: what a class writes of tied names it decides by memory.
+    """
+    every = {**dict(bound.named_parameters(remove_duplicate=False)), **dict(bound.named_buffers(remove_duplicate=False))}
+    before = {**every, **state}
+    with torch.no_grad():
+        after = merge(before, adapters, model=bound)
+    for names in _same_slot(bound):
+        changed = [name for name in names if name in after and after[name] is not before[name]]
+        after.update(dict.fromkeys(names, after[changed[0]]) if changed else {})
+    is_apart = any(len({_value(name, before, after) for name in names}) > 1 for names in tied)
+    if is_apart:
+        after.update({name: after[name].clone() for names in tied for name in names})
+    return {name: after[name].detach() for name in state}, is_apart
+
+
+def _same_slot(bound: nn.Module) -> list[list[str]]:
+    """Names of one parameter of one module that has several paths."""
+    slots: dict[tuple[int, str], list[str]] = {}
+    for path, module in layers.named_modules(bound, remove_duplicate=False):
+        for name in module._parameters:
+            slots.setdefault((id(module), name), []).append(f"{path}.{name}" if path else name)
+    return [names for names in slots.values() if len(names) > 1]
+
+
+def _value(name: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> int | None:
+    return None if after[name] is before[name] else id(after[name])
+
+
+def _untie(plain: Any) -> None:
+    """Say in the config that the embeddings are not tied, if that is all that saying so does."""
+    configs = [plain.config, *(getattr(plain.config, name, None) for name in ("text_config", "decoder"))]
+    configs = [config for config in configs if getattr(config, _TIE, False)]
+    # The T5 family takes the flag for another one: whether to scale the decoder's output.
+    if all(_keeps(config) for config in configs) and _TIE not in inspect.getsource(type(plain).forward):
+        for config in configs:
+            setattr(config, _TIE, False)
+    elif "missing_keys" not in inspect.signature(plain.tie_weights).parameters:  # transformers 4
+        raise ValueError(
+            f"the adapter changes one of the weights that {type(plain).__name__} ties, and with this version of "
+            "transformers it ties whatever its folder holds. Save with transformers 5, or keep the adapter (peftfn.save)."
+        )
+
+
+def _keeps(config: Any) -> bool:
+    again = type(config).from_dict({**config.to_dict(), _TIE: False})
+    return getattr(again, _TIE, None) is False

@@ -1,0 +1,193 @@
+"""What is computed in which dtype: the leaves, the outputs and the merged weights, in and outside autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import oracle
+import pytest
+import torch
+from bases import randn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import peftfn as pf
+from peftfn import keys
+
+HALVES = [torch.bfloat16, torch.float16]
+DTYPES = [*HALVES, torch.float32, torch.float64]
+
+# In units of the last place of the largest value. Ours scales before the product with B and peft after it, and
+# where autocast is on each step is rounded: a sum of a few roundings, none of them larger than half a unit.
+ROUNDING = 2.0
+
+
+class Experts(nn.Module):
+    """A bare parameter for each expert, added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 24, 16) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, 16) -> (rows, 24)."""
+        return torch.einsum("eoi,ni->no", self.up, x)
+
+
+class Layer(NamedTuple):
+    """One kind of layer, and its input."""
+
+    build: Callable[[], nn.Module]
+    batch: Callable[[], Tensor]
+
+
+LAYERS = {
+    "linear": Layer(lambda: nn.Linear(16, 24), randn(4, 5, 16)),
+    "linear, one row": Layer(lambda: nn.Linear(16, 24), randn(16)),
+    "Conv1D of transformers": Layer(lambda: Conv1D(24, 16), randn(4, 5, 16)),
+    "embedding": Layer(lambda: nn.Embedding(30, 24), lambda: torch.randint(0, 30, (4, 5))),
+    "conv1d": Layer(lambda: nn.Conv1d(4, 6, 3, padding=1), randn(2, 4, 9)),
+    "conv2d": Layer(lambda: nn.Conv2d(4, 6, 3, stride=2), randn(2, 4, 9, 9)),
+    "conv3d": Layer(lambda: nn.Conv3d(2, 6, (1, 3, 3)), randn(2, 2, 3, 5, 5)),
+    "experts": Layer(Experts, randn(4, 16)),
+}
+every_layer = pytest.mark.parametrize("name", LAYERS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def base_of(name: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(1)
+    batch = LAYERS[name].batch()
+    return nn.Sequential(LAYERS[name].build()).to(dtype), batch.to(dtype) if batch.is_floating_point() else batch
+
+
+def options(name: str, alpha: float = 5) -> dict[str, Any]:
+    return {"r": 4, "lora_alpha": alpha} | (
+        {"target_modules": [], "target_parameters": ["0.up"]} if name == "experts" else {"target_modules": ["0"]}
+    )
+
+
+def adapter_of(name: str, base: nn.Module, alpha: float = 5, dtype: torch.dtype | None = None) -> pf.Adapter:
+    return oracle.randomised(pf.init(base, oracle.config_of(pf, options(name, alpha)), dtype=dtype))
+
+
+def units(ours: Tensor, theirs: Tensor, computed: torch.dtype | None = None) -> float:
+    """The largest difference, in units of the last place of the largest value in the dtype that it was computed in."""
+    assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+    ours, theirs = ours.detach(), theirs.detach()
+    relative = (ours.double() - theirs.double()).abs().max() / theirs.abs().max()
+    return float(relative) / torch.finfo(computed or ours.dtype).eps
+
+
+@every_dtype
+@every_layer
+def test_fresh_leaves_have_pefts_dtype(name: str, dtype: torch.dtype) -> None:
+    base, _ = base_of(name, dtype)
+    found = {key: tensor.dtype for key, tensor in keys.to_keys(adapter_of(name, base)).items()}
+    assert found == {key: tensor.dtype for key, tensor in oracle.file_of(oracle.made(base, options(name))).items()}
+    assert set(found.values()) == {torch.float32 if dtype in HALVES else dtype}
+
+
+@every_dtype
+@pytest.mark.parametrize("given", DTYPES, ids=str)
+@every_layer
+def test_a_given_dtype_is_that_of_the_leaves_and_never_of_the_output(
+    name: str, given: torch.dtype, dtype: torch.dtype
+) -> None:
+    base, batch = base_of(name, dtype)
+    adapter = adapter_of(name, base, dtype=given)
+    assert {tensor.dtype for leaf in adapter.params.values() for tensor in leaf.values()} == {given}
+    assert pf.apply(base, adapter, batch).dtype == dtype
+    assert {tensor.dtype for tensor in pf.merge(base.state_dict(), adapter).values()} == {dtype}
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["plain", "autocast"])
+@every_dtype
+@every_layer
+def test_outputs_and_gradients_are_pefts_to_rounding(name: str, dtype: torch.dtype, cast: bool, tmp_path: Path) -> None:
+    base, batch = base_of(name, dtype)
+    adapter = adapter_of(name, base)
+    pf.save(adapter, tmp_path)
+    theirs = oracle.loaded(base, tmp_path)
+    computed = torch.bfloat16 if cast and dtype != torch.float64 else dtype  # autocast leaves float64 alone
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+        ours, expected = pf.apply(base, adapter, batch), theirs(batch)
+        assert units(ours, expected, computed) < ROUNDING
+        assert ours.dtype == base(batch).dtype
+        found, wanted = oracle.gradients(base, adapter, batch), oracle.gradients_of(theirs, batch)
+    assert {key: tensor.dtype for key, tensor in found.items()} == {key: tensor.dtype for key, tensor in wanted.items()}
+    assert oracle.furthest(found, wanted) < 2 * ROUNDING * torch.finfo(computed).eps  # forward and backward
+
+
+# peft rounds the factors of a bare parameter to its dtype and multiplies there; ours adds what is not rounded yet.
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "experts"])
+def test_with_a_scaling_that_rounds_nothing_outputs_are_pefts_bit_for_bit(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base, batch = base_of(name, dtype)
+    adapter = adapter_of(name, base, alpha=8)  # s = 8 / 4
+    pf.save(adapter, tmp_path)
+    assert torch.equal(pf.apply(base, adapter, batch), oracle.loaded(base, tmp_path)(batch))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@every_layer
+def test_leaves_in_half_precision_give_pefts_output_to_rounding(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    base, batch = base_of(name, dtype)
+    adapter = adapter_of(name, base, dtype=dtype)
+    pf.save(adapter, tmp_path)
+    theirs = oracle.loaded(base, tmp_path, autocast_adapter_dtype=False)
+    assert {parameter.dtype for parameter in oracle.trained(theirs).values()} == {dtype}
+    assert units(pf.apply(base, adapter, batch), theirs(batch)) < ROUNDING
+    merged, expected = pf.merge(base.state_dict(), adapter), oracle.merged_of(theirs)
+    assert max(units(merged[key], expected[key]) for key in merged if "bias" not in key) < ROUNDING
+
+
+@pytest.mark.parametrize("name", ["linear", "embedding", "conv2d"])
+def test_under_autocast_the_scaling_is_not_rounded(name: str, tmp_path: Path) -> None:
+    base, batch = base_of(name, torch.float32)
+    for parameter in base.parameters():
+        parameter.data.zero_()  # then the output is the delta
+    adapter = adapter_of(name, base, alpha=20 / 3)  # s = 1.6667, which bfloat16 has as 1.6641, 0.16 % less
+    pf.save(adapter, tmp_path)
+    theirs = oracle.loaded(base, tmp_path)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, expected = pf.apply(base, adapter, batch).double(), theirs(batch).double()
+    # How much of peft's output is in ours: roundings cancel out over a hundred numbers, a factor does not.
+    share = (ours * expected).sum() / expected.square().sum()
+    assert share.item() == pytest.approx(1, abs=5e-4)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["linear", "Conv1D of transformers"])
+def test_merged_linear_weights_are_pefts_bit_for_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    base, _ = base_of(name, dtype)
+    adapter = adapter_of(name, base)
+    pf.save(adapter, tmp_path)
+    merged, theirs = pf.merge(base.state_dict(), adapter), oracle.merged_of(oracle.loaded(base, tmp_path))
+    assert sorted(merged) == sorted(theirs)
+    assert all(torch.equal(merged[key], theirs[key]) for key in theirs)
+
+
+@every_dtype
+@every_layer
+def test_merged_weights_are_pefts_to_rounding(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    # peft rounds the delta of an embedding and of experts to the weight's dtype before it adds it.
+    base, _ = base_of(name, dtype)
+    adapter = adapter_of(name, base)
+    pf.save(adapter, tmp_path)
+    merged, theirs = pf.merge(base.state_dict(), adapter), oracle.merged_of(oracle.loaded(base, tmp_path))
+    assert max(units(merged[key], theirs[key]) for key in merged if "bias" not in key) < ROUNDING
+
+
+@every_layer
+def test_merging_under_autocast_is_merging(name: str) -> None:
+    base, _ = base_of(name, torch.float32)
+    adapter = adapter_of(name, base)
+    expected = pf.merge(base.state_dict(), adapter)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        merged = pf.merge(base.state_dict(), adapter)
+    assert all(torch.equal(merged[key], expected[key]) for key in expected)

@@ -1,0 +1,143 @@
+"""What `save` writes and `load` gives back: order, dtypes, names, cards; nothing shared, nothing lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from oracle import furthest, quiet_peft
+from safetensors.torch import load_file, save_file
+from same import adapter_of, assert_same, assert_same_tensors, flat, mlp
+from torch import nn
+
+import peftfn as pf
+from peftfn import keys
+
+TWO_ADAPTERS = Path(__file__).parent / "files" / "peft-0.21.2" / "mlp-two-adapters"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_tensors_keep_their_dtype_in_a_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    made = pf.init(mlp(), pf.LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"]), dtype=dtype)
+    loaded = pf.load(pf.save(made, tmp_path))
+    assert_same(loaded, made)
+    assert {tensor.dtype for tensor in loaded.params["0"].values()} == {dtype}
+
+
+def test_patterns_keep_the_order_in_which_they_count(tmp_path: Path) -> None:
+    patterns = {"rank_pattern": {"2": 3, ".*": 5}, "alpha_pattern": {"2": 1, "[02]": 7}}
+    adapter = adapter_of(mlp(), target_modules=["0", "2"], **patterns)
+    loaded = pf.load(pf.save(adapter, tmp_path))
+    assert_same(loaded, adapter)
+    assert (float(loaded.buffers["2"]["scaling"]), float(loaded.buffers["0"]["scaling"])) == pytest.approx(
+        (1 / 3, 7 / 5)
+    )
+    with quiet_peft():
+        theirs: Any = peft.PeftModel.from_pretrained(mlp(), str(tmp_path)).base_model.model
+    assert (theirs[2].scaling["default"], theirs[0].scaling["default"]) == pytest.approx((1 / 3, 7 / 5))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_the_biases_of_an_attention_are_where_peft_has_them(bias: str, tmp_path: Path) -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True).eval()
+    options: dict[str, Any] = {"r": 2, "target_modules": ["self_attn"], "bias": bias}
+    with quiet_peft():
+        peft.get_peft_model(model, peft.LoraConfig(**options)).save_pretrained(str(tmp_path))
+    theirs = load_file(tmp_path / "adapter_model.safetensors")
+    fresh = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True).eval()
+    assert sorted(keys.to_keys(pf.init(fresh, pf.LoraConfig(**options)))) == sorted(theirs)
+    loaded = pf.load(tmp_path, model=fresh)
+    assert_same_tensors(keys.to_keys(loaded), dict(sorted(theirs.items())))
+    assert "bias" in loaded.params["self_attn.out_proj"]
+
+
+def test_views_and_shared_tensors_are_saved_as_what_they_hold(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    made = [adapter_of(model, target_modules=["0", "1"], lora_alpha=alpha) for alpha in (2, 6)]
+    slices = pf.unstack(pf.stack(made))[1]
+    assert_same(pf.load(pf.save(slices, tmp_path / "slices")), made[1])
+    leaf = {name: tensor.T.contiguous().T for name, tensor in made[0].params["0"].items()}
+    shared = made[0].replace(params={"0": leaf, "1": leaf})
+    assert_same(pf.load(pf.save(shared, tmp_path / "shared")), shared)
+
+
+def test_an_adapter_in_a_sub_folder_is_found_by_either_name() -> None:
+    folder = TWO_ADAPTERS
+    other = pf.load(folder / "other")
+    assert_same(pf.load(folder, adapter_name="other"), other)
+    assert_same(pf.load(folder, subfolder="other"), other)
+    assert_same(pf.load(folder.parent, subfolder="mlp-two-adapters", adapter_name="other"), other)
+    assert_same(pf.load(str(folder), adapter_name="default"), pf.load(folder))
+    assert other.config != pf.load(folder).config
+
+
+def test_a_loaded_adapter_does_not_change_when_its_file_does(tmp_path: Path) -> None:
+    adapter = adapter_of(mlp())
+    path = pf.save(adapter, tmp_path) / "adapter_model.safetensors"
+    loaded = pf.load(tmp_path)
+    with path.open("r+b") as file:  # as peft and cp write: into the file that is there
+        file.write(b"\xff" * path.stat().st_size)
+    assert_same(loaded, adapter)
+
+
+def test_a_bin_file_is_read_and_replaced_by_safetensors(tmp_path: Path) -> None:
+    adapter = adapter_of(mlp())
+    pf.save(adapter, tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    tensors = {key: nn.Parameter(tensor) for key, tensor in keys.to_keys(adapter).items()}
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    loaded = pf.load(tmp_path)
+    assert_same(loaded, adapter)
+    assert not any(tensor.requires_grad for tensor in flat(loaded).values())
+    pf.save(loaded, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_a_config_that_was_edited_by_hand_counts(tmp_path: Path) -> None:
+    pf.save(adapter_of(mlp(), lora_alpha=2), tmp_path)
+    pf.save(adapter_of(mlp(), lora_alpha=4), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 4', '"lora_alpha": 6'))
+    assert float(pf.load(tmp_path).buffers["0"]["scaling"]) == 3
+
+
+def test_save_leaves_other_files_and_a_written_card_alone(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "training.json").write_text("{}")
+    pf.save(adapter_of(mlp()), tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert (tmp_path / "training.json").read_text() == "{}"
+
+
+def test_the_model_card_says_what_the_adapter_is_and_runs(tmp_path: Path) -> None:
+    model = mlp()
+    adapter = adapter_of(model, base_model_name_or_path="org/base", modules_to_save=["2"])
+    text = (pf.save(adapter, tmp_path) / "README.md").read_text()
+    head, body = text.removeprefix("---\n").split("---\n", 1)
+    assert head.splitlines() == ["library_name: peft", "base_model: org/base", "tags:", "- peftfn"]
+    assert "Method: LORA; sites: 2; trained parameters: 41; base: `org/base`." in body
+    code = body.split("```python\n")[1].split("```")[0].replace("path/or/hub-id", str(tmp_path))
+    names: dict[str, Any] = {"model": model, "batch": torch.ones(2, 4)}
+    exec(code, names)  # the card's example is code for a reader to run
+    assert torch.equal(names["output"], pf.apply(model, adapter, names["batch"]))
+
+
+def test_a_card_names_no_hub_model_where_the_base_is_a_local_folder(tmp_path: Path) -> None:
+    adapter = adapter_of(mlp(), base_model_name_or_path=str(tmp_path / "base"))
+    assert "base_model:" not in (pf.save(adapter, tmp_path) / "README.md").read_text()
+
+
+def test_other_spellings_of_the_same_keys_are_read(tmp_path: Path) -> None:
+    adapter = adapter_of(mlp(), bias="all")
+    tensors = keys.to_keys(adapter)
+    pf.save(adapter, tmp_path)
+    spelled = {key.replace("base_model.model.", "base_model.model._orig_mod.") for key in tensors}  # torch.compile's
+    save_file(dict(zip(sorted(spelled), tensors.values(), strict=True)), tmp_path / "adapter_model.safetensors")
+    assert furthest(keys.to_keys(pf.load(tmp_path)), tensors) == 0
