@@ -51,7 +51,7 @@ def put(twin: nn.Module, name: str, tensor: Tensor) -> None:
 
 def second(twin: nn.Module) -> nn.Module:
     """Another object with the twin's tensors and attributes, that does not follow what is set on the twin later."""
-    other = cast("nn.Module", object.__new__(type(twin)))
+    other = object.__new__(type(twin))
     other.__dict__.update(twin.__dict__)
     return other
 

@@ -57,8 +57,8 @@ class Targeting(Protocol):
 
 def model_type(model: nn.Module) -> str | None:
     """`config.model_type` of a transformers-like model."""
-    config = getattr(model, "config", None)
-    found = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+    config: Any = getattr(model, "config", None)
+    found: Any = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
     return found if isinstance(found, str) else None
 
 
@@ -168,7 +168,7 @@ def saved_modules(model: nn.Module, names: Sequence[str], optional: Sequence[str
         hits = {name for name in names if path.endswith(name)}
         missed -= hits
         if hits:
-            found |= {f"{path}.{inner}" if inner else path: part for inner, part in module.named_modules()}
+            found |= {f"{path}.{inner}" if inner else path: part for inner, part in layers.named_modules(module)}
     if missed:
         near = _near(missed, (path for path, _ in layers.named_modules(model)))
         raise ValueError(f"modules_to_save names {sorted(missed)}, which match no module{near}.")

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import assume_constant_result  # torch.compiler offers it for functions of tensors alone
 
 _STANDARD = frozenset(vars(nn.Module()))
 _ATOMS = frozenset((str, int, float, bool, type(None), torch.dtype, torch.device, types.FunctionType, torch.Size))
@@ -94,7 +95,7 @@ class Twins:
         if twin is not None:
             self.by_path[path] = twin
             return twin
-        twin = cast("nn.Module", object.__new__(type(module)))
+        twin = object.__new__(type(module))
         self._twin[id(module)] = self.by_path[path] = twin
         own = dict(module.__dict__)
         prefix = f"{path}." if path else ""
@@ -169,7 +170,7 @@ class Twins:
                 own.setdefault(name, functools.partial(getattr(type(twin), name), twin))
 
     def _mapped(self, value: Any) -> Any:
-        kind: Any = type(value)
+        kind = cast("type", type(value))
         changed = value
         if kind in _ATOMS:
             pass
@@ -236,9 +237,9 @@ _NO_HOOKS = (
 )
 
 
-@torch._dynamo.assume_constant_result
+@assume_constant_result
 def _method_names(cls: type[nn.Module]) -> tuple[str, ...]:
-    """The methods that a model's own classes define (those with a forward), not what they have from a library's base."""
+    """The methods of a model's own classes (those with a forward), not what they have from a library's base."""
     classes = [
         one
         for one in cls.__mro__

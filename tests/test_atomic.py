@@ -89,6 +89,7 @@ def saver(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Save
     command = [sys.executable, "-c", SAVER, *names]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
         yield Saver(process)
+        process.kill()
 
 
 def which(folder: Path, pair: Pair) -> int:
@@ -101,15 +102,19 @@ def which(folder: Path, pair: Pair) -> int:
 
 def test_a_kill_at_any_random_moment_leaves_one_of_the_two_adapters(saver: Saver, pair: Pair, tmp_path: Path) -> None:
     live = tmp_path / "live"
-    started = time.perf_counter()
-    pf.save(pair[0], live)
-    one_save = time.perf_counter() - started
+    one_save = min(seconds_of_a_save(pair[0], live) for _ in range(5))
     draw = random.Random(0)
     seen = set[int]()
     for _ in range(25):
         assert saver.order("go", 5 * one_save * draw.random(), live) == signal.SIGKILL
         seen.add(which(live, pair))
     assert seen == {0, 1}
+
+
+def seconds_of_a_save(adapter: pf.Adapter, folder: Path) -> float:
+    started = time.perf_counter()
+    pf.save(adapter, folder)
+    return time.perf_counter() - started
 
 
 @pytest.mark.parametrize("before", ["an adapter", "peft's adapter", "nothing"])

@@ -12,6 +12,8 @@ import transformers
 from torch import nn
 
 from peftfn.cli.errors import UserError, sentence
+from peftfn.cli.settings import DataSettings
+from peftfn.cli.tasks import TASKS
 
 
 class Base(NamedTuple):
@@ -68,38 +70,61 @@ def in_base_order(name: str, revision: str | None, labels: Sequence[str]) -> lis
     return own if labels and set(labels) <= set(own) else list(labels)
 
 
-def load_base(
+def load_model(
     name: str,
-    auto_class: str,
+    kind: str,
     labels: Sequence[str] = (),
     *,
     revision: str | None = None,
     dtype: str = "auto",
     device: torch.device | None = None,
     seed: int = 0,
-) -> Base:
-    """The base as transformers' `auto_class` loads it, on `device`.
+    pad: int | None = None,
+) -> tuple[Any, list[str]]:
+    """The model as transformers' class `kind` loads it, on `device`, and the modules of it that the folder lacks.
 
     Where `labels` are given it has a head for them: its own if that fits, else a new one, drawn from `seed`.
     """
-    quiet()
-    tokenizer = from_pretrained("AutoTokenizer", name, revision=revision)
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     extra: dict[str, Any] = {}
     if labels:
         extra = {
             "num_labels": len(labels),
             "id2label": dict(enumerate(labels)),
             "label2id": {label: i for i, label in enumerate(labels)},
-            "pad_token_id": pad,  # decoder models find a row's last token by it
             "ignore_mismatched_sizes": True,  # a head for other labels is replaced by a new one
         }
+    if labels and pad is not None:
+        extra["pad_token_id"] = pad  # decoder models find a row's last token by it
     torch.manual_seed(seed)
-    model, info = from_pretrained(auto_class, name, revision=revision, dtype=dtype, output_loading_info=True, **extra)
+    model, info = from_pretrained(kind, name, revision=revision, dtype=dtype, output_loading_info=True, **extra)
+    return model.to(device or torch.device("cpu")), _new_modules(info)
+
+
+def load_base(settings: DataSettings, task: str, labels: Sequence[str], revision: str | None = None) -> Base:
+    """The base of a run for `task`, with its tokenizer; for a language model, checked to be one."""
+    quiet()
+    name = settings.model
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    device = device_of(settings.device)
+    tokenizer = from_pretrained("AutoTokenizer", name, revision=revision)
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    model, new = load_model(
+        name,
+        TASKS[task].auto_class,
+        labels,
+        revision=revision,
+        dtype=settings.dtype,
+        device=device,
+        seed=settings.seed,
+        pad=pad,
+    )
     # a tokenizer that knows no limit says 1e30; RoBERTa's has two positions less than its config
     positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    longest = int(min(positions, tokenizer.model_max_length))
-    return Base(model.to(device or torch.device("cpu")), tokenizer, pad, longest, _new_modules(info))
+    base = Base(model, tokenizer, pad, int(min(positions, tokenizer.model_max_length)), new)
+    if task == "causal_lm":
+        refuse_seeing_ahead(base, name)
+    return base
 
 
 def refuse_seeing_ahead(base: Base, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.metadata
 import importlib.util
 import io
@@ -107,9 +108,9 @@ def peft_difference(job: training.Job, adapter: pf.Adapter, batch: dict[str, Ten
         import peft  # an oracle, not a dependency
     except ImportError:
         return None
-    how, chosen = tasks.TASKS[job.task], job.settings
+    chosen = job.settings
     # another copy of the base: peft writes into the one that it is given
-    other = bases.load_base(chosen.model, how.auto_class, job.columns.labels, seed=chosen.seed + 1)
+    other = bases.load_base(dataclasses.replace(chosen, seed=chosen.seed + 1), job.task, job.columns.labels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 with transformers 5.23: about names inside it
         theirs = peft.PeftModel.from_pretrained(other.model, chosen.output)

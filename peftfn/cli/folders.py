@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 import peftfn as pf
 from peftfn.cli import state
-from peftfn.cli.bases import Base, from_pretrained, load_base
+from peftfn.cli.bases import from_pretrained, load_model, quiet
 from peftfn.cli.errors import UserError
 
 AUTO_CLASSES = {
@@ -35,42 +38,43 @@ def base_name(adapter: pf.Adapter, given: str | None) -> str:
 
 
 def head_labels(adapter: pf.Adapter, folder: str) -> list[str]:
-    """The label names of a classification adapter: from its training, or as many as its head has rows."""
+    """The label names of an adapter with a head of its own: from its training, or as many as the head has rows."""
     if labels := state.read_run(Path(folder)).get("columns", {}).get("labels"):
         return list(labels)
     for site, leaf in adapter.params.items():
-        # a saved head is a replacement weight; for one of several layers the last one decides
-        if site.split(".")[0] in ("classifier", "score") and "weight" in leaf and site.split(".")[-1] != "dense":
+        # a saved head is a replacement weight; of a head of several layers the last one decides
+        if site.split(".")[0] in ("classifier", "score") and "weight" in leaf and not site.endswith(".dense"):
             return [f"LABEL_{i}" for i in range(leaf["weight"].shape[0])]
     return []
 
 
-def load_base_of(adapter: pf.Adapter, folder: str, model: str | None, dtype: str, device: torch.device) -> Base:
-    """The base that the adapter was made for, refused where weights would be left at random."""
-    name = base_name(adapter, model)
-    task = adapter.config.task_type or "FEATURE_EXTRACTION"
-    labels = head_labels(adapter, folder) if task in ("SEQ_CLS", "TOKEN_CLS") else []
+def class_name(adapter: pf.Adapter, name: str) -> str:
+    """The transformers class of the adapter's base: by task, else as the adapter or the base itself names it."""
+    if adapter.config.task_type is not None:
+        return AUTO_CLASSES[adapter.config.task_type]
+    config = from_pretrained("AutoConfig", name, revision=adapter.config.revision)
+    named = ((adapter.config.auto_mapping or {}).get("base_model_class"), *(config.architectures or ()))
+    return next((str(one) for one in named if one and hasattr(transformers, str(one))), "AutoModel")
+
+
+def load_base_of(
+    adapter: pf.Adapter, folder: str, model: str | None, dtype: str, device: torch.device
+) -> tuple[Any, list[str]]:
+    """The base that the adapter was made for, and the modules of it that its folder lacks."""
+    name, config = base_name(adapter, model), adapter.config
+    labels = head_labels(adapter, folder)
+    own = from_pretrained("AutoConfig", name, revision=config.revision).id2label or {}
+    if labels[:1] == ["LABEL_0"] and len(labels) == len(own):
+        labels = []  # the base has that many, with names
     seed = state.read_run(Path(folder)).get("settings", {}).get("seed", 0)
-    return load_base(
-        name,
-        AUTO_CLASSES[task],
-        labels,
-        revision=adapter.config.revision,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-    )
+    kind = class_name(adapter, name)
+    return load_model(name, kind, labels, revision=config.revision, dtype=dtype, device=device, seed=seed)
 
 
-def untrained(base: Base, adapter: pf.Adapter) -> list[str]:
-    """New modules of the base that the adapter does not replace: their weights are random."""
-    return [
-        module
-        for module in base.new
-        if not any(
-            (site + ".").startswith(module + ".") or (module + ".").startswith(site + ".") for site in adapter.params
-        )
-    ]
+def untrained(new: Sequence[str], adapter: pf.Adapter) -> list[str]:
+    """Those new modules of a base that the adapter does not replace: their weights are random."""
+    sites = [site + "." for site in adapter.params]
+    return [one for one in new if not any(s.startswith(one + ".") or (one + ".").startswith(s) for s in sites)]
 
 
 def merge(source: str, output: str, model: str | None, dtype: str, device: torch.device) -> Path:
@@ -79,15 +83,17 @@ def merge(source: str, output: str, model: str | None, dtype: str, device: torch
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{output} is there already; give a folder that is new or empty")
     adapter = pf.load(source)
-    base = load_base_of(adapter, source, model, dtype, device)
-    if left := untrained(base, adapter):
+    quiet()
+    base, new = load_base_of(adapter, source, model, dtype, device)
+    if left := untrained(new, adapter):
         raise UserError(f"{', '.join(left)}: neither the base nor the adapter has these weights; give another --model")
     temporary = target.absolute().with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
-        bound: Any = pf.bind(base.model, adapter)
+        bound: Any = pf.bind(base, adapter)
         bound.save_pretrained(temporary)
-        base.tokenizer.save_pretrained(temporary)
+        with contextlib.suppress(UserError):  # a model of images has none
+            from_pretrained("AutoTokenizer", base_name(adapter, model)).save_pretrained(temporary)
         if target.exists():
             target.rmdir()  # empty, as checked above
         temporary.replace(target)
@@ -107,15 +113,14 @@ def _total(adapter: pf.Adapter, folder: str, model: str | None) -> int | None:
     """Parameters of base and adapter: from the training's record, or counted in an empty copy of `model`."""
     if model is None:
         return state.read_run(Path(folder)).get("parameters")
-    import transformers  # seconds to import, and `inspect` mostly has no need of it
-
     config = from_pretrained("AutoConfig", model)
     labels = head_labels(adapter, folder)
     if labels:
         config.num_labels = len(labels)
-    auto: Any = getattr(transformers, AUTO_CLASSES[adapter.config.task_type or "FEATURE_EXTRACTION"])
+    kind: Any = getattr(transformers, class_name(adapter, model))
+    make: Any = kind.from_config if hasattr(kind, "from_config") else kind
     with torch.device("meta"):
-        return pf.count(adapter, auto.from_config(config)).total
+        return pf.count(adapter, make(config)).total
 
 
 def changed_fields(config: Any) -> dict[str, Any]:

@@ -6,11 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 import peftfn as pf
 from peftfn.cli import folders, state, tables, tasks
-from peftfn.cli.bases import device_of, in_base_order, load_base
+from peftfn.cli.bases import in_base_order, load_base
 from peftfn.cli.errors import UserError
 from peftfn.cli.evaluation import Score, evaluate
 from peftfn.cli.settings import DataSettings, EvalOptions
@@ -88,26 +86,13 @@ def compare(options: EvalOptions) -> Comparison:
     """The base and, where one is given, the base with the adapter, measured on the same examples."""
     adapter = pf.load(options.adapter) if options.adapter else None
     settings = _settings(options, adapter)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    device = device_of(settings.device)
     table = tables.read_table(settings.data, settings.split)
     task, columns = tasks.choose(table, settings)
     if task == "seq_cls":
         columns = columns._replace(labels=_labels(options, adapter, settings, columns.labels))
-    how = tasks.TASKS[task]
-    revision = adapter.config.revision if adapter else None
-    base = load_base(
-        settings.model,
-        how.auto_class,
-        columns.labels,
-        revision=revision,
-        dtype=settings.dtype,
-        device=device,
-        seed=settings.seed,
-    )
+    base = load_base(settings, task, columns.labels, adapter.config.revision if adapter else None)
     settings = dataclasses.replace(settings, max_length=min(settings.max_length, base.longest))
-    examples = how.encode(table, columns, base.tokenizer, settings)
+    examples = tasks.TASKS[task].encode(table, columns, base.tokenizer, settings)
     alone = evaluate(base, task, examples, None, settings.batch_size)
     if adapter is None:
         return Comparison(alone, None, len(examples.ids), table.name, base.new)

@@ -14,10 +14,9 @@ import torch
 import peftfn as pf
 from peftfn import files, targets
 from peftfn.cli import batches, progress, records, state, tables, tasks
-from peftfn.cli.bases import Base, mode
+from peftfn.cli.bases import Base, in_base_order, load_base, mode
 from peftfn.cli.errors import UserError, need
 from peftfn.cli.evaluation import evaluate
-from peftfn.cli.loading import in_base_order, load_base
 from peftfn.cli.settings import TrainSettings, differences, fingerprint
 
 
@@ -49,8 +48,6 @@ def prepare(
     """Everything loaded, checked and encoded; `table` and `held_out` stand in for the settings' files."""
     for module in ("tqdm", "matplotlib"):
         need(module)  # a missing one is an error now, not after the training
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
     table = table or tables.read_table(settings.data, settings.split)
     if held_out is None and settings.eval_data is not None:
         held_out = tables.read_table(settings.eval_data, settings.eval_split)

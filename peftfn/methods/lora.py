@@ -11,6 +11,7 @@ experts) the delta is computed in the dtype of A and B, added, and the sum is ca
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -90,7 +91,8 @@ class LoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for rank in (self.r, *(self.rank_pattern or {}).values()):
+        given: list[Any] = [self.r, *(self.rank_pattern or {}).values()]
+        for rank in given:
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"r={rank!r}; expected a positive integer.")
         if not 0 <= self.lora_dropout < 1:
@@ -173,8 +175,8 @@ def init(
         and not isinstance(site.layer, (nn.MultiheadAttention, nn.Linear))
     ):
         raise ValueError(
-            f"{site.path}: lora_dropout={config.lora_dropout} has no meaning for a bare parameter, which sees no input; "
-            "set it to 0 or leave target_parameters out."
+            f"{site.path}: lora_dropout={config.lora_dropout} has no meaning for a bare parameter, which sees no "
+            "input; set it to 0 or leave target_parameters out."
         )
     dtype = dtype or (weight.dtype if weight.dtype == torch.float64 else torch.float32)
     shape_a, shape_b = lowrank.TABLE[site.kind].shapes(site.layer, weight.shape, r)
@@ -249,9 +251,14 @@ def merge(config: LoraConfig, leaf: Mapping[str, Tensor], kind: str, weight: Ten
     if a.device.type == "cpu" and a.dtype in (torch.float16, torch.bfloat16):
         # Half-precision products are slow on CPU, and rounded once more: as PEFT, compute in float32.
         a, b = a.float(), b.float()
-    with torch.autocast(weight.device.type, enabled=False):  # weights are not rounded to what products run in
+    with _without_autocast(weight.device.type):  # a weight is not rounded to what products run in
         delta = lowrank.TABLE[kind].delta(a, b, weight.shape)
     return (weight + lowrank.scaled(delta, leaf["scaling"])).to(weight.dtype)
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    known = torch.amp.is_autocast_available(device)  # the meta device is not
+    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
 
 
 def check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
@@ -279,12 +286,10 @@ def kinds(leaf: Mapping[str, Tensor], weight: torch.Size) -> list[str]:
     if b.dim() > 2:
         fits = a.shape[a.dim() - b.dim() + 2 :] == weight[2:] and b.shape[0] == weight[0]
         return [layers.CONVOLUTION] if fits and len(weight) == b.dim() else []
-    stored = {(b.shape[0], a.shape[1]): (layers.LINEAR, layers.PARAMETER)}
-    if len(weight) == 3:
-        stored = {(b.shape[0], a.shape[1]): (layers.PARAMETER,)}
-    swapped = {(a.shape[1], b.shape[0]): (layers.TRANSPOSED,) if len(weight) == 2 else (layers.EXPERTS_TRANSPOSED,)}
-    ends = tuple(weight[-2:])
-    return [*stored.get(ends, ()), *swapped.get(ends, ())]
+    outputs, inputs, ends = b.shape[0], a.shape[1], tuple(weight[-2:])
+    stored = [layers.LINEAR, layers.PARAMETER] if len(weight) == 2 else [layers.PARAMETER]
+    swapped = [layers.TRANSPOSED] if len(weight) == 2 else [layers.EXPERTS_TRANSPOSED]
+    return (stored if ends == (outputs, inputs) else []) + (swapped if ends == (inputs, outputs) else [])
 
 
 def _rank_of(a: Tensor, b: Tensor, kind: str, weight: torch.Size) -> int:

@@ -120,7 +120,8 @@ def _convolution_add(site: Site, a: Tensor, b: Tensor, scaling: Tensor, x: Tenso
     kernel = a.flatten(0, 1) if a.dim() > b.dim() else a  # (r, in/g, *k)
     padding = layer.padding
     if layer.padding_mode != "zeros":
-        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+        around = layer._reversed_padding_repeated_twice  # noqa: SLF001  # torch has no public name for it
+        x, padding = F.pad(x, around, mode=layer.padding_mode), 0
     convolve = _CONVOLVE[b.dim()]
     h = convolve(x, kernel, None, layer.stride, padding, layer.dilation, groups)
     return y + convolve(scaled(h, scaling), b, groups=kernel.shape[0] // b.shape[1])

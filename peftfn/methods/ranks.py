@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -56,8 +57,12 @@ def _with_rank_axis(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if a.dim() > b.dim():
         return a, b
     if b.dim() > 2:  # a convolution; PEFT's dense A has its rank in groups, as B has
-        return a.unflatten(0, (-1, b.shape[1])), b
-    return a.unflatten(0, (-1, rank)), b.unflatten(1, (rank, -1))
+        return _unflatten(a, 0, (-1, b.shape[1])), b
+    return _unflatten(a, 0, (-1, rank)), _unflatten(b, 1, (rank, -1))
+
+
+def _unflatten(tensor: Tensor, axis: int, sizes: tuple[int, int]) -> Tensor:
+    return cast("Tensor", tensor.unflatten(axis, sizes))  # torch does not say what it returns
 
 
 def _without_rank_axis(a: Tensor, b: Tensor, dims: int) -> tuple[Tensor, Tensor]:
@@ -87,7 +92,7 @@ def from_file(leaf: Leaf) -> Leaf:
     groups = a.shape[0] // b.shape[1] if a.dim() > 2 else 1
     if groups == 1 or a.shape[1] % groups:
         return leaf
-    blocks = a.unflatten(1, (groups, -1)).unflatten(0, (groups, -1))  # (g, r/g, g, in/g, *k)
+    blocks = _unflatten(_unflatten(a, 1, (groups, -1)), 0, (groups, -1))  # (g, r/g, g, in/g, *k)
     own = torch.stack([blocks[group, :, group] for group in range(groups)])
     if int(blocks.count_nonzero()) != int(own.count_nonzero()):
         return leaf
