@@ -121,7 +121,9 @@ def unbind(bound: nn.Module) -> Any:
 
 def _taken(bound: nn.Module, state: Mapping[str, Tensor]) -> tuple[Adapter, ...]:
     def tree(names: Names) -> Tree:
-        return sorted_tree({path: {leaf: state[name].detach() for leaf, name in here.items()} for path, here in names.items()})
+        return sorted_tree(
+            {path: {leaf: state[name].detach() for leaf, name in here.items()} for path, here in names.items()}
+        )
 
     binding: Binding = vars(bound)[_KEY]
     return tuple(Adapter(tree(one.params), tree(one.buffers), one.config) for one in binding.slots)
@@ -160,6 +162,11 @@ def _hold(holder: _Holder, path: str, here: list[attach.Part]) -> list[attach.Pa
     module = holder.by_path.get(owner)
     if module is None:
         return here  # attach will say that there is no such site
+    if any(getattr(hook, "offload", False) for hook in copies.hooks(module)):
+        raise ValueError(
+            f"accelerate offloads {owner}: it puts its own tensors into the layer at each call, so bind cannot hold an "
+            "adapter there. Load the model without offloading, or use apply."
+        )
     made: list[attach.Part] = []
     numbers = [n for n, one in enumerate(holder.adapters) if path in one.params or path in one.buffers]
     for number, part in zip(numbers, here, strict=True):

@@ -6,7 +6,7 @@ import copy
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -28,11 +28,19 @@ def shared(model: nn.Module) -> Any:
     modules = [module for module in model.modules() if not hasattr(type(module), "__deepcopy__")]
     for module in modules:
         memo[id(module)] = object.__new__(type(module))
-    for hooks in (value for module in modules for value in vars(module).values() if type(value) is OrderedDict):
-        _copied(hooks, memo)  # before the handles that refer to them
+        for hook in hooks(module):  # accelerate keeps offloaded weights there: the same ones
+            memo.update({id(one): one for one in vars(hook).values() if isinstance(one, Mapping)})
+    for registered in (value for module in modules for value in vars(module).values() if type(value) is OrderedDict):
+        _copied(registered, memo)  # before the handles that refer to them
     for module in modules:
         vars(memo[id(module)]).update({name: _copied(value, memo) for name, value in vars(module).items()})
     return copy.deepcopy(model, memo)
+
+
+def hooks(module: nn.Module) -> list[Any]:
+    """accelerate's hooks on a module (device placement, offloading)."""
+    hook = vars(module).get("_hf_hook")
+    return [] if hook is None else [hook, *getattr(hook, "hooks", ())]
 
 
 def _alias(parameter: nn.Parameter) -> nn.Parameter:
@@ -48,7 +56,7 @@ def _copied(value: Any, memo: Memo, deep: bool = True) -> Any:
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, types.FunctionType):
-        return _function(value, memo)
+        return reclosed(value, functools.partial(_copied, memo=memo, deep=False), memo)
     parts = _parts(value)
     if parts is None:
         made = _deep_copied(value, memo) if deep else value
@@ -64,15 +72,23 @@ def _copied(value: Any, memo: Memo, deep: bool = True) -> Any:
     return made
 
 
-def _function(function: types.FunctionType, memo: Memo) -> types.FunctionType:
-    """The function; or, where its closure or defaults lead into the model, one with the same code that leads here."""
+def reclosed(function: types.FunctionType, led: Callable[[Any], Any], memo: Memo) -> types.FunctionType:
+    """The function; or, where its closure or defaults lead into a model, one with the same code that leads elsewhere.
+
+    Args:
+        function: for example a layer's `forward` that somebody replaced by one that calls the old one.
+        led: what a value in the closure is to be there.
+        memo: where functions are noted that are done; one that is in its own closure is met again.
+    """
+    if id(function) in memo:
+        return memo[id(function)]
     cells = function.__closure__ or ()
     fresh = tuple(types.CellType() for _ in cells)
     made = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, fresh)
-    memo[id(function)] = made  # it may be in its own closure
+    memo[id(function)] = made
     rest = (function.__defaults__, function.__kwdefaults__, function.__dict__)
     old = [*(_contents(cell) for cell in cells), *rest]
-    new = [_copied(one, memo, deep=False) for one in old]
+    new = [led(one) for one in old]
     if all(one is other for one, other in zip(old, new, strict=True)):
         memo[id(function)] = function
         return function

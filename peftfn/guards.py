@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _SHARED = "_peftfn_shared"
+_REFUSED = (
+    "A bound module shares the base's weights and writes to none of them: load other weights (Trainer's checkpoints and "
+    "save_pretrained hold merged ones) into a base with from_pretrained, the adapter with peftfn.load, and bind again."
+)
 
 
 def protect(bound: nn.Module, own: Collection[int]) -> None:
@@ -67,12 +71,8 @@ def _load(
         given = {name: module._parameters[name] for name in lent}
         module._parameters.update(lent)
     changed = [name for name, parameter in lent.items() if not _same(given[name], parameter)]
-    if changed and len(error_msgs) == before:
-        error_msgs.append(
-            f"{prefix}{changed[0]} is not what the base has. A bound module shares the base's weights and writes to none "
-            "of them: load other weights (a checkpoint of Trainer or save_pretrained holds merged ones) into a base with "
-            "from_pretrained, the adapter with peftfn.load, and bind again."
-        )
+    if changed and len(error_msgs) == before and not any(_REFUSED in message for message in error_msgs):
+        error_msgs.append(f"{prefix}{changed[0]} is not what the base has. {_REFUSED}")
 
 
 def _same(one: Tensor | None, other: Tensor) -> bool:

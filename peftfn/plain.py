@@ -63,7 +63,10 @@ def merged(
 
     Where they have, every tied name gets a tensor of its own: what a class writes of tied names it decides by memory.
     """
-    every = {**dict(bound.named_parameters(remove_duplicate=False)), **dict(bound.named_buffers(remove_duplicate=False))}
+    every = {
+        **dict(bound.named_parameters(remove_duplicate=False)),
+        **dict(bound.named_buffers(remove_duplicate=False)),
+    }
     before = {**every, **state}
     with torch.no_grad():
         after = merge(before, adapters, model=bound)

@@ -20,7 +20,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import assume_constant_result  # torch.compiler offers it for functions of tensors alone
 
 _STANDARD = frozenset(vars(nn.Module()))
 _ATOMS = frozenset((str, int, float, bool, type(None), torch.dtype, torch.device, types.FunctionType, torch.Size))
@@ -170,7 +169,7 @@ class Twins:
                 own.setdefault(name, functools.partial(getattr(type(twin), name), twin))
 
     def _mapped(self, value: Any) -> Any:
-        kind = cast("type", type(value))
+        kind = cast("type[object]", type(value))
         changed = value
         if kind in _ATOMS:
             pass
@@ -237,7 +236,7 @@ _NO_HOOKS = (
 )
 
 
-@assume_constant_result
+@torch.compiler.assume_constant_result
 def _method_names(cls: type[nn.Module]) -> tuple[str, ...]:
     """The methods of a model's own classes (those with a forward), not what they have from a library's base."""
     classes = [
