@@ -27,7 +27,7 @@ PEFT = "peft"
 
 
 class Quartiles(NamedTuple):
-    """The median, and the quarter and three quarters of the samples below."""
+    """The median of the samples, and the values that a quarter and three quarters of them are below."""
 
     median: float
     low: float
@@ -35,7 +35,17 @@ class Quartiles(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One measurement."""
+    """One measurement.
+
+    Attributes:
+        group: the cases that it was measured beside.
+        what: its case.
+        ms: milliseconds a call.
+        to_floor: its time over that of the base alone, in the same round.
+        to_peft: the same over peft's.
+        repeats: samples.
+        calls: calls in each sample.
+    """
 
     group: str
     what: str
@@ -102,7 +112,7 @@ def _ratios(times: Sequence[float], others: Sequence[float]) -> list[float]:
 
 def _quartiles(values: Sequence[float]) -> Quartiles:
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Quartiles(median, low, high)
+    return Quartiles(round(median, 4), round(low, 4), round(high, 4))
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -145,11 +155,9 @@ def _version(package: str) -> str:
 
 
 def write(rows: Sequence[Row], path: Path, **about: Any) -> None:
-    """Write a JSON list with one measurement a line; `about` is the same in each."""
-    lines = [
-        json.dumps({k: v._asdict() if isinstance(v, Quartiles) else v for k, v in row._asdict().items()} | about)
-        for row in rows
-    ]
+    """Write a JSON list with one measurement a line; `about` is added to each."""
+    plain = [{k: v._asdict() if isinstance(v, Quartiles) else v for k, v in row._asdict().items()} for row in rows]
+    lines = [json.dumps(row | about) for row in plain]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
@@ -162,7 +170,7 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
     groups = list(dict.fromkeys(row.group for row in rows))
-    figure, panels = plt.subplots(1, len(groups), figsize=(3.6 * len(groups), 3.2), squeeze=False)
+    figure, panels = plt.subplots(1, len(groups), figsize=(3.6 * len(groups), 2.8), squeeze=False)
     for axes, group in zip(panels[0], groups, strict=True):
         bars = [row for row in rows if row.group == group]
         ratios = [row.to_floor for row in bars]
@@ -172,7 +180,8 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
         drawn = axes.barh([row.what for row in bars], medians, xerr=whiskers, color=colors, ecolor="black", capsize=2)
         axes.bar_label(drawn, [f" {median:.2f}" for median in medians], padding=4, fontsize=8)
         axes.invert_yaxis()
-        axes.set(title=group, xlabel="× the base alone", xlim=(0, 1.25 * max(ratio.high for ratio in ratios)))
+        axes.set_title(group, fontsize=10)
+        axes.set(xlabel="× the base alone", xlim=(0, 1.25 * max(ratio.high for ratio in ratios)))
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()

@@ -12,83 +12,22 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
-
-import peft
 import torch
 from harness import FLOOR, PEFT, Row, draw, machine, measure, pin, table, versions, write
+from setting import DEEP, FULL, QUICK, Setting, Sizes, build
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfn as pf
 
 Step = Callable[[], tuple[Tensor, list[Tensor]]]
 """Runs once and returns the logits and the gradients (of the adapter; of the embedding's output for the floor)."""
 
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-VOCABULARY = 2048  # small: the layers are what adapters act on
 TOLERANCE = 1e-4  # of the largest value: float32 sums in another order
 RESULTS = Path(__file__).parent / "results"
-
-
-class Sizes(NamedTuple):
-    """A model and a batch."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    rows: int
-    tokens: int
-    r: int = 16
-
-
-FULL = Sizes(layers=4, hidden=640, intermediate=1708, rows=8, tokens=128)
-QUICK = Sizes(layers=4, hidden=384, intermediate=1024, rows=4, tokens=64)
-DEEP = Sizes(layers=16, hidden=384, intermediate=1024, rows=1, tokens=1)  # 112 sites
-
-
-class Setting(NamedTuple):
-    """One adapter on one base, in both libraries."""
-
-    base: Any
-    theirs: Any
-    adapter: pf.Adapter
-    batch: dict[str, Tensor]
-
-
-def llama(sizes: Sizes) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.hidden // 64,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config)
-
-
-def setting(sizes: Sizes, dropout: float, *, training: bool) -> Setting:
-    """A base in training or evaluation mode, and an adapter as it is after some training: no tensor is zero."""
-    base = llama(sizes).train(training)
-    adapter = pf.init(
-        base, pf.LoraConfig(r=sizes.r, target_modules=LINEAR, lora_dropout=dropout, task_type="CAUSAL_LM")
-    )
-    noise = torch.Generator().manual_seed(1)
-    for leaf in adapter.params.values():
-        leaf["lora_B"].normal_(0, 0.02, generator=noise)
-    with tempfile.TemporaryDirectory() as folder:
-        pf.save(adapter, folder)
-        theirs: Any = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=True)
-    ids = torch.randint(0, VOCABULARY, (sizes.rows, sizes.tokens), generator=noise)
-    return Setting(base, theirs.train(training), adapter, {"input_ids": ids, "labels": ids})
 
 
 def steps(given: Setting) -> dict[str, Step]:
@@ -173,14 +112,10 @@ def _seeded(step: Step) -> tuple[Tensor, list[Tensor]]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time a training step of peftfn, of peft, and of the base alone.")
-    parser.add_argument(
-        "--quick", action="store_true", help="a smaller model; written nowhere unless --output is given"
-    )
+    parser.add_argument("--quick", action="store_true", help="a smaller model; nothing is written without --output")
     parser.add_argument("--threads", type=int, default=1, help="threads (1); with one, CPU time is measured")
-    parser.add_argument("--repeats", type=int, help="samples of each case (15, or 9 with --quick)")
-    parser.add_argument(
-        "--output", type=Path, help=f"folder for the JSON and the picture ({RESULTS.name}/ beside this file)"
-    )
+    parser.add_argument("--repeats", type=int, default=13, help="samples of each case (13)")
+    parser.add_argument("--output", type=Path, help="folder for the JSON and the picture (results, beside this file)")
     return parser.parse_args()
 
 
@@ -188,32 +123,29 @@ def main() -> None:
     given = arguments()
     clock = pin(given.threads)
     sizes = QUICK if given.quick else FULL
-    repeats = given.repeats or (9 if given.quick else 15)
     rows: list[Row] = []
     for dropout in (0.0, 0.1):
-        made = setting(sizes, dropout, training=True)
+        made = build(sizes, dropout, training=True)
         cases = steps(made)
         check(cases, floor(made.theirs, made.batch), made.theirs)
-        rows += measure(f"training step, dropout {dropout:g}", cases, clock, repeats=repeats)
-    made = setting(DEEP, 0.0, training=False)
+        rows += measure(f"training step, dropout {dropout:g}", cases, clock, repeats=given.repeats)
+    made = build(DEEP, 0.0, training=False)
     cases = forwards(made)
     check(cases, cases[PEFT], made.theirs)
-    rows += measure("forward of one token", cases, clock, repeats=3 * repeats, calls=5)
+    rows += measure("forward of one token", cases, clock, repeats=3 * given.repeats, calls=5)
     print(table(rows))
-    report(rows, given, sizes)
-
-
-def report(rows: Sequence[Row], given: argparse.Namespace, sizes: Sizes) -> None:
-    """Write the JSON and the picture."""
     folder = given.output or (None if given.quick else RESULTS)
-    if folder is None:
-        return
-    place = machine(given.threads)
-    used = versions("torch", "transformers", "peft", "peftfn")
+    if folder is not None:
+        report(rows, folder, given.threads, sizes)
+
+
+def report(rows: Sequence[Row], folder: Path, threads: int, sizes: Sizes) -> None:
+    """Write the JSON and the picture."""
+    place, used = machine(threads), versions("torch", "transformers", "peft", "peftfn")
     shapes = {"training step": sizes._asdict(), "forward of one token": DEEP._asdict()}
     write(rows, folder / "training_step.json", machine=place, versions=used, sizes=shapes)
-    title = f"{place['cpu']}, {given.threads} thread(s), torch {used['torch']}, peft {used['peft']}"
-    draw(rows, folder / "training_step.png", title)
+    on = f"{place['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
+    draw(rows, folder / "training_step.png", f"{on}, torch {used['torch']}, peft {used['peft']}")
     print(f"\nwritten to {folder}")
 
 

@@ -57,7 +57,7 @@ def init(
     buffers: Tree = {}
     places = method.sites(model, resolved)
     for path, place in places.items():
-        site = layers.Site(path, place.kind, model.get_submodule(place.owner), place.weight)
+        site = layers.Site(path, place.kind, model.get_submodule(place.owner), place.weight, rows=place.rows)
         at = layers.pattern_path(path, places)
         params[path], buffers[path] = method.init(resolved, at, site, generator, dtype)
         params[path] = _detached(params[path])

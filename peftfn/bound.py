@@ -90,7 +90,7 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter]) -> Any:
     adapters = as_tuple(adapter)
     if any(isinstance(one.config, stacking.Stacked) for one in adapters):
         raise TypeError("bind was given a stack; bind one of its adapters (peftfn.unstack), or use apply with index=.")
-    if _KEY in vars(model):
+    if _KEY in model.__dict__:
         raise TypeError("bind was given a bound module; bind the base with a tuple of adapters instead.")
     bound = copies.shared(model)
     by_path = dict(layers.named_modules(bound, remove_duplicate=False))
@@ -102,7 +102,7 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter]) -> Any:
     attach.attach(bound, by_path, held, attach.How(hold=_hold_weight, armed=True))
     own = {name for name, _ in _named(model)}
     added = frozenset(name for one in holder.slots for name in _full_names(one)) - own
-    vars(bound)[_KEY] = Binding(holder.slots, added, _tied(model), isinstance(adapter, Adapter))
+    bound.__dict__[_KEY] = Binding(holder.slots, added, _tied(model), isinstance(adapter, Adapter))
     guards.protect(bound, {id(parameter) for parameter in holder.made.values()})
     _suit_transformers(bound)
     return bound
@@ -111,12 +111,12 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter]) -> Any:
 def unbind(bound: nn.Module) -> Any:
     """The adapter that a bound module holds now (a tuple, if it was bound with one), sharing its tensors."""
     inner: Any = bound
-    while _KEY not in vars(inner):  # DDP holds it as `module`, torch.compile as `_orig_mod`
+    while _KEY not in inner.__dict__:  # DDP holds it as `module`, torch.compile as `_orig_mod`
         inner = inner._modules.get("module", inner._modules.get("_orig_mod"))
         if inner is None:
             raise TypeError(f"unbind was given a {type(bound).__name__} that peftfn.bind did not make.")
     made = _taken(inner, dict(_named(inner)))
-    return made[0] if vars(inner)[_KEY].single else made
+    return made[0] if inner.__dict__[_KEY].single else made
 
 
 def _taken(bound: nn.Module, state: Mapping[str, Tensor]) -> tuple[Adapter, ...]:
@@ -125,7 +125,7 @@ def _taken(bound: nn.Module, state: Mapping[str, Tensor]) -> tuple[Adapter, ...]
             {path: {leaf: state[name].detach() for leaf, name in here.items()} for path, here in names.items()}
         )
 
-    binding: Binding = vars(bound)[_KEY]
+    binding: Binding = bound.__dict__[_KEY]
     return tuple(Adapter(tree(one.params), tree(one.buffers), one.config) for one in binding.slots)
 
 
@@ -212,7 +212,7 @@ def _parameter(holder: _Holder, tensor: Tensor, trained: bool) -> nn.Parameter:
 
 def _hold_weight(module: nn.Module, name: str, compute: Callable[[], Tensor]) -> None:
     """Make `module.<name>` the adapted weight, computed at each reading from the parameters that are there then."""
-    computes: dict[str, Callable[[], Tensor]] = vars(module).setdefault("_peftfn_weights", {})
+    computes: dict[str, Callable[[], Tensor]] = module.__dict__.setdefault("_peftfn_weights", {})
     computes[name] = compute
     plain_class = vars(type(module)).get("_peftfn_plain", type(module))
     module.__class__ = _reading(plain_class, tuple(sorted(computes)))
@@ -222,7 +222,7 @@ def _hold_weight(module: nn.Module, name: str, compute: Callable[[], Tensor]) ->
 def _reading(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     own: dict[str, Any] = {name: property(functools.partial(_read, name)) for name in names}
     own |= {"_peftfn_plain": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    own["__reduce__"] = lambda module: (_blank, (cls, names), dict(vars(module)))  # pickle finds classes by name
+    own["__reduce__"] = lambda module: (_blank, (cls, names), dict(module.__dict__))  # pickle finds classes by name
     return type(cls.__name__, (cls,), own)
 
 
@@ -232,15 +232,15 @@ def _blank(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 
 
 def _read(name: str, module: nn.Module) -> Tensor:
-    return vars(module)["_peftfn_weights"][name]()
+    return module.__dict__["_peftfn_weights"][name]()
 
 
 def _suit_transformers(bound: Any) -> None:
     """What a transformers model needs beside: to be saved merged, checkpointed with frozen inputs, and trained."""
     if hasattr(type(bound), "save_pretrained"):
-        vars(bound)["save_pretrained"] = functools.partial(_save_pretrained, bound)
+        bound.__dict__["save_pretrained"] = functools.partial(_save_pretrained, bound)
     if getattr(bound, "is_quantized", False):
-        vars(bound)["_hf_peft_config_loaded"] = True  # else Trainer says that a quantized model cannot be trained
+        bound.__dict__["_hf_peft_config_loaded"] = True  # else Trainer says that a quantized model cannot be trained
     for module in list(bound.modules()):
         find = getattr(module, "get_input_embeddings", None)
         try:
@@ -261,13 +261,16 @@ def _require_grad(bound: nn.Module, module: nn.Module, inputs: Any, output: Any)
         return output
     if not isinstance(output, Tensor) or output.requires_grad:
         return output
-    checkpointing = any(vars(one).get("gradient_checkpointing") for one in bound.modules())
+    checkpointing = any(one.__dict__.get("gradient_checkpointing") for one in bound.modules())
     return output.detach().requires_grad_(True) if checkpointing else output
 
 
 def _save_pretrained(bound: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
     """Write a plain model folder, the adapter merged in, that `from_pretrained` loads with the same outputs."""
-    binding: Binding = vars(bound)[_KEY]
-    state = kwargs.pop("state_dict", None)
-    adapters = _taken(bound, dict(_named(bound)) | dict(state or {}))
-    return plain.save(bound, adapters, binding.added, binding.tied, state, save_directory, *args, **kwargs)
+    binding: Binding = bound.__dict__[_KEY]
+    state = kwargs.pop("state_dict", None)  # given where the module itself holds only a part of it (FSDP)
+    state = bound.state_dict() if state is None else state
+    adapters = _taken(bound, dict(_named(bound)) | dict(state))
+    weights, is_apart = plain.merged(bound, state, adapters, binding.tied)
+    kept = {name: tensor for name, tensor in weights.items() if name not in binding.added}
+    return plain.stand_in(bound, kept, is_apart).save_pretrained(save_directory, *args, **kwargs)

@@ -23,12 +23,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from peftfn import files, hub, keys, stacking
+from peftfn import files, fused, hub, keys, stacking
 from peftfn.adapter import Adapter, is_traced
 from peftfn.config import PeftConfig
 
 _CONFIG_KEY = "peftfn.config"
 _REPLACES_KEY = "peftfn.replaces"
+_PARTS_KEY = "peftfn.parts"
+_POINTER = b"version https://git-lfs"
 
 
 def save(adapter: Adapter, folder: str | Path) -> Path:
@@ -54,12 +56,13 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
     folder = Path(folder)
     _check_single(adapter)
     plain = {key: _plain(key, tensor) for key, tensor in keys.to_keys(adapter).items()}
-    text = adapter.config.to_json()
+    text = fused.whole_config(adapter).to_json()
     old = folder / files.CONFIG
     metadata = {
         "format": "pt",
         _CONFIG_KEY: text,
         _REPLACES_KEY: _digest(old.read_bytes()) if old.is_file() else "",
+        _PARTS_KEY: fused.note(adapter),
     }
     writes: dict[str, files.Write] = {
         files.WEIGHTS: lambda path: safetensors.torch.save_file(plain, path, metadata),
@@ -129,7 +132,11 @@ def load(
     origin = hub.pinned(origin, beside)
     tensors, metadata, source = _read_weights(origin, text is None, device)
     config = _config(origin, beside, text, metadata)
-    adapter = keys.from_keys(tensors, config, str(source), ordered=_CONFIG_KEY in metadata, model=model)
+    note = metadata.get(_PARTS_KEY, "")
+    ours = _CONFIG_KEY in metadata
+    adapter = keys.from_keys(tensors, config, str(source), ordered=ours, model=model, parts=fused.noted(note))
+    if note:
+        adapter = adapter.replace(config=fused.named_config(adapter, note))
     if model is not None:
         keys.check_against(adapter, model, str(source))
     return adapter
@@ -177,8 +184,12 @@ def _read_safetensors(path: Path, device: torch.device) -> tuple[dict[str, Tenso
             # A copy: what safetensors returns is the file itself in memory, and changes when others write into it.
             return {name: opened.get_tensor(name).clone() for name in names}, opened.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
+        with path.open("rb") as file:
+            pointer = file.read(len(_POINTER)) == _POINTER
         raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); it is truncated or corrupt: fetch it again."
+            f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` there."
+            if pointer
+            else f"{path} is not a whole safetensors file ({error}); it is truncated or corrupt: fetch it again."
         ) from error
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,6 +102,7 @@ class PeftConfig:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, freeze(getattr(self, field.name)))
         _check_types(self)
+        _check_patterns(self)
         if self.task_type is not None:
             # PEFT's TaskType is a str enum: keep its value, so that the config is plain data.
             object.__setattr__(self, "task_type", str(getattr(self.task_type, "value", self.task_type)))
@@ -202,6 +204,20 @@ def _check_types(config: PeftConfig) -> None:
         value = getattr(config, field.name)
         if not _fits(value, hints[field.name]):
             raise TypeError(f"{type(config).__name__}({field.name}={thaw(value)!r}): expected {field.type}.")
+
+
+def _check_patterns(config: PeftConfig) -> None:
+    for field in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        value: Any = getattr(config, field, None)
+        patterns: list[str] = [value] if isinstance(value, str) else [*value] if isinstance(value, Mapping) else []
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"{type(config).__name__}({field}={thaw(value)!r}): {pattern!r} is no regex ({error}). "
+                    "Write '.*' for anything, or give a list of names."
+                ) from error
 
 
 @functools.cache

@@ -29,17 +29,17 @@ def shared(model: nn.Module) -> Any:
     for module in modules:
         memo[id(module)] = object.__new__(type(module))
         for hook in hooks(module):  # accelerate keeps offloaded weights there: the same ones
-            memo.update({id(one): one for one in vars(hook).values() if isinstance(one, Mapping)})
-    for registered in (value for module in modules for value in vars(module).values() if type(value) is OrderedDict):
+            memo.update({id(one): one for one in hook.__dict__.values() if isinstance(one, Mapping)})
+    for registered in (value for module in modules for value in module.__dict__.values() if type(value) is OrderedDict):
         _copied(registered, memo)  # before the handles that refer to them
     for module in modules:
-        vars(memo[id(module)]).update({name: _copied(value, memo) for name, value in vars(module).items()})
+        memo[id(module)].__dict__.update({name: _copied(value, memo) for name, value in module.__dict__.items()})
     return copy.deepcopy(model, memo)
 
 
 def hooks(module: nn.Module) -> list[Any]:
     """accelerate's hooks on a module (device placement, offloading)."""
-    hook = vars(module).get("_hf_hook")
+    hook = module.__dict__.get("_hf_hook")
     return [] if hook is None else [hook, *getattr(hook, "hooks", ())]
 
 

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _SHARED = "_peftfn_shared"
 _REFUSED = (
-    "A bound module shares the base's weights and writes to none of them: load other weights (Trainer's checkpoints and "
-    "save_pretrained hold merged ones) into a base with from_pretrained, the adapter with peftfn.load, and bind again."
+    "A bound module shares the base's weights and writes to none of them: load other weights (Trainer's checkpoints "
+    "and save_pretrained hold merged ones) into a base with from_pretrained, the adapter with peftfn.load, and bind "
+    "again."
 )
 
 
@@ -29,7 +30,7 @@ def protect(bound: nn.Module, own: Collection[int]) -> None:
         own: ids of the parameters that are the adapter's.
     """
     for module in bound.modules():
-        attributes = vars(module)
+        attributes = module.__dict__
         attributes[_SHARED] = frozenset(
             name for name, parameter in module._parameters.items() if parameter is not None and id(parameter) not in own
         )
@@ -37,24 +38,16 @@ def protect(bound: nn.Module, own: Collection[int]) -> None:
         attributes["apply"] = functools.partial(_apply, module)
         attributes["requires_grad_"] = functools.partial(_requires_grad, module)
     names = [name for name, parameter in bound.named_parameters(remove_duplicate=False) if id(parameter) not in own]
-    vars(bound)["_ddp_params_and_buffers_to_ignore"] = names
+    bound.__dict__["_ddp_params_and_buffers_to_ignore"] = names
 
 
 def _is_shared(module: nn.Module, name: str) -> bool:
-    return name in vars(module).get(_SHARED, ())
+    return name in module.__dict__.get(_SHARED, ())
 
 
-def _load(
-    module: nn.Module,
-    state: Mapping[str, Any],
-    prefix: str,
-    local_metadata: Any,
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
-) -> None:
+def _load(module: nn.Module, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
     """Load into stand-ins of the base's parameters, and say so if what they were given is not what the base has."""
+    errors: list[str] = rest[-1]
     lent = {
         name: parameter
         for name, parameter in module._parameters.items()
@@ -62,17 +55,16 @@ def _load(
     }
     for name, parameter in lent.items():
         module._parameters[name] = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
-    before = len(error_msgs)
+    before = len(errors)
     try:
-        type(module)._load_from_state_dict(
-            module, state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        # load_state_dict's step for one module: it has no public name
+        type(module)._load_from_state_dict(module, state, prefix, *rest)  # noqa: SLF001
     finally:
         given = {name: module._parameters[name] for name in lent}
         module._parameters.update(lent)
     changed = [name for name, parameter in lent.items() if not _same(given[name], parameter)]
-    if changed and len(error_msgs) == before and not any(_REFUSED in message for message in error_msgs):
-        error_msgs.append(f"{prefix}{changed[0]} is not what the base has. {_REFUSED}")
+    if changed and len(errors) == before and not any(_REFUSED in error for error in errors):
+        errors.append(f"{prefix}{changed[0]} is not what the base has. {_REFUSED}")
 
 
 def _same(one: Tensor | None, other: Tensor) -> bool:
@@ -95,25 +87,25 @@ def _requires_grad(module: nn.Module, requires_grad: bool = True) -> nn.Module:
 def _apply(module: nn.Module, fn: Callable[[nn.Module], None]) -> nn.Module:
     """`module.apply(fn)`, in which `fn` can write to everything but the base's parameters."""
     names = {
-        parameter.untyped_storage()._cdata: f"{type(inner).__name__}.{name}"
+        parameter.untyped_storage().data_ptr(): f"{type(inner).__name__}.{name}"
         for inner in module.modules()
         for name, parameter in inner._parameters.items()
-        if parameter is not None and _is_shared(inner, name)
+        if parameter is not None and not parameter.is_meta and _is_shared(inner, name)
     }
     with _ReadOnly(names):
         return type(module).apply(module, fn)
 
 
 class _ReadOnly(TorchDispatchMode):
-    """Refuses to write to some storages."""
+    """Refuses to write to some storages, given by address and name."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()
         self._names = names
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for position, argument in enumerate(func._schema.arguments):
+        for position, argument in enumerate(func._schema.arguments):  # noqa: SLF001  # what it writes to is said there
             if argument.alias_info is not None and argument.alias_info.is_write:
                 value = args[position] if position < len(args) else kwargs.get(argument.name)
                 for tensor in value if isinstance(value, (list, tuple)) else (value,):
@@ -121,9 +113,9 @@ class _ReadOnly(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _check(self, tensor: Any) -> None:
-        name = self._names.get(tensor.untyped_storage()._cdata) if isinstance(tensor, Tensor) else None
+        name = self._names.get(tensor.untyped_storage().data_ptr()) if isinstance(tensor, Tensor) else None
         if name is not None:
             raise RuntimeError(
-                f"apply(fn) on a bound module: fn writes to {name}, whose memory is the base's. Give new values to the base "
-                "before bind, or let fn leave frozen parameters alone."
+                f"apply(fn) on a bound module: fn writes to {name}, whose memory is the base's. Give new values to the "
+                "base before bind, or let fn leave frozen parameters alone."
             )

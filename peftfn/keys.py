@@ -44,7 +44,9 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
         if own:
             adapted += [path.rpartition(".")[0] if _is_parameter(adapter.config, path) else path]
             site = _site_key(adapter, path)
-            found += [(f"{site}.{method.names[name]}", tensor) for name, tensor in method.to_file(own).items()]
+            held = {name: tensor for name, tensor in adapter.buffers.get(path, {}).items() if name in method.held}
+            whole = method.to_file({**own, **held})
+            found += [(f"{site}.{method.names[name]}", tensor) for name, tensor in whole.items()]
     for tree in (adapter.params, adapter.buffers):
         for path, leaf in tree.items():
             module = _nested(adapter, path) + _BASE * adapted.count(path)
@@ -88,7 +90,13 @@ def _ordered(config: PeftConfig, paths: Sequence[str]) -> list[str]:
 
 
 def from_keys(
-    tensors: Mapping[str, Tensor], config: PeftConfig, source: str, *, ordered: bool, model: nn.Module | None
+    tensors: Mapping[str, Tensor],
+    config: PeftConfig,
+    source: str,
+    *,
+    ordered: bool,
+    model: nn.Module | None,
+    parts: Mapping[str, Leaf] | None = None,
 ) -> Adapter:
     """The adapter whose tensors have these keys, in the layout of any version of PEFT.
 
@@ -98,6 +106,7 @@ def from_keys(
         source: the file, for messages.
         ordered: whether the config's `target_parameters` are in the model's order, as this library writes them.
         model: settles that order otherwise.
+        parts: buffers of the sites that are parts of fused layers (`peftfn.fused.noted`).
     """
     if not tensors:
         raise ValueError(f"{source} holds no tensor; it is not the weights of an adapter.")
@@ -121,8 +130,9 @@ def from_keys(
     for site, leaf in own.items():
         at = layers.pattern_path(paths[site], set(paths.values()))
         _check_rank(config, at, leaf, source)
-        params.setdefault(paths[site], {}).update(method.from_file(_whole(leaf, site, source)))
-        buffers.setdefault(paths[site], {}).update(method.buffers(config, at, leaf))
+        part = (parts or {}).get(paths[site], {})
+        params.setdefault(paths[site], {}).update(method.from_file({**_whole(leaf, site, source), **part}))
+        buffers.setdefault(paths[site], {}).update({**method.buffers(config, at, leaf), **part})
     return Adapter(sorted_tree(params), sorted_tree(buffers), config)
 
 

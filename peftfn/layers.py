@@ -21,11 +21,19 @@ WEIGHT_KINDS = frozenset({PARAMETER, EXPERTS_TRANSPOSED})
 
 
 class Place(NamedTuple):
-    """Where a site is in a model: the module that owns the tensor, the tensor's name there, and its kind."""
+    """Where a site is in a model.
+
+    Attributes:
+        owner: the path of the module that owns the tensor.
+        weight: the tensor's name there.
+        kind: one of the kinds of this file.
+        rows: the output rows that the site is, where it is a part of a fused projection (see `peftfn.fused`).
+    """
 
     owner: str
     weight: str
     kind: str
+    rows: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -44,20 +52,29 @@ class Site:
         kind: one of the kinds of this file.
         layer: the module that owns the weight: a private twin during a call.
         weight_name: the attribute of `layer` that holds the weight.
+        rows: for `init`: the output rows to act on, or `None` for all.
     """
 
-    __slots__ = ("_run", "kind", "layer", "path", "weight_name")
+    __slots__ = ("_run", "kind", "layer", "path", "rows", "weight_name")
 
     def __init__(
-        self, path: str, kind: str, layer: nn.Module, weight_name: str, run: Callable[..., Any] | None = None
+        self,
+        path: str,
+        kind: str,
+        layer: nn.Module,
+        weight_name: str,
+        run: Callable[..., Any] | None = None,
+        rows: Tensor | None = None,
     ) -> None:
         self.path = path
         self.kind = kind
         self.layer = layer
         self.weight_name = weight_name
         self._run = run
+        self.rows = rows
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the layer computes without the method."""
         assert self._run is not None, "a site of init has nothing to run"
         return self._run(*args, **kwargs)
 
@@ -113,7 +130,7 @@ def places(model: nn.Module, path: str) -> dict[str, Place]:
     """
     module = model.get_submodule(path)
     if isinstance(module, nn.MultiheadAttention):
-        if module.in_proj_weight is None:
+        if module._parameters.get("in_proj_weight") is None:
             raise ValueError(
                 f"{path!r} is an nn.MultiheadAttention with separate projections (kdim or vdim differ); it has no "
                 "in_proj_weight. Name them instead: target_parameters=['q_proj_weight', 'v_proj_weight']."

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,48 +17,10 @@ from peftfn.merge import merge
 _TIE = "tie_word_embeddings"
 
 
-def save(
-    bound: Any,
-    adapters: Sequence[Adapter],
-    added: Collection[str],
-    tied: Sequence[Sequence[str]],
-    state: Mapping[str, Tensor] | None,
-    folder: str | Path,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """Write the folder by the class's own `save_pretrained`; `from_pretrained` loads it with the same outputs.
-
-    Args:
-        bound: the module.
-        adapters: what it holds now.
-        added: names in its state dict that are no part of a plain model.
-        tied: groups of names that share one parameter in the base.
-        state: its state dict, where the module itself holds only a part of it (FSDP).
-        folder: where to write, and further arguments of the class's `save_pretrained`.
-
-    Raises:
-        ValueError: an adapter without a merged form, or weights that come apart where the class cannot load them so.
-    """
-    state = bound.state_dict() if state is None else dict(state)
-    weights, is_apart = merged(bound, state, adapters, tied)
-    plain = copy.copy(bound)
-    own = vars(plain)
-    for name in ("save_pretrained", "_hf_peft_config_loaded"):
-        own.pop(name, None)
-    if hasattr(plain, "config"):
-        plain.config = copy.deepcopy(bound.config)
-        if is_apart:
-            _untie(plain)
-    kept = {name: tensor for name, tensor in weights.items() if name not in added}
-    own["state_dict"] = lambda *_args, **_kwargs: dict(kept)
-    return plain.save_pretrained(folder, *args, **kwargs)
-
-
 def merged(
     bound: nn.Module, state: Mapping[str, Tensor], adapters: Sequence[Adapter], tied: Sequence[Sequence[str]]
 ) -> tuple[dict[str, Tensor], bool]:
-    """The state dict with the adapters merged in, and whether names that were tied have come apart.
+    """The state dict with the adapters merged in, and whether names that share a parameter have come apart.
 
     Where they have, every tied name gets a tensor of its own: what a class writes of tied names it decides by memory.
     """
@@ -92,6 +53,29 @@ def _value(name: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor])
     return None if after[name] is before[name] else id(after[name])
 
 
+def stand_in(bound: Any, weights: Mapping[str, Tensor], is_apart: bool) -> Any:
+    """A shallow copy of the module, for the class's own `save_pretrained`, that says that it has these weights.
+
+    Args:
+        bound: the module.
+        weights: a state dict of the plain model.
+        is_apart: whether names that the class ties have values of their own there.
+
+    Raises:
+        ValueError: they have, and the class cannot load them so.
+    """
+    plain = copy.copy(bound)
+    own = plain.__dict__
+    for name in ("save_pretrained", "_hf_peft_config_loaded"):
+        own.pop(name, None)
+    own["state_dict"] = lambda *_args, **_kwargs: dict(weights)
+    if hasattr(plain, "config"):
+        plain.config = copy.deepcopy(bound.config)
+        if is_apart:
+            _untie(plain)
+    return plain
+
+
 def _untie(plain: Any) -> None:
     """Say in the config that the embeddings are not tied, if that is all that saying so does."""
     configs = [plain.config, *(getattr(plain.config, name, None) for name in ("text_config", "decoder"))]
@@ -103,7 +87,8 @@ def _untie(plain: Any) -> None:
     elif "missing_keys" not in inspect.signature(plain.tie_weights).parameters:  # transformers 4
         raise ValueError(
             f"the adapter changes one of the weights that {type(plain).__name__} ties, and with this version of "
-            "transformers it ties whatever its folder holds. Save with transformers 5, or keep the adapter (peftfn.save)."
+            "transformers it ties whatever its folder holds. Save with transformers 5, or keep the adapter "
+            "(peftfn.save)."
         )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from torch import nn
 
-from peftfn import layers, renamed
+from peftfn import fused, layers, renamed
 
 ALL_LINEAR = "all-linear"
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -57,8 +58,9 @@ class Targeting(Protocol):
 
 def model_type(model: nn.Module) -> str | None:
     """`config.model_type` of a transformers-like model."""
-    config: Any = getattr(model, "config", None)
-    found: Any = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+    config = getattr(model, "config", None)
+    read = cast("dict[str, Any]", config).get if isinstance(config, dict) else functools.partial(getattr, config)
+    found: object = read("model_type", None)
     return found if isinstance(found, str) else None
 
 
@@ -154,10 +156,27 @@ def sites(model: nn.Module, config: Targeting) -> dict[str, layers.Place]:
                 f"exclude_modules=[{path!r}]."
             )
         found.update(at)
+    if _may_name_parts(config.target_modules):
+        found = {**fused.places(model, lambda path: _names_part(config, path)), **found}
     for name in _parameters(model, config.target_parameters or ()):
         found[name] = layers.place_of_parameter(model, name)
     _refuse_unmatched(model, config, paths, found)
     return found
+
+
+def _may_name_parts(names: Sequence[str] | str | None) -> bool:
+    given = [names] if isinstance(names, str) else names or ()
+    return isinstance(names, str) or any(name.rpartition(".")[2] in fused.NAMES and "." in name for name in given)
+
+
+def _names_part(config: Targeting, path: str) -> bool:
+    """Whether `layer.part` is named; in a list a bare `q` is a module's name, as T5 has it, and never a part's."""
+    names = config.target_modules
+    if names is None or is_excluded(config, path):
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return ends_with(path, [name for name in names if "." in name]) and _in_layers(config, path)
 
 
 def saved_modules(model: nn.Module, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, nn.Module]:
@@ -258,7 +277,10 @@ def _lost(names: Sequence[str], paths: Sequence[str]) -> list[str]:
 def refuse_lost_names(model: nn.Module, names: Sequence[str] | str | None) -> None:
     """A `ValueError` if a name of a list that the user gave matches no module (PEFT ignores it in silence)."""
     paths = [path for path, _ in layers.named_modules(model) if path]
-    lost = _lost(names, paths) if names and not isinstance(names, str) else []
+    fused_too = (
+        [f"{path}.{part}" for path in paths for part in fused.parts(model, path)] if _may_name_parts(names) else []
+    )
+    lost = _lost(names, [*paths, *fused_too]) if names and not isinstance(names, str) else []
     if lost:
         raise ValueError(
             f"target_modules={_shown(names)}: {lost} matched no module of {type(model).__name__}{_near(lost, paths)}."

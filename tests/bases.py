@@ -12,6 +12,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+# transformers 4 holds the experts of a mixture as a list of modules, transformers 5 as two bare parameters.
+EXPERTS_ARE_PARAMETERS = int(transformers.__version__.split(".")[0]) >= 5
 WORDS = 40
 # Ten times what transformers takes: in a model this small, attention would hardly look at its input otherwise.
 WIDE: dict[str, Any] = {"initializer_range": 0.2}

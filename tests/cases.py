@@ -272,6 +272,8 @@ CASES = [
     Case("tied-embedding", Tied, lora("emb"), tokens()),
     Case("tied-head", Tied, lora("head"), tokens()),
     Case("two-paths", Twice, lora("first"), randn(4, 8)),
+    Case("fused-parts", gpt2, lora("c_attn.q", "c_attn.v"), lambda: {"input_ids": tokens()()}),
+    Case("fused-attention", SelfAttention, lora("attention.q"), randn(4, 5, 8), {"routing": BARE}),
     Case("gpt2", gpt2, lora("c_attn", "c_proj"), lambda: {"input_ids": tokens()()}),
     Case(
         "llama",

@@ -18,6 +18,10 @@ from peftfn import keys
 
 Tensors = dict[str, Tensor]
 
+# Before that, peft lays out the factors of experts the other way round, does not save the biases of
+# bias="lora_only", and takes the last index of a path for that of the layer.
+IS_OLD = tuple(int(part) for part in peft.__version__.split(".")[:2]) < (0, 21)
+
 
 @contextlib.contextmanager
 def quiet_peft() -> Generator[None]:

@@ -11,7 +11,7 @@ import oracle
 import peft
 import pytest
 import torch
-from bases import BASES, Base
+from bases import BASES, EXPERTS_ARE_PARAMETERS, Base
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -111,6 +111,10 @@ class Pair(NamedTuple):
 
 
 def pair_of(case: Case, folder: Path, cast: Callable[[Any], Any] = lambda one: one) -> Pair:
+    if "target_parameters" in case.options and not EXPERTS_ARE_PARAMETERS:
+        pytest.skip("this transformers has no experts as parameters")
+    if case.options.get("bias") == "lora_only" and oracle.IS_OLD:
+        pytest.skip("this peft does not save these biases")
     kind: Base = BASES[case.base]
     base, batch = cast(kind.make()), cast(kind.inputs())
     adapter = oracle.randomised(pf.init(base, oracle.config_of(pf, case.options)))
@@ -126,7 +130,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_peft_finds_every_key_of_our_file_and_no_other(pair: Pair) -> None:
     weights = peft.load_peft_weights(str(pair.folder), device="cpu")
     with oracle.quiet_peft():
-        result = peft.set_peft_model_state_dict(pair.theirs, weights)
+        result = peft.set_peft_model_state_dict(pair.theirs, dict(weights))
     assert result.unexpected_keys == []
     assert not set(result.missing_keys) & set(oracle.trained(pair.theirs))
     assert sorted(oracle.file_of(pair.theirs)) == sorted(weights)
@@ -178,7 +182,7 @@ def _call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def peft_options(pair: Pair) -> dict[str, Any]:
-    if pair.case.base == "vit":  # transformers 5 renamed ViT's layers; peft knows them by their new names only
+    if pair.case.base == "vit":  # transformers 5 renamed ViT's layers; peft knows them by their present names only
         config: Any = pair.adapter.config
         return pair.case.options | {"target_modules": list(config.target_modules)}
     return pair.case.options

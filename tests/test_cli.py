@@ -270,6 +270,33 @@ def test_wrong_input_ends_with_one_sentence_and_leaves_nothing(
         assert not (tmp_path / "out").exists()
 
 
+def test_an_encoder_is_refused_as_a_language_model(run: Run, tmp_path: Path) -> None:
+    given = ("--model", run.model, "--data", run.data, "--task", "causal_lm", "--output", tmp_path / "out")
+    assert "sees the tokens that come after" in call("train", *given, code=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_an_image_model_is_merged_without_a_tokenizer_or_a_task(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
+        initializer_range=0.3, id2label={0: "cat", 1: "dog", 2: "bee"},
+    )  # fmt: skip
+    model = transformers.ViTForImageClassification(config).eval()
+    model.save_pretrained(tmp_path / "vit")
+    model = transformers.ViTForImageClassification.from_pretrained(tmp_path / "vit").eval()
+    heads = pf.LoraConfig(target_modules=["query"], modules_to_save=["classifier"], init_lora_weights=False)
+    adapter = pf.init(model, heads)
+    pf.save(adapter, tmp_path / "adapter")
+    call("merge", tmp_path / "adapter", tmp_path / "merged")
+    merged = transformers.ViTForImageClassification.from_pretrained(tmp_path / "merged").eval()
+    assert merged.config.id2label == model.config.id2label
+    batch = {"pixel_values": torch.randn(2, 3, 8, 8)}
+    with torch.no_grad():
+        expected = pf.apply(model, adapter, batch).logits
+        assert not torch.allclose(model(**batch).logits, expected, atol=1e-3)
+        torch.testing.assert_close(merged(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_one_label_only_is_an_error(run: Run, tmp_path: Path) -> None:
     data = small.write_csv(tmp_path / "a.csv", [{"text": "a", "label": "x"}] * 3)
     printed = call("train", "--model", run.model, "--data", data, "--output", tmp_path / "out", code=2)

@@ -82,7 +82,7 @@ def command(settings: TrainSettings) -> list[str]:
 def test_a_run_that_was_killed_ends_with_the_same_leaves_as_one_that_was_not(
     settings: TrainSettings, tmp_path: Path
 ) -> None:
-    long = dataclasses.replace(settings, max_steps=400)
+    long = dataclasses.replace(settings, max_steps=120, save_every=5)
     process = subprocess.Popen(  # this test's own command
         command(long), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -97,7 +97,7 @@ def test_a_run_that_was_killed_ends_with_the_same_leaves_as_one_that_was_not(
     said: list[str] = []
     training.fit(training.prepare(long, CONFIG), said.append)
     begun = int(said[0].removeprefix("resumed  from step ").split()[0])
-    assert 20 <= begun < 400
+    assert 20 <= begun < 120
     assert same(pf.load(long.output), train(long, output=str(tmp_path / "other")))
 
 
@@ -144,7 +144,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_replaced_only_when_asked(set
     first = train(settings)
     with pytest.raises(UserError, match=r"holds another run \(lr: 0.01, now 0.02\)"):
         train(settings, lr=2e-2)
-    with pytest.raises(UserError, match=r"\(other training data; max_length: 256, now 5\)"):
+    with pytest.raises(UserError, match=r"\(other training data; max_length: 64, now 5\)"):
         train(settings, max_length=5)
     with pytest.raises(UserError, match=r"config\.r: 4, now 2"):
         train(settings, dataclasses.replace(CONFIG, r=2))
@@ -230,6 +230,14 @@ def test_a_module_that_the_base_does_not_have_is_trained_and_saved_without_being
     )  # fmt: skip
     adapter = train(settings, pf.LoraConfig(r=2, target_modules=["q_lin"]))
     assert {"pre_classifier", "classifier"} <= set(adapter.params)
+
+
+def test_a_text_longer_than_the_model_has_positions_for_is_cut(settings: TrainSettings, tmp_path: Path) -> None:
+    long = [{**row, "text": row["text"] * 100} for row in small.rows(8)]
+    data = small.write_csv(tmp_path / "long.csv", long)
+    job = training.prepare(dataclasses.replace(settings, data=str(data), max_length=1000, max_steps=1), CONFIG)
+    assert {len(ids) for ids in job.examples.ids} == {64}
+    training.fit(job, lambda _: None)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing_of_it(settings: TrainSettings) -> None:

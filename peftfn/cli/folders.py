@@ -63,8 +63,7 @@ def load_base_of(
     """The base that the adapter was made for, and the modules of it that its folder lacks."""
     name, config = base_name(adapter, model), adapter.config
     labels = head_labels(adapter, folder)
-    own = from_pretrained("AutoConfig", name, revision=config.revision).id2label or {}
-    if labels[:1] == ["LABEL_0"] and len(labels) == len(own):
+    if labels[:1] == ["LABEL_0"] and len(labels) == from_pretrained("AutoConfig", name).num_labels:
         labels = []  # the base has that many, with names
     seed = state.read_run(Path(folder)).get("settings", {}).get("seed", 0)
     kind = class_name(adapter, name)

@@ -179,12 +179,27 @@ def init(
             "input; set it to 0 or leave target_parameters out."
         )
     dtype = dtype or (weight.dtype if weight.dtype == torch.float64 else torch.float32)
-    shape_a, shape_b = lowrank.TABLE[site.kind].shapes(site.layer, weight.shape, r)
+    shape = weight.shape if site.rows is None else _of_rows(weight.shape, site.kind, len(site.rows))
+    shape_a, shape_b = lowrank.TABLE[site.kind].shapes(site.layer, shape, r)
     a, b = _draw(config, site.kind, shape_a, shape_b, r, generator)
     device = "cpu" if weight.is_meta else weight.device
     first, second = _names(site.kind)
     leaf = {first: a.to(device, dtype), second: b.to(device, dtype)}
-    return leaf, buffers(config, path, leaf)
+    part = {} if site.rows is None else part_of(site.rows.to(device), weight.shape[_outputs(site.kind)])
+    return leaf, {**buffers(config, path, leaf), **part}
+
+
+def part_of(rows: Tensor, outputs: int) -> Leaf:
+    """The buffers that make a leaf act on some output rows of its layer: which, and of how many."""
+    return {"rows": rows, "outputs": torch.tensor(outputs, device=rows.device)}
+
+
+def _outputs(kind: str) -> int:
+    return 1 if kind == layers.TRANSPOSED else 0
+
+
+def _of_rows(weight: torch.Size, kind: str, rows: int) -> torch.Size:
+    return torch.Size((weight[0], rows) if kind == layers.TRANSPOSED else (rows, weight[1]))
 
 
 def _draw(
@@ -242,7 +257,11 @@ def forward(config: LoraConfig, leaf: Mapping[str, Tensor], site: Site, x: Tenso
         x = x.to(a.dtype)
         if config.lora_dropout and site.training:
             x = F.dropout(x, config.lora_dropout, training=True)
-    return lowrank.TABLE[site.kind].add(site, a, b, leaf["scaling"], x, y).to(y.dtype)
+    add, rows = lowrank.TABLE[site.kind].add, leaf.get("rows")
+    if rows is None:
+        return add(site, a, b, leaf["scaling"], x, y).to(y.dtype)
+    part = y.index_select(-1, rows)
+    return y.index_copy(-1, rows, add(site, a, b, leaf["scaling"], x, part).to(y.dtype))
 
 
 def merge(config: LoraConfig, leaf: Mapping[str, Tensor], kind: str, weight: Tensor) -> Tensor:
@@ -251,9 +270,13 @@ def merge(config: LoraConfig, leaf: Mapping[str, Tensor], kind: str, weight: Ten
     if a.device.type == "cpu" and a.dtype in (torch.float16, torch.bfloat16):
         # Half-precision products are slow on CPU, and rounded once more: as PEFT, compute in float32.
         a, b = a.float(), b.float()
+    rows, whole = leaf.get("rows"), weight
+    if rows is not None:
+        weight = whole.index_select(_outputs(kind), rows)
     with _without_autocast(weight.device.type):  # a weight is not rounded to what products run in
         delta = lowrank.TABLE[kind].delta(a, b, weight.shape)
-    return (weight + lowrank.scaled(delta, leaf["scaling"])).to(weight.dtype)
+    merged = (weight + lowrank.scaled(delta, leaf["scaling"])).to(weight.dtype)
+    return merged if rows is None else whole.index_copy(_outputs(kind), rows, merged)
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
@@ -267,6 +290,8 @@ def check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
     if first not in leaf or second not in leaf:
         return f"has {sorted(leaf)}, expected {first} and {second} for a {site.kind}"
     a, b, weight = leaf[first].shape, leaf[second].shape, site.weight.shape
+    if "rows" in leaf:
+        weight = _of_rows(weight, site.kind, leaf["rows"].shape[0])
     expected = lowrank.TABLE[site.kind].shapes(
         site.layer, weight, _rank_of(leaf[first], leaf[second], site.kind, weight)
     )
@@ -286,7 +311,7 @@ def kinds(leaf: Mapping[str, Tensor], weight: torch.Size) -> list[str]:
     if b.dim() > 2:
         fits = a.shape[a.dim() - b.dim() + 2 :] == weight[2:] and b.shape[0] == weight[0]
         return [layers.CONVOLUTION] if fits and len(weight) == b.dim() else []
-    outputs, inputs, ends = b.shape[0], a.shape[1], tuple(weight[-2:])
+    outputs, inputs, ends = int(leaf.get("outputs", b.shape[0])), a.shape[1], tuple(weight[-2:])
     stored = [layers.LINEAR, layers.PARAMETER] if len(weight) == 2 else [layers.PARAMETER]
     swapped = [layers.TRANSPOSED] if len(weight) == 2 else [layers.EXPERTS_TRANSPOSED]
     return (stored if ends == (outputs, inputs) else []) + (swapped if ends == (inputs, outputs) else [])
@@ -319,7 +344,7 @@ def silence(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
 
 METHOD = Method(
     config=LoraConfig,
-    held=frozenset({"scaling"}),
+    held=frozenset({"scaling", "rows", "outputs"}),
     names={
         "lora_A": "lora_A.weight",
         "lora_B": "lora_B.weight",

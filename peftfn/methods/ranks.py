@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from peftfn import fused
 from peftfn.adapter import Leaf
 
 
@@ -75,19 +76,23 @@ def _without_rank_axis(a: Tensor, b: Tensor, dims: int) -> tuple[Tensor, Tensor]
 def to_file(leaf: Leaf) -> Leaf:
     """The leaf with PEFT's shapes: A of a convolution with groups dense, zero outside each group's channels."""
     first, second = _pair(leaf)
+    if "rows" in leaf:
+        leaf = fused.to_whole(leaf, second)
     a, b = leaf[first], leaf[second]
     if a.dim() <= b.dim():
-        return leaf
+        return {first: a, second: b}
     groups = a.shape[0]
     dense = a.new_zeros(groups, a.shape[1], groups, *a.shape[2:])  # (g, r/g, g, in/g, *k)
     for group, block in enumerate(a):
         dense[group, :, group] = block
-    return {**leaf, first: dense.flatten(2, 3).flatten(0, 1)}
+    return {first: dense.flatten(2, 3).flatten(0, 1), second: b}
 
 
 def from_file(leaf: Leaf) -> Leaf:
-    """The inverse of `to_file`; a dense A that really reads other groups' channels, as PEFT trains it, stays dense."""
+    """The inverse of `to_file`; with `rows`, B of those alone. A dense A that really reads other groups' channels, as PEFT trains it, stays dense."""
     first, second = _pair(leaf)
+    if "rows" in leaf:
+        return {first: leaf[first], second: leaf[second][leaf["rows"]]}
     a, b = leaf[first], leaf[second]
     groups = a.shape[0] // b.shape[1] if a.dim() > 2 else 1
     if groups == 1 or a.shape[1] % groups:

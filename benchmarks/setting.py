@@ -1,0 +1,77 @@
+"""What is timed: a Llama of random weights, a batch, and one LoRA adapter in both libraries."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+import warnings
+from typing import Any, NamedTuple
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
+
+import peft
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import peftfn as pf
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+VOCABULARY = 2048  # small: the layers are what adapters act on
+
+
+class Sizes(NamedTuple):
+    """A model and a batch."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    rows: int
+    tokens: int
+    r: int = 16
+
+
+FULL = Sizes(layers=4, hidden=640, intermediate=1708, rows=8, tokens=128)
+QUICK = Sizes(layers=4, hidden=384, intermediate=1024, rows=4, tokens=64)
+DEEP = Sizes(layers=16, hidden=384, intermediate=1024, rows=1, tokens=1)  # 112 sites
+
+
+class Setting(NamedTuple):
+    """One adapter on one base, in both libraries."""
+
+    base: Any
+    theirs: Any
+    adapter: pf.Adapter
+    batch: dict[str, Tensor]
+
+
+def llama(sizes: Sizes) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.hidden // 64,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def build(sizes: Sizes, dropout: float, *, training: bool) -> Setting:
+    """A base in training or evaluation mode, and an adapter as it is after some training: no tensor is zero."""
+    base = llama(sizes).train(training)
+    adapter = pf.init(
+        base, pf.LoraConfig(r=sizes.r, target_modules=LINEAR, lora_dropout=dropout, task_type="CAUSAL_LM")
+    )
+    noise = torch.Generator().manual_seed(1)
+    for leaf in adapter.params.values():
+        leaf["lora_B"].normal_(0, 0.02, generator=noise)
+    with tempfile.TemporaryDirectory() as folder:
+        pf.save(adapter, folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 with transformers 5.23: about names inside it
+            theirs: Any = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=True)
+    ids = torch.randint(0, VOCABULARY, (sizes.rows, sizes.tokens), generator=noise)
+    return Setting(base, theirs.train(training), adapter, {"input_ids": ids, "labels": ids})
