@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import attach, graft, layers, methods, routing, stacking, targets, twins
+from peftfn import attach, graft, layers, matching, methods, routing, stacking, targets, twins
 from peftfn.adapter import Adapter, Tree, as_tuple, sorted_tree
 from peftfn.config import PeftConfig
 
@@ -50,7 +50,7 @@ def init(
         {'0': ['lora_A', 'lora_B'], '2': ['bias', 'weight']}
     """
     method = methods.of(config)
-    heads = targets.HEADS.get(config.task_type or "", ())
+    heads = matching.HEADS.get(config.task_type or "", ())
     resolved = method.resolve(model, config)
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     params: Tree = {}

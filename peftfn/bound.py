@@ -15,6 +15,7 @@ from peftfn.adapter import Adapter, Tree, as_tuple, sorted_tree
 from peftfn.config import PeftConfig
 
 _KEY = "_peftfn_binding"
+_GRAD = "_peftfn_wants_grad"
 
 Names = dict[str, dict[str, str]]
 """Full names in the bound module, by site path and leaf name."""
@@ -99,11 +100,13 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter]) -> Any:
     for module in bound.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
             graft.keep_norms(module)
-    attach.attach(bound, by_path, held, attach.How(hold=_hold_weight, armed=True))
+    attach.attach(bound, by_path, held, attach.How(hold=_hold_weight, armed=functools.partial(_wants_grad, bound)))
     own = {name for name, _ in _named(model)}
     added = frozenset(name for one in holder.slots for name in _full_names(one)) - own
     bound.__dict__[_KEY] = Binding(holder.slots, added, _tied(model), isinstance(adapter, Adapter))
     guards.protect(bound, {id(parameter) for parameter in holder.made.values()})
+    bound.register_forward_pre_hook(_note)
+    bound.register_forward_hook(_forget, always_call=True)
     _suit_transformers(bound)
     return bound
 
@@ -233,6 +236,22 @@ def _blank(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 
 def _read(name: str, module: nn.Module) -> Tensor:
     return module.__dict__["_peftfn_weights"][name]()
+
+
+def _note(bound: nn.Module, inputs: Any) -> None:
+    """Note whether the caller wants gradients: inside a reentrant checkpoint nothing says so."""
+    del inputs
+    if not torch.compiler.is_compiling():
+        bound.__dict__[_GRAD] = torch.is_grad_enabled()
+
+
+def _forget(bound: nn.Module, inputs: Any, output: Any) -> None:
+    del inputs, output
+    bound.__dict__.pop(_GRAD, None)
+
+
+def _wants_grad(bound: nn.Module) -> bool:
+    return bound.__dict__.get(_GRAD, False)
 
 
 def _suit_transformers(bound: Any) -> None:

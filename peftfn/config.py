@@ -132,7 +132,10 @@ class PeftConfig:
         found = next((one for one in _family(PeftConfig) if one.peft_type == kind), None)
         if not kind or found is None:
             known = ", ".join(sorted(one.peft_type for one in _family(PeftConfig) if one.peft_type))
-            raise ValueError(f"{source} has peft_type={kind!r}, which this version of peftfn does not read: {known}.")
+            raise ValueError(
+                f"{source} has peft_type={data.get('peft_type')!r}, which this version of peftfn does not read: "
+                f"{known}."
+            )
         if not issubclass(found, cls):
             raise ValueError(f"{source} holds a {found.__name__} (peft_type={kind!r}), not a {cls.__name__}.")
         for name in [name for name, value in given.items() if found.is_inactive(name, value)]:
@@ -175,6 +178,49 @@ class PeftConfig:
     def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> str:
         """Upload `adapter_config.json` alone to a hub repository; the commit's address."""
         return hub.push(repo_id, self.save_pretrained, token=token, private=private)
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetedConfig(PeftConfig):
+    """The config of a method that acts on layers: which ones, by PEFT's rules.
+
+    Attributes:
+        target_modules: names (a path's ending), a regex for whole paths, or `"all-linear"`.
+        exclude_modules: names or a regex of modules to leave out.
+        modules_to_save: modules to train and save whole, such as a new head.
+        layers_to_transform: indices of the layers to adapt.
+        layers_pattern: the name of the list of layers, if it is an unusual one.
+        target_parameters: names of bare parameters (a path's ending), such as experts.
+    """
+
+    target_modules: Sequence[str] | str | None = dataclasses.field(
+        default=None, metadata={"help": "Module names (a path's ending), a regex, or 'all-linear'."}
+    )
+    exclude_modules: Sequence[str] | str | None = dataclasses.field(
+        default=None, metadata={"help": "Names or a regex of modules to leave out."}
+    )
+    modules_to_save: Sequence[str] | None = dataclasses.field(
+        default=None, metadata={"help": "Modules to train and save whole, such as a new head."}
+    )
+    layers_to_transform: Sequence[int] | int | None = dataclasses.field(
+        default=None, metadata={"help": "Indices of the layers to adapt."}
+    )
+    layers_pattern: Sequence[str] | str | None = dataclasses.field(
+        default=None, metadata={"help": "Name of the list of layers, if it is an unusual one."}
+    )
+    target_parameters: Sequence[str] | None = dataclasses.field(
+        default=None, metadata={"help": "Names of bare parameters to adapt, such as MoE experts."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.target_parameters, str):
+            raise TypeError(f"target_parameters={self.target_parameters!r}; expected a list of names.")
+        for field in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, field) is not None:
+                raise ValueError(f"{field} cannot be used with target_modules={self.target_modules!r}, a string.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform beside it.")
 
 
 def _family(cls: type[PeftConfig]) -> Iterator[type[PeftConfig]]:

@@ -17,12 +17,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import layers
+from peftfn import layers, matching
 from peftfn.adapter import Adapter, Leaf, Tree
 from peftfn.config import PeftConfig
 
 QKV = ("q", "k", "v")
-NAMES = frozenset((*QKV, "gate", "up"))
 Parts = dict[str, Tensor]
 
 
@@ -60,7 +59,7 @@ def whole_config(adapter: Adapter) -> PeftConfig:
     names = config.target_modules
     if isinstance(names, str):
         return dataclasses.replace(config, target_modules=tuple(adapter.params))
-    kept = (name if name.rpartition(".")[2] not in NAMES else _without_part(name, sites) for name in names)
+    kept = (name if name.rpartition(".")[2] not in matching.PARTS else _without_part(name, sites) for name in names)
     return dataclasses.replace(config, target_modules=tuple(dict.fromkeys(kept)))
 
 

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from peftfn import attach, layers, methods, targets, twins
+from peftfn import attach, layers, matching, methods, targets, twins
 from peftfn.adapter import Adapter, Leaf, Tree, sorted_tree
 from peftfn.config import PeftConfig
 from peftfn.methods import Method
@@ -79,14 +79,14 @@ def _names(config: PeftConfig) -> Sequence[str]:
 
 
 def _is_parameter(config: Any, path: str) -> bool:
-    return targets.ends_with(path, _names(config)) and not targets.is_target(config, path)
+    return matching.ends_with(path, _names(config)) and not matching.is_target(config, path)
 
 
 def _ordered(config: PeftConfig, paths: Sequence[str]) -> list[str]:
     # `init` and `load` keep target_parameters in the order in which the modules hold the parameters.
     names = _names(config)
     found = [path for path in paths if _is_parameter(config, path)]
-    return sorted(found, key=lambda path: next(i for i, name in enumerate(names) if targets.ends_with(path, [name])))
+    return sorted(found, key=lambda path: next(i for i, name in enumerate(names) if matching.ends_with(path, [name])))
 
 
 def from_keys(
@@ -112,7 +112,7 @@ def from_keys(
         raise ValueError(f"{source} holds no tensor; it is not the weights of an adapter.")
     method = methods.of(config)
     if hasattr(config, "modules_to_save"):
-        config = dataclasses.replace(config, modules_to_save=targets.with_heads(cast("Any", config)))  # type: ignore[call-arg]
+        config = dataclasses.replace(config, modules_to_save=matching.with_heads(cast("Any", config)))  # type: ignore[call-arg]
     if model is not None and _names(config):
         config = dataclasses.replace(config, target_parameters=targets.in_model_order(model, _names(config)))  # type: ignore[call-arg]
     own: Tree = {}
@@ -175,7 +175,7 @@ def _check_rank(config: Any, path: str, leaf: Leaf, source: str) -> None:
     """A rank that is not the config's would be a wrong scaling: of experts, the file has rank times their number."""
     if "lora_A" not in leaf and "lora_embedding_A" not in leaf:
         return
-    rank = targets.pattern_value(config.rank_pattern, path, config.r)
+    rank = matching.pattern_value(config.rank_pattern, path, config.r)
     a = leaf["lora_A"] if "lora_A" in leaf else leaf["lora_embedding_A"]
     if a.shape[0] % rank or (a.shape[0] != rank and not _names(config)):
         raise ValueError(
@@ -193,7 +193,7 @@ def _paths(config: Any, own: Mapping[str, Leaf], source: str, ordered: bool) -> 
         owner = _owner(site)
         nested = sorted((one for one in own if _owner(one) == owner), key=len, reverse=True)  # in the module's order
         names = [name for name in _names(config) if _owns(name, owner)]
-        if nested == [owner] and (not names or targets.is_target(config, owner)):
+        if nested == [owner] and (not names or matching.is_target(config, owner)):
             paths[site] = owner
         elif len(names) != len(nested) or (len(nested) > 1 and not ordered):
             raise ValueError(
@@ -215,7 +215,7 @@ def _owner(site: str) -> str:
 
 def _owns(name: str, owner: str) -> bool:
     suffix = name.rpartition(".")[0]
-    return not suffix or targets.ends_with(owner, [suffix])
+    return not suffix or matching.ends_with(owner, [suffix])
 
 
 def check_against(adapter: Adapter, model: nn.Module, source: str) -> None:
@@ -226,9 +226,12 @@ def check_against(adapter: Adapter, model: nn.Module, source: str) -> None:
         ValueError: a shape does not fit.
     """
     method = methods.of(adapter.config)
-    places = method.sites(model, adapter.config)
+    try:
+        places = method.sites(model, adapter.config)
+        replaced = _replaced(model, adapter.config, places)
+    except ValueError as error:
+        raise ValueError(f"{source} does not fit this {type(model).__name__}: {error}") from error
     adapted = [path for path, leaf in adapter.params.items() if not all(map(method.replaces, leaf))]
-    replaced = _replaced(model, adapter.config, places)
     missing = [path for path in places if path not in adapted]
     missing += [path for path, names in replaced.items() if names - adapter.params.get(path, {}).keys()]
     unexpected = [path for path in adapted if path not in places]
@@ -248,7 +251,9 @@ def _hold_nothing(_twin: nn.Module, _name: str, _compute: Callable[[], Tensor]) 
 
 def _replaced(model: nn.Module, config: Any, places: Mapping[str, layers.Place]) -> dict[str, set[str]]:
     """The parameters that the config trains beside the method's own (heads, biases), by module path."""
-    heads = targets.saved_modules(model, config.modules_to_save or (), optional=targets.HEADS.get(config.task_type, ()))
+    heads = targets.saved_modules(
+        model, config.modules_to_save or (), optional=matching.HEADS.get(config.task_type, ())
+    )
     found = {path: {name for name, one in part._parameters.items() if one is not None} for path, part in heads.items()}
     everywhere = [path for path, _ in layers.named_modules(model)]
     for path in {"all": everywhere, "lora_only": [place.owner for place in places.values()]}.get(config.bias, []):

@@ -2,58 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from peftfn import fused, layers, renamed
+from peftfn import fused, layers, matching, renamed
+from peftfn.config import TargetedConfig
 
 ALL_LINEAR = "all-linear"
-HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-"""Heads that PEFT's task wrappers add to `modules_to_save`."""
-
-
-class Targeting(Protocol):
-    """The fields of a config that choose modules."""
-
-    @property
-    def target_modules(self) -> Sequence[str] | str | None:
-        """Names (a path's ending), or a regex for whole paths."""
-        ...
-
-    @property
-    def exclude_modules(self) -> Sequence[str] | str | None:
-        """Names or a regex of modules to leave out."""
-        ...
-
-    @property
-    def modules_to_save(self) -> Sequence[str] | None:
-        """Names of modules to train whole."""
-        ...
-
-    @property
-    def layers_to_transform(self) -> Sequence[int] | int | None:
-        """Indices of the layers to adapt."""
-        ...
-
-    @property
-    def layers_pattern(self) -> Sequence[str] | str | None:
-        """The name of the list of layers."""
-        ...
-
-    @property
-    def target_parameters(self) -> Sequence[str] | None:
-        """Names of bare parameters (a path's ending)."""
-        ...
-
-    @property
-    def task_type(self) -> str | None:
-        """What the model is for."""
-        ...
+Config = TypeVar("Config", bound=TargetedConfig)
 
 
 def model_type(model: nn.Module) -> str | None:
@@ -77,11 +39,23 @@ def default_targets(model: nn.Module, table: Mapping[str, Sequence[str] | str]) 
     return found
 
 
-def with_heads(config: Targeting) -> tuple[str, ...] | None:
-    """`modules_to_save` with the heads that the task type adds."""
-    given = tuple(config.modules_to_save or ())
-    names = (*given, *(head for head in HEADS.get(config.task_type or "", ()) if head not in given))
-    return names or None
+def resolved(model: nn.Module, config: Config, table: Mapping[str, Sequence[str] | str]) -> Config:
+    """The config with what the model decides filled in: target modules, heads, names that transformers changed."""
+    names = config.target_modules
+    if names is None and (not config.target_parameters or model_type(model) in table):
+        names = in_present_names(model, default_targets(model, table))
+    elif isinstance(names, str) and names.lower() == ALL_LINEAR:
+        names = all_linear(model, config.task_type)
+    else:
+        names = in_present_names(model, names)
+        refuse_lost_names(model, names)
+    return dataclasses.replace(
+        config,
+        target_modules=names,
+        exclude_modules=in_present_names(model, config.exclude_modules),
+        modules_to_save=matching.with_heads(config),
+        target_parameters=in_model_order(model, config.target_parameters),
+    )
 
 
 def all_linear(model: nn.Module, task_type: str | None) -> tuple[str, ...]:
@@ -90,53 +64,7 @@ def all_linear(model: nn.Module, task_type: str | None) -> tuple[str, ...]:
     return tuple(path for path in _linear_names(model) if model.get_submodule(path) is not spared)
 
 
-def is_target(config: Targeting, path: str) -> bool:
-    """Whether a module path is named by `target_modules` and not excluded."""
-    return not is_excluded(config, path) and _is_named(config, path)
-
-
-def is_excluded(config: Targeting, path: str) -> bool:
-    """Whether `exclude_modules` or `modules_to_save` takes a path away from `target_modules`."""
-    exclude = config.exclude_modules
-    if exclude and (re.fullmatch(exclude, path) if isinstance(exclude, str) else ends_with(path, exclude)):
-        return True
-    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in config.modules_to_save or ())
-
-
-def ends_with(path: str, names: Iterable[str]) -> bool:
-    """Whether a path is one of the names or ends with `.name`."""
-    return any(path == name or path.endswith(f".{name}") for name in names)
-
-
-def _is_named(config: Targeting, path: str) -> bool:
-    names = config.target_modules
-    if names is None:
-        return False
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    if path in names:
-        return True  # as in PEFT, a full path is taken whatever layers_to_transform says
-    return ends_with(path, names) and _in_layers(config, path)
-
-
-def _in_layers(config: Targeting, path: str) -> bool:
-    wanted = config.layers_to_transform
-    if wanted is None or (not isinstance(wanted, int) and len(wanted) == 0):
-        return True
-    patterns = config.layers_pattern
-    if not patterns:
-        found = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", path)
-    else:
-        named = [patterns] if isinstance(patterns, str) else patterns
-        tries = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", path) for pattern in named)
-        found = next((match for match in tries if match), None)
-    if found is None:
-        return False
-    index = int(found["index"])
-    return index == wanted if isinstance(wanted, int) else index in wanted
-
-
-def sites(model: nn.Module, config: Targeting) -> dict[str, layers.Place]:
+def sites(model: nn.Module, config: TargetedConfig) -> dict[str, layers.Place]:
     """Every site that the config names in the model, by site path, in the model's order.
 
     Raises:
@@ -144,7 +72,7 @@ def sites(model: nn.Module, config: Targeting) -> dict[str, layers.Place]:
             method can act on.
     """
     paths = [path for path, _ in layers.named_modules(model) if path]
-    named = [path for path in paths if is_target(config, path)]
+    named = [path for path in paths if matching.is_target(config, path)]
     found: dict[str, layers.Place] = {}
     for path in named:
         at = layers.places(model, path)
@@ -156,27 +84,12 @@ def sites(model: nn.Module, config: Targeting) -> dict[str, layers.Place]:
                 f"exclude_modules=[{path!r}]."
             )
         found.update(at)
-    if _may_name_parts(config.target_modules):
-        found = {**fused.places(model, lambda path: _names_part(config, path)), **found}
+    if matching.may_name_parts(config.target_modules):
+        found = {**fused.places(model, lambda path: matching.names_part(config, path)), **found}
     for name in _parameters(model, config.target_parameters or ()):
         found[name] = layers.place_of_parameter(model, name)
     _refuse_unmatched(model, config, paths, found)
     return found
-
-
-def _may_name_parts(names: Sequence[str] | str | None) -> bool:
-    given = [names] if isinstance(names, str) else names or ()
-    return isinstance(names, str) or any(name.rpartition(".")[2] in fused.NAMES and "." in name for name in given)
-
-
-def _names_part(config: Targeting, path: str) -> bool:
-    """Whether `layer.part` is named; in a list a bare `q` is a module's name, as T5 has it, and never a part's."""
-    names = config.target_modules
-    if names is None or is_excluded(config, path):
-        return False
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return ends_with(path, [name for name in names if "." in name]) and _in_layers(config, path)
 
 
 def saved_modules(model: nn.Module, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, nn.Module]:
@@ -199,16 +112,10 @@ def in_model_order(model: nn.Module, names: Sequence[str] | None) -> Sequence[st
     if names is None:
         return None
     every = [name for name, _ in model.named_parameters()]
-    first = {name: next((i for i, one in enumerate(every) if ends_with(one, [name])), len(every)) for name in names}
+    first = {
+        name: next((i for i, one in enumerate(every) if matching.ends_with(one, [name])), len(every)) for name in names
+    }
     return sorted(names, key=lambda name: first[name])
-
-
-def pattern_value(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    r"""The value of the first pattern that matches the path (`(.*\.)?pattern$`, as in PEFT), or the default."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
 
 
 def refuse_unused_patterns(field: str, patterns: Mapping[str, Any] | None, paths: Iterable[str]) -> None:
@@ -224,16 +131,16 @@ def refuse_unused_patterns(field: str, patterns: Mapping[str, Any] | None, paths
 def _parameters(model: nn.Module, names: Sequence[str]) -> list[str]:
     every = [name for name, _ in model.named_parameters()]
     for name in names:
-        if not any(ends_with(one, [name]) for one in every):
+        if not any(matching.ends_with(one, [name]) for one in every):
             raise ValueError(f"target_parameters names {name!r}, which matches no parameter{_near([name], every)}.")
-    return [one for one in every if ends_with(one, names)]
+    return [one for one in every if matching.ends_with(one, names)]
 
 
-def _refuse_unmatched(model: nn.Module, config: Targeting, paths: list[str], found: Mapping[str, object]) -> None:
+def _refuse_unmatched(model: nn.Module, config: TargetedConfig, paths: list[str], found: Mapping[str, object]) -> None:
     names = config.target_modules
     shown = f"target_modules={_shown(names)}"
     if not found:
-        if any(_is_named(config, path) for path in paths):
+        if any(matching.is_named(config, path) for path in paths):
             raise ValueError(f"{shown} matched only modules that exclude_modules or modules_to_save takes away.")
         limits = "".join(
             f", {field}={_shown(value)}"
@@ -260,25 +167,29 @@ def in_present_names(model: nn.Module, names: Sequence[str] | str | None) -> Seq
 
 
 def _is_called(name: str, path: str, names: Sequence[str] | str) -> bool:
-    return re.fullmatch(name, path) is not None if isinstance(names, str) else ends_with(path, [name])
+    return re.fullmatch(name, path) is not None if isinstance(names, str) else matching.ends_with(path, [name])
 
 
 def _short(path: str, others: Sequence[str]) -> str:
     """The shortest ending of a path that none of the others has."""
     parts = path.split(".")
     endings = (".".join(parts[-count:]) for count in range(1, len(parts)))
-    return next((ending for ending in endings if not any(ends_with(other, [ending]) for other in others)), path)
+    return next(
+        (ending for ending in endings if not any(matching.ends_with(other, [ending]) for other in others)), path
+    )
 
 
 def _lost(names: Sequence[str], paths: Sequence[str]) -> list[str]:
-    return [name for name in names if not any(ends_with(path, [name]) for path in paths)]
+    return [name for name in names if not any(matching.ends_with(path, [name]) for path in paths)]
 
 
 def refuse_lost_names(model: nn.Module, names: Sequence[str] | str | None) -> None:
     """A `ValueError` if a name of a list that the user gave matches no module (PEFT ignores it in silence)."""
     paths = [path for path, _ in layers.named_modules(model) if path]
     fused_too = (
-        [f"{path}.{part}" for path in paths for part in fused.parts(model, path)] if _may_name_parts(names) else []
+        [f"{path}.{part}" for path in paths for part in fused.parts(model, path)]
+        if matching.may_name_parts(names)
+        else []
     )
     lost = _lost(names, [*paths, *fused_too]) if names and not isinstance(names, str) else []
     if lost:
@@ -296,7 +207,7 @@ def _near(wanted: Iterable[str], paths: Iterable[str]) -> str:
         last = re.sub(r"[^\w.\-]", "", name).rpartition(".")[2]
         near += difflib.get_close_matches(last, endings, n=3, cutoff=0.6)
     if near:
-        counts = (f"{one!r} ({sum(ends_with(path, [one]) for path in paths)})" for one in dict.fromkeys(near))
+        counts = (f"{one!r} ({sum(matching.ends_with(path, [one]) for path in paths)})" for one in dict.fromkeys(near))
         return f"; names that end in these exist: {', '.join(counts)}"
     return f"; its names end in: {_examples(endings)}" if endings else ""
 
@@ -319,6 +230,6 @@ def _output_layer(model: nn.Module, task_type: str | None) -> nn.Module | None:
     get = getattr(model, "get_output_embeddings", None)
     found = get() if callable(get) else None
     if found is None and callable(get) and task_type == "SEQ_CLS":
-        heads = (getattr(model, name, None) for name in HEADS["SEQ_CLS"])
+        heads = (getattr(model, name, None) for name in matching.HEADS["SEQ_CLS"])
         found = next((head for head in heads if head is not None), None)
     return cast("nn.Module | None", found)

@@ -1,9 +1,11 @@
-"""Adapters that are the same, bit for bit; and small ones to try."""
+"""What tests of files share: small adapters, and what it means that they, or folders, are the same."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from oracle import randomised
 from torch import Tensor, nn
@@ -41,3 +43,13 @@ def mlp() -> nn.Module:
 def adapter_of(model: nn.Module, **options: Any) -> pf.Adapter:
     given: dict[str, Any] = {"r": 2, "target_modules": ["0"], **options}
     return randomised(pf.init(model, pf.LoraConfig(**given)))
+
+
+def on_disk(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def assert_says(caught: pytest.ExceptionInfo[BaseException], said: str) -> None:
+    kind, _, words = said.partition(": ")
+    assert type(caught.value).__name__ == kind
+    assert words in caught.value.args[0]

@@ -103,9 +103,7 @@ CONFIGS: Table = {
 }
 
 INITS: Table = {
-    "ValueError: ['lin_0'] matched no module of Sequential; ... 'lin0' (1)": lambda w: init(
-        w, target_modules=["lin_0"]
-    ),
+    "ValueError: ['lin_0'] matched no module ... 'lin0' (1)": lambda w: init(w, target_modules=["lin_0"]),
     "ValueError: ['lni1'] matched no module ... 'lin1' (1)": lambda w: init(w, target_modules=["lin0", "lni1"]),
     "ValueError: target_modules='lin' matched no module": lambda w: init(w, target_modules="lin"),
     "ValueError: target_modules=[] matched no module": lambda w: init(w, target_modules=[]),
@@ -169,14 +167,14 @@ APPLIES: Table = {
 }
 
 STACKS: Table = {
-    "ValueError: is a stack of 2; pass index=... torch.vmap": lambda w: apply(w, w.stack),
+    "ValueError: is a stack of 2; pass index= ... torch.vmap": lambda w: apply(w, w.stack),
     "ValueError: 0 of the adapters are stacks; expected exactly one": lambda w: apply(w, index=[0, 0, 0]),
     "ValueError: 2 of the adapters are stacks; expected exactly one": lambda w: apply(w, (w.stack, w.stack), index=[0]),
     "ValueError: from 0 to 2; this stack has adapters 0 to 1": lambda w: apply(w, w.stack, index=[0, 1, 2]),
     "ValueError: from -2 to 1; this stack has adapters 0 to 1": lambda w: apply(w, w.stack, index=[0, 1, -2]),
     "TypeError: index ... dtype torch.float32; expected one integer": lambda w: apply(w, w.stack, index=[0.0, 1, 1]),
     "TypeError: index ... dtype torch.bool; expected one integer": lambda w: apply(w, w.stack, index=[True] * 3),
-    "TypeError: index has shape (); expected": lambda w: apply(w, w.stack, index=1),
+    "TypeError: index has shape () and dtype torch.int64; expected": lambda w: apply(w, w.stack, index=1),
     "ValueError: lin0: index has 2 rows and the input here has shape (3, 4)": lambda w: apply(w, w.stack, index=[0, 1]),
     "ValueError: stack was given no adapter": lambda w: pf.stack([]),
     "ValueError: adapters of ['Stacked']; expected single adapters": lambda w: pf.stack([w.stack, w.stack]),

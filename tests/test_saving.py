@@ -10,8 +10,8 @@ import pytest
 import torch
 from oracle import furthest, quiet_peft
 from safetensors.torch import load_file, save_file
-from same import adapter_of, assert_same, assert_same_tensors, flat, mlp
-from torch import nn
+from same import adapter_of, assert_same, assert_same_tensors, assert_says, flat, mlp, on_disk
+from torch import Tensor, nn
 
 import peftfn as pf
 from peftfn import keys
@@ -125,7 +125,7 @@ def test_the_model_card_says_what_the_adapter_is_and_runs(tmp_path: Path) -> Non
     assert "Method: LORA; sites: 2; trained parameters: 41; base: `org/base`." in body
     code = body.split("```python\n")[1].split("```")[0].replace("path/or/hub-id", str(tmp_path))
     names: dict[str, Any] = {"model": model, "batch": torch.ones(2, 4)}
-    exec(code, names)  # the card's example is code for a reader to run
+    exec(code, names)  # noqa: S102  # the card's example is for a reader to run
     assert torch.equal(names["output"], pf.apply(model, adapter, names["batch"]))
 
 
@@ -141,3 +141,55 @@ def test_other_spellings_of_the_same_keys_are_read(tmp_path: Path) -> None:
     spelled = {key.replace("base_model.model.", "base_model.model._orig_mod.") for key in tensors}  # torch.compile's
     save_file(dict(zip(sorted(spelled), tensors.values(), strict=True)), tmp_path / "adapter_model.safetensors")
     assert furthest(keys.to_keys(pf.load(tmp_path)), tensors) == 0
+
+
+def saves(adapter: pf.Adapter) -> dict[str, Any]:
+    """What cannot be saved, by what the error says."""
+    leaf = adapter.params["0"]
+    clash = pf.LoraConfig(r=2, target_modules=["0"], target_parameters=["0.weight"])
+    return {
+        "TypeError: save was given a Sequential; expected a peftfn.Adapter": mlp(),
+        "TypeError: save was given a tuple; expected a peftfn.Adapter": (adapter, adapter),
+        "TypeError: save was given a LoraConfig; expected a peftfn.Adapter": adapter.config,
+        "TypeError: save was given a stack; save its adapters one by one": pf.stack([adapter, adapter]),
+        "ValueError: 0.lora_A.weight is on the meta device and has no values": adapter.replace(
+            params={**adapter.params, "0": {**leaf, "lora_A": leaf["lora_A"].to("meta")}}
+        ),
+        "ValueError: two tensors of the adapter have one key": adapter.replace(
+            params={**adapter.params, "0.weight": leaf}, config=clash
+        ),
+    }
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_what_cannot_be_saved_is_one_clear_error_and_leaves_the_folder_as_it_was(number: int, tmp_path: Path) -> None:
+    folder = pf.save(adapter_of(mlp()), tmp_path / "adapter")
+    before = on_disk(tmp_path)
+    said, value = list(saves(pf.load(folder)).items())[number]
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            pf.save(value, target)
+        assert_says(caught, said)
+    assert on_disk(tmp_path) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_save_inside_a_transform_is_an_error(tmp_path: Path) -> None:
+    adapter = adapter_of(mlp())
+
+    def loss(params: Any) -> Tensor:
+        pf.save(adapter.replace(params=params), tmp_path / "new")
+        return params["0"]["lora_A"].sum()
+
+    with pytest.raises(ValueError, match=r"is inside a torch.func transform or torch.compile and has no values to"):
+        torch.func.grad(loss)(adapter.params)
+    assert not (tmp_path / "new").exists()
+
+
+def test_save_into_a_file_is_an_error_that_leaves_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    with pytest.raises(NotADirectoryError, match=r"notes.txt is a file; expected a folder to write adapter_model"):
+        pf.save(adapter_of(mlp()), path)
+    assert path.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [path]

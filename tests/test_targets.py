@@ -18,7 +18,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 
 import peftfn as pf
-from peftfn import keys, renamed, targets
+from peftfn import keys, matching, renamed
 from peftfn.methods.lora_targets import TARGETS
 
 
@@ -215,7 +215,7 @@ def test_on_random_names_the_rules_are_pefts() -> None:
         ours, theirs = oracle.config_of(pf, options), oracle.config_of(peft, options)
         for path in {some_path(draw) for _ in range(40)}:
             expected = bool(check_target_module_exists(theirs, path))
-            assert targets.is_target(ours, path) == expected, (options, path)
+            assert matching.is_target(ours, path) == expected, (options, path)
             seen[expected] += 1
     assert min(seen.values()) > 500  # both answers came up
 

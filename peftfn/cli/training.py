@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 import peftfn as pf
-from peftfn import files, targets
+from peftfn import files, matching
 from peftfn.cli import batches, progress, records, state, tables, tasks
 from peftfn.cli.bases import Base, in_base_order, load_base, mode
 from peftfn.cli.errors import UserError, need
@@ -66,7 +66,7 @@ def prepare(
 def _completed(config: pf.LoraConfig, base: Base, name: str, task: str) -> pf.LoraConfig:
     """The config with what the command knows: base, task, and modules that are new and so must be trained."""
     saved = [*(config.modules_to_save or ())]
-    covered = {*saved, *targets.HEADS.get(task.upper(), ())}
+    covered = {*saved, *matching.HEADS.get(task.upper(), ())}
     # a weight that is in neither the base's folder nor the adapter's could not be had again
     saved += [module for module in base.new if not covered & set(module.split("."))]
     return dataclasses.replace(

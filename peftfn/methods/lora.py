@@ -12,135 +12,26 @@ experts) the delta is computed in the dtype of A and B, added, and the sum is ca
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfn import layers, targets
+from peftfn import layers, matching, targets
 from peftfn.adapter import Leaf
-from peftfn.config import ANY, OFF, PeftConfig
 from peftfn.layers import Place, Site
 from peftfn.methods import lowrank, ranks
+from peftfn.methods.lora_config import LoraConfig
 from peftfn.methods.lora_targets import TARGETS
 from peftfn.methods.method import Method
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig(PeftConfig):
-    """LoRA's config, with PEFT's fields and defaults.
-
-    Example:
-        >>> config = LoraConfig(r=16, lora_alpha=16, target_modules=["query", "value"], lora_dropout=0.1)
-        >>> config.r, config.target_modules
-        (16, ('query', 'value'))
-    """
-
-    peft_type: ClassVar[str] = "LORA"
-    inactive: ClassVar[Mapping[str, Any]] = {
-        **dict.fromkeys(("megatron_config", "trainable_token_indices", "loftq_config", "eva_config"), OFF),
-        **dict.fromkeys(("corda_config", "lora_ga_config", "use_dora", "velora_config", "use_qalora"), OFF),
-        **dict.fromkeys(("alora_invocation_tokens", "monteclora_config", "layer_replication", "lora_bias"), OFF),
-        **dict.fromkeys(("use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"), OFF),
-        **dict.fromkeys(("megatron_core", "qalora_group_size"), ANY),
-    }
-
-    r: int = dataclasses.field(default=8, metadata=_help("Rank of the update."))
-    target_modules: Sequence[str] | str | None = dataclasses.field(
-        default=None, metadata=_help("Module names (a path's ending), a regex, or 'all-linear'.")
-    )
-    exclude_modules: Sequence[str] | str | None = dataclasses.field(
-        default=None, metadata=_help("Names or a regex of modules to leave out.")
-    )
-    lora_alpha: float = dataclasses.field(default=8, metadata=_help("Scaling is lora_alpha / r."))
-    lora_dropout: float = dataclasses.field(default=0.0, metadata=_help("Dropout on the input of A in training."))
-    fan_in_fan_out: bool = dataclasses.field(
-        default=False, metadata=_help("Whether weights are stored (in, out); found out by itself.")
-    )
-    bias: str = dataclasses.field(default="none", metadata=_help("Biases to train: none, all or lora_only."))
-    use_rslora: bool = dataclasses.field(default=False, metadata=_help("Scaling is lora_alpha / sqrt(r)."))
-    modules_to_save: Sequence[str] | None = dataclasses.field(
-        default=None, metadata=_help("Modules to train and save whole, such as a new head.")
-    )
-    init_lora_weights: bool | str = dataclasses.field(
-        default=True, metadata=_help("True (B = 0), gaussian (A normal, B = 0), or False (not the identity).")
-    )
-    layers_to_transform: Sequence[int] | int | None = dataclasses.field(
-        default=None, metadata=_help("Indices of the layers to adapt.")
-    )
-    layers_pattern: Sequence[str] | str | None = dataclasses.field(
-        default=None, metadata=_help("Name of the list of layers, if it is an unusual one.")
-    )
-    rank_pattern: Mapping[str, int] | None = dataclasses.field(
-        default_factory=dict[str, int], metadata=_help("Other ranks, by module name or regex.")
-    )
-    alpha_pattern: Mapping[str, float] | None = dataclasses.field(
-        default_factory=dict[str, float], metadata=_help("Other alphas, by module name or regex.")
-    )
-    target_parameters: Sequence[str] | None = dataclasses.field(
-        default=None, metadata=_help("Names of bare parameters to adapt, such as MoE experts.")
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        given: list[Any] = [self.r, *(self.rank_pattern or {}).values()]
-        for rank in given:
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"r={rank!r}; expected a positive integer.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout!r}; expected a probability of at least 0 and below 1.")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ValueError(f"bias={self.bias!r}; expected 'none', 'all' or 'lora_only'.")
-        if isinstance(self.target_parameters, str):
-            raise TypeError(f"target_parameters={self.target_parameters!r}; expected a list of names.")
-        _check_init(self.init_lora_weights)
-        _check_layers(self)
-
-
-def _check_init(init: bool | str) -> None:
-    if isinstance(init, bool) or init in ("gaussian", "eva", "orthogonal", "loftq"):
-        return
-    if init in ("olora", "corda", "lora_ga") or init.startswith("pissa"):
-        raise ValueError(
-            f"init_lora_weights={init!r} goes with a base whose weights it changed, so this adapter alone does not say "
-            "what it computes. Convert it with peft's path_initial_model_for_weight_conversion, or start from True."
-        )
-    raise ValueError(f"init_lora_weights={init!r}; expected True, False or 'gaussian'.")
-
-
-def _check_layers(config: LoraConfig) -> None:
-    for field in ("layers_to_transform", "layers_pattern"):
-        if isinstance(config.target_modules, str) and getattr(config, field) is not None:
-            raise ValueError(f"{field} cannot be used with target_modules={config.target_modules!r}, a string.")
-    if config.layers_pattern and config.layers_to_transform is None:
-        raise ValueError(f"layers_pattern={config.layers_pattern!r} needs layers_to_transform beside it.")
-
-
 def resolve(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """The config with the targets that the model decides, and its heads, filled in."""
-    names = config.target_modules
-    if names is None and (not config.target_parameters or targets.model_type(model) in TARGETS):
-        names = targets.in_present_names(model, targets.default_targets(model, TARGETS))
-    elif isinstance(names, str) and names.lower() == targets.ALL_LINEAR:
-        names = targets.all_linear(model, config.task_type)
-    else:
-        names = targets.in_present_names(model, names)
-        targets.refuse_lost_names(model, names)
-    return dataclasses.replace(
-        config,
-        target_modules=names,
-        exclude_modules=targets.in_present_names(model, config.exclude_modules),
-        modules_to_save=targets.with_heads(config),
-        target_parameters=targets.in_model_order(model, config.target_parameters),
-    )
+    return targets.resolved(model, config, TARGETS)
 
 
 def sites(model: nn.Module, config: LoraConfig) -> dict[str, Place]:
@@ -152,7 +43,7 @@ def sites(model: nn.Module, config: LoraConfig) -> dict[str, Place]:
 
 
 def _rank(config: LoraConfig, path: str) -> int:
-    return targets.pattern_value(config.rank_pattern, path, config.r)
+    return matching.pattern_value(config.rank_pattern, path, config.r)
 
 
 def init(
@@ -233,7 +124,7 @@ def _uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) ->
 def buffers(config: LoraConfig, path: str, leaf: Leaf) -> Leaf:
     """The scaling of one site, a 0-d tensor."""
     r = _rank(config, path)
-    alpha = targets.pattern_value(config.alpha_pattern, path, config.lora_alpha)
+    alpha = matching.pattern_value(config.alpha_pattern, path, config.lora_alpha)
     one = next(iter(leaf.values()))
     dtype = torch.float64 if one.dtype == torch.float64 else torch.float32
     scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r

@@ -8,27 +8,59 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftfn import layers, targets
 from peftfn.adapter import Leaf
 from peftfn.config import PeftConfig
 from peftfn.layers import Place, Site
 
 
+def _resolve(model: nn.Module, config: Any) -> Any:
+    return targets.resolved(model, config, {})
+
+
+def _no_buffers(config: Any, path: str, leaf: Leaf) -> Leaf:
+    return {}
+
+
+def _no_check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
+    return None
+
+
+def _linear(leaf: Mapping[str, Tensor], weight: torch.Size) -> list[str]:
+    return [layers.LINEAR]
+
+
+def _alike(configs: Sequence[Any], path: str, leaves: Sequence[Leaf | None]) -> list[Leaf]:
+    found = [leaf for leaf in leaves if leaf is not None]
+    if len(found) < len(leaves):
+        raise ValueError(f"stack: only some of the adapters have the site {path}, and this method cannot fill it in.")
+    return found
+
+
+def _as_it_is(config: Any, configs: Sequence[Any], path: str, leaf: Leaf) -> Leaf:
+    return leaf
+
+
+def _same(leaf: Leaf) -> Leaf:
+    return leaf
+
+
 class Method(NamedTuple):
-    """One way to adapt a layer.
+    """One way to adapt a layer. The first six fields are a method; the others have defaults.
 
     Attributes:
-        config: the config's class.
-        held: names of the method's buffers (LoRA: `scaling`).
+        config: the config's class, a `TargetedConfig`.
         names: leaf name -> the ending of its key in PEFT's files (`lora_A` -> `lora_A.weight`).
-        resolve: `(model, config) -> config` with what the model decides filled in (default targets, ...).
-        sites: `(model, config) -> {site path: Place}`.
         init: `(config, path, site, generator, dtype) -> (params leaf, buffers leaf)`; patterns match `path`.
-        buffers: `(config, path, params leaf) -> buffers leaf`, for tensors that come from a file.
         forward: `(config, leaf, site, x) -> y`; `leaf` maps the names of params and buffers to tensors.
         merge: `(config, leaf, kind, weight) -> weight`: the adapted weight, a new dense tensor.
+        silence: `(leaf, keep) -> leaf` that does nothing where `keep` is 0 (routing's index -1).
+        held: names of the method's buffers (LoRA: `scaling`).
+        resolve: `(model, config) -> config` with what the model decides filled in (default targets, ...).
+        sites: `(model, config) -> {site path: Place}`.
+        buffers: `(config, path, params leaf) -> buffers leaf`, for tensors that come from a file.
         check: `(leaf, site) -> what is wrong with the leaf's names or shapes`, or `None`.
         kinds: `(leaf, weight shape) -> kinds` of layer that the leaf fits, judged by shapes alone.
-        silence: `(leaf, keep) -> leaf` that does nothing where `keep` is 0 (routing's index -1).
         pad: `(configs, path, leaves) -> leaves` of one shape, zeros added so that nothing changes; `None` is an
             adapter without this site.
         trim: `(config, configs, path, leaf) -> leaf`, the inverse of `pad` for one of them.
@@ -36,21 +68,21 @@ class Method(NamedTuple):
     """
 
     config: type[PeftConfig]
-    held: frozenset[str]
     names: Mapping[str, str]
-    resolve: Callable[[nn.Module, Any], Any]
-    sites: Callable[[nn.Module, Any], dict[str, Place]]
     init: Callable[[Any, str, Site, torch.Generator, torch.dtype | None], tuple[Leaf, Leaf]]
-    buffers: Callable[[Any, str, Leaf], Leaf]
     forward: Callable[..., Any]
     merge: Callable[[Any, Mapping[str, Tensor], str, Tensor], Tensor]
-    check: Callable[[Mapping[str, Tensor], Site], str | None]
-    kinds: Callable[[Mapping[str, Tensor], torch.Size], list[str]]
     silence: Callable[[Mapping[str, Tensor], Tensor], Mapping[str, Tensor]]
-    pad: Callable[[Sequence[Any], str, Sequence[Leaf | None]], list[Leaf]]
-    trim: Callable[[Any, Sequence[Any], str, Leaf], Leaf]
-    to_file: Callable[[Leaf], Leaf]
-    from_file: Callable[[Leaf], Leaf]
+    held: frozenset[str] = frozenset()
+    resolve: Callable[[nn.Module, Any], Any] = _resolve
+    sites: Callable[[nn.Module, Any], dict[str, Place]] = targets.sites
+    buffers: Callable[[Any, str, Leaf], Leaf] = _no_buffers
+    check: Callable[[Mapping[str, Tensor], Site], str | None] = _no_check
+    kinds: Callable[[Mapping[str, Tensor], torch.Size], list[str]] = _linear
+    pad: Callable[[Sequence[Any], str, Sequence[Leaf | None]], list[Leaf]] = _alike
+    trim: Callable[[Any, Sequence[Any], str, Leaf], Leaf] = _as_it_is
+    to_file: Callable[[Leaf], Leaf] = _same
+    from_file: Callable[[Leaf], Leaf] = _same
 
     def replaces(self, name: str) -> bool:
         """Whether a leaf's name is not the method's own: then it is a tensor that replaces one of the base."""

@@ -89,7 +89,10 @@ def to_file(leaf: Leaf) -> Leaf:
 
 
 def from_file(leaf: Leaf) -> Leaf:
-    """The inverse of `to_file`; with `rows`, B of those alone. A dense A that really reads other groups' channels, as PEFT trains it, stays dense."""
+    """The inverse of `to_file`; with `rows`, B of those alone.
+
+    A dense A that really reads other groups' channels, as PEFT trains it, stays dense.
+    """
     first, second = _pair(leaf)
     if "rows" in leaf:
         return {first: leaf[first], second: leaf[second][leaf["rows"]]}
