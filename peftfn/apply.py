@@ -217,13 +217,11 @@ def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _check_stacks(adapters: Sequence[Adapter], index: Any) -> Tensor | None:
     stacks = [adapter for adapter in adapters if isinstance(adapter.config, stacking.Stacked)]
     if index is None:
-        for adapter in stacks:
-            leaf = next(iter(adapter.buffers.values()))
-            if "scaling" in leaf and leaf["scaling"].dim() > 0:
-                raise ValueError(
-                    f"the adapter is a stack of {stacking.size(adapter)}; pass index=..., one number per row of the "
-                    "batch, or map over it: torch.vmap(lambda a: pf.apply(model, a, batch))(stacked)."
-                )
+        for adapter in filter(stacking.is_whole, stacks):
+            raise ValueError(
+                f"the adapter is a stack of {stacking.size(adapter)}; pass index=..., one number per row of the batch, "
+                "or map over it: torch.vmap(lambda a: pf.apply(model, a, batch))(stacked)."
+            )
         return None
     if len(stacks) != 1:
         raise ValueError(f"index is given and {len(stacks)} of the adapters are stacks; expected exactly one stack.")

@@ -22,6 +22,9 @@ TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS
 ANY = object()
 OFF: tuple[Any, ...] = (None, False, {}, [])
 
+# Left out of files while they are None: versions of PEFT that have no such field warn of it, or refuse the file.
+_LATER = ("exclude_modules", "peft_version", "target_parameters")
+
 
 class FrozenDict(Mapping[str, Any]):
     """A mapping that cannot change and can be hashed: a config is static for every transform."""
@@ -117,7 +120,8 @@ class PeftConfig:
     def to_json(self) -> str:
         """The text of `adapter_config.json`."""
         # Fields in PEFT's order, and patterns in their own: the first pattern that matches a path counts.
-        return json.dumps(dict(sorted(self.to_dict().items())), indent=2) + "\n"
+        fields = sorted(self.to_dict().items())
+        return json.dumps({n: v for n, v in fields if v is not None or n not in _LATER}, indent=2) + "\n"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str = "the given mapping") -> PeftConfig:
@@ -129,9 +133,12 @@ class PeftConfig:
         """
         given = dict(data)
         kind = given.pop("peft_type", None) or cls.peft_type
-        found = next((one for one in _family(PeftConfig) if one.peft_type == kind), None)
-        if not kind or found is None:
-            known = ", ".join(sorted(one.peft_type for one in _family(PeftConfig) if one.peft_type))
+        from peftfn import methods  # the table, which imports this file
+
+        configs = [method.config for method in methods.TABLE]
+        found = next((one for one in configs if one.peft_type == kind), None)
+        if found is None:
+            known = ", ".join(sorted(one.peft_type for one in configs))
             raise ValueError(
                 f"{source} has peft_type={data.get('peft_type')!r}, which this version of peftfn does not read: "
                 f"{known}."
@@ -221,12 +228,6 @@ class TargetedConfig(PeftConfig):
                 raise ValueError(f"{field} cannot be used with target_modules={self.target_modules!r}, a string.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform beside it.")
-
-
-def _family(cls: type[PeftConfig]) -> Iterator[type[PeftConfig]]:
-    yield cls
-    for child in cls.__subclasses__():
-        yield from _family(child)
 
 
 def _check_fields(cls: type[PeftConfig], given: Mapping[str, Any]) -> None:

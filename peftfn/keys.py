@@ -129,9 +129,12 @@ def from_keys(
     paths = _paths(config, own, source, ordered or model is not None)
     for site, leaf in own.items():
         at = layers.pattern_path(paths[site], set(paths.values()))
-        _check_rank(config, at, leaf, source)
+        try:
+            method.check_file(config, at, leaf)
+        except (KeyError, ValueError) as error:
+            raise type(error)(f"{source} has {error.args[0]} for {paths[site]!r}; expected a whole adapter.") from None
         part = (parts or {}).get(paths[site], {})
-        params.setdefault(paths[site], {}).update(method.from_file({**_whole(leaf, site, source), **part}))
+        params.setdefault(paths[site], {}).update(method.from_file({**leaf, **part}))
         buffers.setdefault(paths[site], {}).update({**method.buffers(config, at, leaf), **part})
     return Adapter(sorted_tree(params), sorted_tree(buffers), config)
 
@@ -155,32 +158,11 @@ def _split(method: Method, key: str, source: str) -> tuple[str, str]:
 def _is_trained(config: Any, path: str, name: str, site: str) -> bool:
     if name in _STATISTICS:
         return False
-    if name == "bias" and getattr(config, "bias", "none") != "none":
+    if name.endswith("bias") and getattr(config, "bias", "none") != "none":
         return True
     return not site.endswith(_BASE) and any(
         path.endswith(head) or f"{head}." in path for head in config.modules_to_save or ()
     )
-
-
-def _whole(leaf: Leaf, site: str, source: str) -> Leaf:
-    names = {name.removesuffix("_A").removesuffix("_B") for name in leaf}
-    for name in names:
-        for half in (f"{name}_A", f"{name}_B"):
-            if half not in leaf:
-                raise KeyError(f"{source} has {sorted(leaf)} for {site!r}, but no {half}; the file is incomplete.")
-    return leaf
-
-
-def _check_rank(config: Any, path: str, leaf: Leaf, source: str) -> None:
-    """A rank that is not the config's would be a wrong scaling: of experts, the file has rank times their number."""
-    if "lora_A" not in leaf and "lora_embedding_A" not in leaf:
-        return
-    rank = matching.pattern_value(config.rank_pattern, path, config.r)
-    a = leaf["lora_A"] if "lora_A" in leaf else leaf["lora_embedding_A"]
-    if a.shape[0] % rank or (a.shape[0] != rank and not _names(config)):
-        raise ValueError(
-            f"{source}: {path} has rank {a.shape[0]}, and the config says {rank}; expected the config of these weights."
-        )
 
 
 def _paths(config: Any, own: Mapping[str, Leaf], source: str, ordered: bool) -> dict[str, str]:
@@ -256,8 +238,11 @@ def _replaced(model: nn.Module, config: Any, places: Mapping[str, layers.Place])
     )
     found = {path: {name for name, one in part._parameters.items() if one is not None} for path, part in heads.items()}
     everywhere = [path for path, _ in layers.named_modules(model)]
-    for path in {"all": everywhere, "lora_only": [place.owner for place in places.values()]}.get(config.bias, []):
-        if model.get_submodule(path)._parameters.get("bias") is not None:
+    biased = {"all": everywhere, "lora_only": [place.owner for place in places.values()]}
+    for path in biased.get(getattr(config, "bias", "none"), []):
+        in_attention = isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention)
+        # PEFT 0.17 leaves the bias of an attention's out_proj out of its files.
+        if model.get_submodule(path)._parameters.get("bias") is not None and not in_attention:
             found.setdefault(path, set()).add("bias")
     return found
 

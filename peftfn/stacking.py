@@ -24,10 +24,12 @@ class Stacked(PeftConfig):
     Attributes:
         configs: the adapters' configs.
         paths: each adapter's own site paths; elsewhere its slice of the stack is zero.
+        axes: how many axes the first tensor of the stack has; under `torch.vmap` it has one less.
     """
 
     configs: Sequence[Any] = ()
     paths: Sequence[Sequence[str]] = ()
+    axes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """A stack has no file form."""
@@ -69,6 +71,7 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
         base_model_name_or_path=configs[0].base_model_name_or_path,
         configs=configs,
         paths=[tuple(adapter.params) for adapter in adapters],
+        axes=_first(sorted_tree(params)).dim(),
     )
     return Adapter(sorted_tree(params), sorted_tree(buffers), stacked)
 
@@ -87,6 +90,15 @@ def unstack(stacked: Adapter) -> list[Adapter]:
     configs = stacked.config.configs
     method = methods.of(configs[0])
     return [_slice(stacked, method, number, configs) for number in range(len(configs))]
+
+
+def is_whole(adapter: Adapter) -> bool:
+    """Whether this is a stack as `stack` made it, and not what `torch.vmap` shows of one."""
+    return isinstance(adapter.config, Stacked) and _first(adapter.params).dim() == adapter.config.axes
+
+
+def _first(tree: Tree) -> Tensor:
+    return next(iter(next(iter(tree.values())).values()))
 
 
 def size(stacked: Adapter) -> int:

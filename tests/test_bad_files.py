@@ -104,8 +104,8 @@ FILES: dict[str, Spoil] = {
     "ValueError: (use_dora=True): peft has this field, peftfn does not support it yet": fields(use_dora=True),
     "ValueError: LoraConfig(r='8'): expected int": fields(r="8"),
     "ValueError: init_lora_weights='pissa_niter_4' goes with a base": fields(init_lora_weights="pissa_niter_4"),
-    "ValueError: 0 has rank 2, and the config says 4": fields(r=4),
-    "ValueError: 0 has rank 2, and the config says 1": fields(r=1),
+    "ValueError: has rank 2, and the config says 4 for '0'; expected a whole adapter": fields(r=4),
+    "ValueError: has rank 2, and the config says 1 for '0'; expected a whole adapter": fields(r=1),
     "ValueError: is not a whole safetensors file (Error while deserializing header: header": cut(WEIGHTS, 0),
     "ValueError: is not a whole safetensors file (Error while deserializing header: invalid header": cut(WEIGHTS, 40),
     "ValueError: is not a whole safetensors file (Error while deserializing header: incomplete": cut(WEIGHTS, 2000),
@@ -114,8 +114,8 @@ FILES: dict[str, Spoil] = {
         WEIGHTS, b"version https://git-lfs.github.com/spec/v1\n"
     ),
     "ValueError: holds no tensor; it is not the weights": lambda folder: save_file({}, folder / WEIGHTS),
-    "KeyError: has ['lora_A'] for '0', but no lora_B; the file is incomplete": tensors(**{B: None}),
-    "KeyError: has ['lora_B'] for '0', but no lora_A; the file is incomplete": tensors(**{A: None}),
+    "KeyError: has ['lora_A'], but no lora_B for '0'; expected a whole adapter": tensors(**{B: None}),
+    "KeyError: has ['lora_B'], but no lora_A for '0'; expected a whole adapter": tensors(**{A: None}),
     "KeyError: the key '0.lora_A.weight'; expected keys that start with 'base_model.model.'": tensors(
         **{"0.lora_A.weight": torch.ones(1)}
     ),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import peftfn as pf
 
 # Merging adds the delta to the weight where `apply` adds it to the output: sums in another order.
-MERGED = {"rtol": 1e-4, "atol": 1e-5}
+MERGED: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 TEXTS = [
     line for topic in ("assert", "lambda", "with") for line in pydoc_data.topics.topics[topic].splitlines() if line
 ][:24]

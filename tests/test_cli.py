@@ -22,9 +22,7 @@ pytest.importorskip("typer")
 import cli_folders as small
 from typer.testing import CliRunner
 
-from peftfn import cli
 from peftfn.cli.app import FILLED, app
-from peftfn.cli.settings import TrainSettings
 
 FILES = Path(__file__).parent / "files"
 COMMANDS = ("train", "eval", "merge", "convert", "inspect", "demo")
@@ -238,44 +236,6 @@ def test_a_merged_language_model_generates_what_was_learnt(language_run: Run, tm
     assert tokenizer.decode(written[0]).split() == ["my", "garden", "was", "full", "of", "sun"]
 
 
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"--model": "nowhere/at-all"}, "could not load --model nowhere/at-all"),
-        ({"--data": "missing.csv"}, "missing.csv: no such file"),
-        ({"--text-column": "body"}, "it has: text, label"),
-        ({"--eval-data": "other.csv"}, "labels ugly are not among the trained: bad, good"),
-        ({"--target-modules": "q_proj"}, "matched no module"),
-        ({"--r": "0"}, "r=0; expected a positive integer"),
-        ({"--r": "four"}, "'four' is not INT"),
-        ({"--rank-pattern": "query=4"}, "is not JSON"),
-        ({"--batch-size": "0"}, "--batch-size 0: give a whole number of at least 1"),
-        ({"--device": "cuda:7"}, "--device cuda:7 cannot be used here"),
-        ({"--device": "gpu"}, "--device gpu cannot be used here"),
-        ({"--lr": "1e30"}, "the loss is nan at step"),
-        ({"--no-such": "1"}, "No such option"),
-    ],
-)
-def test_wrong_input_ends_with_one_sentence_and_leaves_nothing(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], said: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    small.write_csv(tmp_path / "other.csv", [{"text": "a", "label": "ugly"}])
-    given = {"--model": str(run.model), "--data": str(run.data), "--output": "out", "--threads": "1"} | changed
-    printed = call("train", *(part for pair in given.items() for part in pair), code=2)
-    assert said in " ".join(printed.split())
-    assert "Traceback" not in printed
-    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
-    if "--lr" not in changed:  # the one error that comes while training
-        assert not (tmp_path / "out").exists()
-
-
-def test_an_encoder_is_refused_as_a_language_model(run: Run, tmp_path: Path) -> None:
-    given = ("--model", run.model, "--data", run.data, "--task", "causal_lm", "--output", tmp_path / "out")
-    assert "sees the tokens that come after" in call("train", *given, code=2)
-    assert not (tmp_path / "out").exists()
-
-
 def test_an_adapter_of_an_image_model_is_merged_without_a_tokenizer_or_a_task(tmp_path: Path) -> None:
     config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
@@ -295,23 +255,3 @@ def test_an_adapter_of_an_image_model_is_merged_without_a_tokenizer_or_a_task(tm
         expected = pf.apply(model, adapter, batch).logits
         assert not torch.allclose(model(**batch).logits, expected, atol=1e-3)
         torch.testing.assert_close(merged(**batch).logits, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_one_label_only_is_an_error(run: Run, tmp_path: Path) -> None:
-    data = small.write_csv(tmp_path / "a.csv", [{"text": "a", "label": "x"}] * 3)
-    printed = call("train", "--model", run.model, "--data", data, "--output", tmp_path / "out", code=2)
-    assert "every row is labelled 'x'" in printed
-
-
-def test_a_missing_extra_is_one_sentence_that_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "typer", None)
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 2
-    assert 'pip install "peftfn[cli]"' in capsys.readouterr().err
-
-
-def test_settings_have_a_help_text_for_every_field() -> None:
-    assert [field.name for field in dataclasses.fields(TrainSettings) if not field.metadata["help"].endswith(".")] == []

@@ -48,10 +48,12 @@ def test_the_biases_of_an_attention_are_where_peft_has_them(bias: str, tmp_path:
         peft.get_peft_model(model, peft.LoraConfig(**options)).save_pretrained(str(tmp_path))
     theirs = load_file(tmp_path / "adapter_model.safetensors")
     fresh = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True).eval()
-    assert sorted(keys.to_keys(pf.init(fresh, pf.LoraConfig(**options)))) == sorted(theirs)
+    if peft.__version__ >= "0.21":  # older ones save others of an attention's biases, which are read all the same
+        assert sorted(keys.to_keys(pf.init(fresh, pf.LoraConfig(**options)))) == sorted(theirs)
     loaded = pf.load(tmp_path, model=fresh)
     assert_same_tensors(keys.to_keys(loaded), dict(sorted(theirs.items())))
-    assert "bias" in loaded.params["self_attn.out_proj"]
+    trained = {f"{path}.{name}" for path, leaf in loaded.params.items() for name in leaf if name.endswith("bias")}
+    assert len(trained) == sum(key.endswith("bias") for key in theirs)
 
 
 def test_views_and_shared_tensors_are_saved_as_what_they_hold(tmp_path: Path) -> None:

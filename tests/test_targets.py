@@ -200,7 +200,7 @@ def some_options(draw: random.Random) -> dict[str, Any]:
         if draw.random() < 0.5:
             found["layers_pattern"] = draw.choice(["layer", "h", ["layers", "h"], "qq.layer", []])
     if draw.random() < 0.3:
-        found["exclude_modules"] = draw.choice([several(3), r".*\.1\..*", r"h.*"])
+        found["exclude_modules"] = draw.choice([several(3), r".*\.1\..*", r".*\.h", r"h"])
     if draw.random() < 0.3:
         found["modules_to_save"] = several(2)
     return found

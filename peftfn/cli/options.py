@@ -178,5 +178,5 @@ def command(
 
     typed.__name__, typed.__doc__ = run.__name__, run.__doc__
     # typer reads a command's options from its signature
-    typed.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    typed.__signature__ = inspect.Signature(list(parameters.values()))
     return typed

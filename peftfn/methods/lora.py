@@ -193,6 +193,18 @@ def check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
     return f"has {first} {tuple(a)} and {second} {tuple(b)}, expected {expected[0]} and {expected[1]}"
 
 
+def check_file(config: LoraConfig, path: str, leaf: Leaf) -> None:
+    """Refuse one factor without the other, and a rank that is not the config's: the scaling would be wrong."""
+    for name in sorted(leaf):
+        other = name[:-1] + ("B" if name.endswith("A") else "A")
+        if other not in leaf:
+            raise KeyError(f"{sorted(leaf)}, but no {other}")
+    rank, rows = _rank(config, path), next(leaf[name].shape[0] for name in leaf if name.endswith("_A"))
+    # Of experts, the file has rank times their number.
+    if rows % rank or (rows != rank and not config.target_parameters):
+        raise ValueError(f"rank {rows}, and the config says {rank}")
+
+
 def kinds(leaf: Mapping[str, Tensor], weight: torch.Size) -> list[str]:
     """The kinds of layer whose weight of this shape the leaf fits."""
     if "lora_embedding_A" in leaf:
@@ -249,6 +261,7 @@ METHOD = Method(
     forward=forward,
     merge=merge,
     check=check,
+    check_file=check_file,
     kinds=kinds,
     silence=silence,
     pad=_pad,

@@ -26,6 +26,10 @@ def _no_check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
     return None
 
 
+def _no_check_of_file(config: Any, path: str, leaf: Leaf) -> None:
+    return None
+
+
 def _linear(leaf: Mapping[str, Tensor], weight: torch.Size) -> list[str]:
     return [layers.LINEAR]
 
@@ -60,6 +64,7 @@ class Method(NamedTuple):
         sites: `(model, config) -> {site path: Place}`.
         buffers: `(config, path, params leaf) -> buffers leaf`, for tensors that come from a file.
         check: `(leaf, site) -> what is wrong with the leaf's names or shapes`, or `None`.
+        check_file: `(config, path, leaf) -> None`, or a `KeyError` or `ValueError` that says what a file's leaf has.
         kinds: `(leaf, weight shape) -> kinds` of layer that the leaf fits, judged by shapes alone.
         pad: `(configs, path, leaves) -> leaves` of one shape, zeros added so that nothing changes; `None` is an
             adapter without this site.
@@ -78,6 +83,7 @@ class Method(NamedTuple):
     sites: Callable[[nn.Module, Any], dict[str, Place]] = targets.sites
     buffers: Callable[[Any, str, Leaf], Leaf] = _no_buffers
     check: Callable[[Mapping[str, Tensor], Site], str | None] = _no_check
+    check_file: Callable[[Any, str, Leaf], None] = _no_check_of_file
     kinds: Callable[[Mapping[str, Tensor], torch.Size], list[str]] = _linear
     pad: Callable[[Sequence[Any], str, Sequence[Leaf | None]], list[Leaf]] = _alike
     trim: Callable[[Any, Sequence[Any], str, Leaf], Leaf] = _as_it_is
