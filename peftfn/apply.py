@@ -156,7 +156,7 @@ def apply(
         graft.keep_norms(table)
     how = attach.How(
         hold=_put,
-        armed=torch.is_grad_enabled() and not tracing,
+        armed=_always if torch.is_grad_enabled() and not tracing else None,
         check=tracing or not _is_known(model, adapters),
         apart=not tracing,
     )
@@ -182,6 +182,10 @@ def _is_known(model: nn.Module, adapters: Sequence[Adapter]) -> bool:
         return True
     known.update(adapters)
     return False
+
+
+def _always() -> bool:
+    return True
 
 
 def _put(twin: nn.Module, name: str, compute: Any) -> None:

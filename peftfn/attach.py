@@ -24,14 +24,15 @@ class How(NamedTuple):
 
     Attributes:
         hold: how a weight that the base reads itself is put on its twin: `(twin, name, compute)`.
-        armed: whether a site that runs without gradients is to be looked at (see `_watched`).
+        armed: says whether the caller wants gradients, so that a site that runs without them is looked at (`_watched`);
+            `None` where nobody does.
         check: whether to hold names and shapes against the layers.
         apart: whether a site runs on a second twin of its layer. A twin that held a forward that held the twin would be
             a cycle, and keep its tensors until the garbage collector comes by.
     """
 
     hold: Callable[[nn.Module, str, Callable[[], Tensor]], None]
-    armed: bool
+    armed: Callable[[], bool] | None
     check: bool = True
     apart: bool = False
 
@@ -90,12 +91,16 @@ def attach(root: nn.Module, by_path: Mapping[str, nn.Module], found: Mapping[str
         twin = by_path.get(path)
         if twin is None:
             place = _parameter_place(root, by_path, path)
-            _adapt(by_path[place.owner], place, path, here, how)
-            continue
-        _replace(twin, path, here, how)
-        if any(part.leaf for part in here):
+        else:
+            _replace(twin, path, here, how)
+            if not any(part.leaf for part in here):
+                continue
             _leave_fast_path(by_path, path)
-            _adapt(twin, _module_place(root, by_path, path, twin), path, here, how)
+            place = _module_place(root, by_path, path, twin)
+        if place.kind in layers.WEIGHT_KINDS:
+            _adapt_weight(by_path, place, path, here, how)
+        else:
+            _adapt(by_path[place.owner], place, path, here, how)
 
 
 def _parameter_place(root: nn.Module, by_path: Mapping[str, nn.Module], path: str) -> Place:
@@ -158,11 +163,6 @@ def _adapt(twin: nn.Module, place: Place, path: str, here: Sequence[Part], how: 
     if how.check:
         _check_leaves(twin, place, path, here)
     here = [part for part in here if part.leaf]
-    if place.kind in layers.WEIGHT_KINDS:
-        if any(part.rows is not None for part in here):
-            routing.refuse(path, twin)
-        how.hold(twin, place.weight, functools.partial(_merged, twin, place, here))
-        return
     layer = graft.second(twin) if how.apart else twin
     run = graft.base_forward(layer)
     for part in here:
@@ -171,9 +171,29 @@ def _adapt(twin: nn.Module, place: Place, path: str, here: Sequence[Part], how: 
             run = functools.partial(part.method.forward, part.config, part.leaf, site)
         else:
             run = routing.step(part.method, part.config, part.leaf, part.rows, run, site)
-    if how.armed:
-        run = functools.partial(_watched, run, layer, path, [tensor for part in here for tensor in part.leaf.values()])
-    graft.set_forward(twin, run)
+    graft.set_forward(twin, _with_watch(run, path, here, how))
+
+
+def _adapt_weight(by_path: Mapping[str, nn.Module], place: Place, path: str, here: Sequence[Part], how: How) -> None:
+    """Adapt a tensor that the base reads itself."""
+    twin = by_path[place.owner]
+    if how.check:
+        _check_leaves(twin, place, path, here)
+    here = [part for part in here if part.leaf]
+    if any(part.rows is not None for part in here):
+        routing.refuse(path, twin)
+    how.hold(twin, place.weight, functools.partial(_merged, twin, place, here))
+    parent = by_path.get(place.owner.rpartition(".")[0])
+    reader = parent if isinstance(parent, nn.MultiheadAttention) else twin
+    if how.armed is not None and reader is not by_path[""]:
+        run = graft.base_forward(graft.second(reader) if how.apart else reader)
+        graft.set_forward(reader, _with_watch(run, path, here, how))
+
+
+def _with_watch(run: Callable[..., Any], path: str, here: Sequence[Part], how: How) -> Callable[..., Any]:
+    if how.armed is None:
+        return run
+    return functools.partial(_watched, run, how.armed, path, [tensor for part in here for tensor in part.leaf.values()])
 
 
 def _check_leaves(twin: nn.Module, place: Place, path: str, here: Sequence[Part]) -> None:
@@ -201,14 +221,14 @@ def _leave_fast_path(by_path: Mapping[str, nn.Module], path: str) -> None:
 
 
 def _watched(
-    run: Callable[..., Any], twin: nn.Module, path: str, tensors: Sequence[Tensor], *args: Any, **kwargs: Any
+    run: Callable[..., Any], armed: Callable[[], bool], path: str, tensors: Sequence[Tensor], *args: Any, **kwargs: Any
 ) -> Any:
     """Run the site; refuse the one case in which torch would lose the adapter's gradient without a word.
 
     Reentrant checkpointing runs a block without gradients first, and again in the backward pass only if one of the
     block's inputs requires grad. A frozen base gives it none.
     """
-    if twin.training and not torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if not torch.is_grad_enabled() and armed() and any(tensor.requires_grad for tensor in tensors):
         frame = inspect.currentframe()
         while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
             frame = frame.f_back

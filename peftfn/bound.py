@@ -225,8 +225,12 @@ def _hold_weight(module: nn.Module, name: str, compute: Callable[[], Tensor]) ->
 def _reading(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     own: dict[str, Any] = {name: property(functools.partial(_read, name)) for name in names}
     own |= {"_peftfn_plain": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    own["__reduce__"] = lambda module: (_blank, (cls, names), dict(module.__dict__))  # pickle finds classes by name
+    own["__reduce__"] = functools.partialmethod(_reduce, cls, names)  # pickle finds a class by its name
     return type(cls.__name__, (cls,), own)
+
+
+def _reduce(module: nn.Module, cls: type[nn.Module], names: tuple[str, ...]) -> tuple[Any, ...]:
+    return _blank, (cls, names), dict(module.__dict__)
 
 
 def _blank(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
@@ -254,9 +258,9 @@ def _wants_grad(bound: nn.Module) -> bool:
     return bound.__dict__.get(_GRAD, False)
 
 
-def _suit_transformers(bound: Any) -> None:
+def _suit_transformers(bound: nn.Module) -> None:
     """What a transformers model needs beside: to be saved merged, checkpointed with frozen inputs, and trained."""
-    if hasattr(type(bound), "save_pretrained"):
+    if hasattr(bound, "save_pretrained"):
         bound.__dict__["save_pretrained"] = functools.partial(_save_pretrained, bound)
     if getattr(bound, "is_quantized", False):
         bound.__dict__["_hf_peft_config_loaded"] = True  # else Trainer says that a quantized model cannot be trained

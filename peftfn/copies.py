@@ -6,7 +6,7 @@ import copy
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -29,9 +29,11 @@ def shared(model: nn.Module) -> Any:
     for module in modules:
         memo[id(module)] = object.__new__(type(module))
         for hook in hooks(module):  # accelerate keeps offloaded weights there: the same ones
-            memo.update({id(one): one for one in hook.__dict__.values() if isinstance(one, Mapping)})
-    for registered in (value for module in modules for value in module.__dict__.values() if type(value) is OrderedDict):
-        _copied(registered, memo)  # before the handles that refer to them
+            kept: dict[str, Any] = hook.__dict__
+            memo.update({id(kept[name]): kept[name] for name in kept if isinstance(kept[name], Mapping)})
+    for values in (module.__dict__ for module in modules):
+        for name in [name for name in values if type(values[name]) is OrderedDict]:
+            _copied(values[name], memo)  # hooks, before the handles that refer to them
     for module in modules:
         memo[id(module)].__dict__.update({name: _copied(value, memo) for name, value in module.__dict__.items()})
     return copy.deepcopy(model, memo)
@@ -47,7 +49,9 @@ def _alias(parameter: nn.Parameter) -> nn.Parameter:
     if type(parameter) is not nn.Parameter:
         return parameter  # a packed one (bitsandbytes' Params4bit) loses its class when detached
     alias = nn.Parameter(parameter.detach(), requires_grad=False)
-    alias.__dict__.update(parameter.__dict__)  # transformers keeps a mark there that it has been initialised
+    cast("Any", alias).__dict__.update(
+        parameter.__dict__
+    )  # transformers keeps a mark there that it has been initialised
     return alias
 
 
@@ -66,7 +70,8 @@ def _copied(value: Any, memo: Memo, deep: bool = True) -> Any:
         old, rebuild = parts
         new = [_copied(one, memo, deep) for one in old]
         same = all(one is other for one, other in zip(old, new, strict=True))
-        made = value if same and not (deep and isinstance(value, (list, dict))) else rebuild(new)
+        is_kept = same and (not deep or type(value) not in (list, dict, OrderedDict))
+        made = value if is_kept else rebuild(new)
     if deep or made is not value:
         memo[id(value)] = made
     return made
@@ -112,10 +117,11 @@ def _deep_copied(value: Any, memo: Memo) -> Any:
 def _parts(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
     """What a container or a callable holds, and how to make one that holds something else; `None` for the rest."""
     if type(value) in (list, tuple):
-        return list(value), type(value)
+        items = cast("Sequence[Any]", value)
+        return list(items), cast("Any", type(items))
     if type(value) in (dict, OrderedDict):
-        items = cast("dict[Any, Any]", value)
-        return list(items.values()), lambda new: type(items)(zip(items, new, strict=True))
+        named = cast("dict[Any, Any]", value)
+        return list(named.values()), lambda new: type(named)(zip(named, new, strict=True))
     if isinstance(value, types.MethodType):
         return [value.__func__, value.__self__], lambda new: types.MethodType(*new)
     if isinstance(value, functools.partial):

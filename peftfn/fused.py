@@ -30,7 +30,8 @@ def parts(model: nn.Module, path: str) -> Parts:
     module = model.get_submodule(path)
     parent = model.get_submodule(path.rpartition(".")[0])
     if isinstance(module, nn.MultiheadAttention):
-        return {} if module.in_proj_weight is None else _blocks(3 * module.embed_dim, [1, 1, 1], QKV)
+        shared: Tensor | None = module._parameters["in_proj_weight"]
+        return {} if shared is None else _blocks(shared.shape[0], [1, 1, 1], QKV)
     kind = layers.kind_of(module)
     if kind not in (layers.LINEAR, layers.TRANSPOSED):
         return {}
@@ -81,7 +82,7 @@ def note(adapter: Adapter) -> str:
 
 def _runs(rows: Tensor) -> list[list[int]]:
     """Indices as [start, end] runs."""
-    cuts = (torch.nonzero(rows[1:] != rows[:-1] + 1).flatten() + 1).tolist()
+    cuts = cast("list[int]", (torch.nonzero(rows[1:] != rows[:-1] + 1).flatten() + 1).tolist())
     return [[int(run[0]), int(run[-1]) + 1] for run in rows.tensor_split(cuts)]
 
 
@@ -113,7 +114,7 @@ def _blocks(outputs: int, sizes: Sequence[int], names: Sequence[str]) -> Parts:
     unit, rest = divmod(outputs, sum(sizes))
     if rest:
         return {}
-    rows = torch.arange(outputs).split([size * unit for size in sizes])
+    rows = torch.split(torch.arange(outputs), [size * unit for size in sizes])
     return dict(zip(names, rows, strict=True))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,8 @@ class _ReadOnly(TorchDispatchMode):
         for position, argument in enumerate(func._schema.arguments):  # noqa: SLF001  # what it writes to is said there
             if argument.alias_info is not None and argument.alias_info.is_write:
                 value = args[position] if position < len(args) else kwargs.get(argument.name)
-                for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                several = cast("list[Any]", value) if isinstance(value, (list, tuple)) else [value]
+                for tensor in several:
                     self._check(tensor)
         return func(*args, **kwargs)
 

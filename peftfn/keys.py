@@ -224,7 +224,7 @@ def check_against(adapter: Adapter, model: nn.Module, source: str) -> None:
             f"{_few(unexpected)}. It was made for another architecture, or its config was changed."
         )
     made = twins.Twins(model)
-    attach.attach(made.root, made.by_path, attach.parts([adapter]), attach.How(hold=_hold_nothing, armed=False))
+    attach.attach(made.root, made.by_path, attach.parts([adapter]), attach.How(hold=_hold_nothing, armed=None))
 
 
 def _hold_nothing(_twin: nn.Module, _name: str, _compute: Callable[[], Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -68,7 +69,7 @@ def stand_in(bound: Any, weights: Mapping[str, Tensor], is_apart: bool) -> Any:
     own = plain.__dict__
     for name in ("save_pretrained", "_hf_peft_config_loaded"):
         own.pop(name, None)
-    own["state_dict"] = lambda *_args, **_kwargs: dict(weights)
+    own["state_dict"] = functools.partial(_given, weights)
     if hasattr(plain, "config"):
         plain.config = copy.deepcopy(bound.config)
         if is_apart:
@@ -76,12 +77,17 @@ def stand_in(bound: Any, weights: Mapping[str, Tensor], is_apart: bool) -> Any:
     return plain
 
 
+def _given(weights: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    del args, kwargs
+    return dict(weights)
+
+
 def _untie(plain: Any) -> None:
     """Say in the config that the embeddings are not tied, if that is all that saying so does."""
     configs = [plain.config, *(getattr(plain.config, name, None) for name in ("text_config", "decoder"))]
     configs = [config for config in configs if getattr(config, _TIE, False)]
     # The T5 family takes the flag for another one: whether to scale the decoder's output.
-    if all(_keeps(config) for config in configs) and _TIE not in inspect.getsource(type(plain).forward):
+    if all(_keeps(config) for config in configs) and _TIE not in inspect.getsource(plain.forward):
         for config in configs:
             setattr(config, _TIE, False)
     elif "missing_keys" not in inspect.signature(plain.tie_weights).parameters:  # transformers 4
@@ -93,5 +99,5 @@ def _untie(plain: Any) -> None:
 
 
 def _keeps(config: Any) -> bool:
-    again = type(config).from_dict({**config.to_dict(), _TIE: False})
+    again: Any = config.from_dict({**config.to_dict(), _TIE: False})
     return getattr(again, _TIE, None) is False

@@ -7,13 +7,14 @@ import json
 import pydoc_data.topics
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import transformers
 from bases import BASES, ids, llama
-from oracle import called, loaded, outputs, quiet_peft, randomised
+from binding import adapter_for, flat
+from oracle import called, loaded, outputs, quiet_peft
 from snapshot import snapshot
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -45,12 +46,8 @@ def causal() -> Any:
     return llama(pad_token_id=0, bos_token_id=1, eos_token_id=1)().eval()
 
 
-def adapter_for(model: nn.Module, **options: Any) -> pf.Adapter:
-    return randomised(pf.init(model, pf.LoraConfig(**{"r": 2} | options)))
-
-
-def flat(adapter: pf.Adapter) -> list[Tensor]:
-    return [tensor for leaf in adapter.params.values() for tensor in leaf.values()]
+def base(name: str) -> Any:
+    return BASES[name].make()
 
 
 # --- generate and pipeline -------------------------------------------------------------------------------------------
@@ -63,7 +60,7 @@ def flat(adapter: pf.Adapter) -> list[Tensor]:
 )
 def test_generate_gives_pefts_tokens(how: dict[str, Any], tmp_path: Path) -> None:
     model = causal()
-    adapter = adapter_for(model, target_modules=["q_proj", "v_proj", "lm_head"], lora_alpha=32)
+    adapter = adapter_for(model, dict(target_modules=["q_proj", "v_proj", "lm_head"], lora_alpha=32))
     pf.save(adapter, tmp_path)
     prompt = {"input_ids": ids(3, 4), "attention_mask": torch.ones(3, 4, dtype=torch.long)}
     prompt["attention_mask"][0, :2] = 0  # padded on the left
@@ -77,8 +74,8 @@ def test_generate_gives_pefts_tokens(how: dict[str, Any], tmp_path: Path) -> Non
 
 def test_pipelines_take_a_bound_model() -> None:
     words, text = tokenizer(), TEXTS[3]
-    classifier = BASES["bert"].make()
-    adapter = adapter_for(classifier, target_modules=["query"], task_type="SEQ_CLS")
+    classifier = base("bert")
+    adapter = adapter_for(classifier, dict(target_modules=["query"], task_type="SEQ_CLS"))
     batch = dict(words(text, return_tensors="pt", truncation=True))
     expected = torch.softmax(pf.apply(classifier, adapter, batch).logits[0], dim=-1)
     classify = transformers.pipeline(
@@ -88,7 +85,7 @@ def test_pipelines_take_a_bound_model() -> None:
     assert found == pytest.approx({f"LABEL_{n}": float(p) for n, p in enumerate(expected)}, rel=1e-5)
 
     model = causal()
-    bound = pf.bind(model, adapter_for(model, target_modules=["q_proj", "lm_head"], lora_alpha=32))
+    bound = pf.bind(model, adapter_for(model, dict(target_modules=["q_proj", "lm_head"], lora_alpha=32)))
     write = transformers.pipeline("text-generation", model=bound, tokenizer=words)
     (written,) = write(text, max_new_tokens=4, do_sample=False, return_tensors=True)
     tokens = bound.generate(**words(text, return_tensors="pt"), max_new_tokens=4, do_sample=False)[0]
@@ -98,29 +95,20 @@ def test_pipelines_take_a_bound_model() -> None:
 # --- Trainer ---------------------------------------------------------------------------------------------------------
 
 
-def examples() -> Any:
+def examples() -> list[dict[str, Any]]:
     """Real sentences with a column that no model takes, so that Trainer has to look at the model's signature."""
-    datasets = pytest.importorskip("datasets")
     words = tokenizer()
-    rows = [{**words(line, truncation=True), "labels": n % 2, "line": line} for n, line in enumerate(TEXTS)]
-    return datasets.Dataset.from_list(rows)
+    return [{**words(line, truncation=True), "labels": n % 2, "line": line} for n, line in enumerate(TEXTS)]
 
 
 def trainer(model: nn.Module, folder: Path, **options: Any) -> Any:
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        max_steps=4,
-        learning_rate=0.01,
-        lr_scheduler_type="constant",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        adam_epsilon=1e-4,  # see oracle.steps
-        **{"save_strategy": "no", **options},
-    )
+    """A Trainer of four steps; its AdamW has a large eps, as in oracle.steps."""
+    given: dict[str, Any] = {"output_dir": str(folder), "per_device_train_batch_size": 4, "max_steps": 4}
+    given |= {"learning_rate": 0.01, "lr_scheduler_type": "constant", "adam_epsilon": 1e-4, "save_strategy": "no"}
+    given |= {"report_to": [], "disable_tqdm": True, "use_cpu": True, **options}
+    arguments = transformers.TrainingArguments(**given)
     collate = transformers.DataCollatorWithPadding(tokenizer())
-    return transformers.Trainer(model, arguments, train_dataset=examples(), data_collator=collate)
+    return transformers.Trainer(model, arguments, train_dataset=cast("Any", examples()), data_collator=collate)
 
 
 OPTIONS: dict[str, Any] = {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
@@ -128,9 +116,9 @@ OPTIONS: dict[str, Any] = {"target_modules": ["query", "value"], "task_type": "S
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trainer_trains_what_it_trains_with_peft_and_leaves_the_base_alone(checkpointing: bool, tmp_path: Path) -> None:
-    model = BASES["bert"].make()
+    model = base("bert")
     configs = copy.deepcopy((model.config.to_dict(), getattr(model, "generation_config", None)))
-    adapter = adapter_for(model, **OPTIONS)
+    adapter = adapter_for(model, OPTIONS)
     pf.save(adapter, tmp_path / "start")
     start, before = [tensor.clone() for tensor in flat(adapter)], snapshot(model)
     bound = pf.bind(model, adapter)
@@ -152,8 +140,8 @@ def test_trainer_trains_what_it_trains_with_peft_and_leaves_the_base_alone(check
 
 
 def test_trainers_checkpoints_are_plain_models_and_are_not_taken_for_adapters(tmp_path: Path) -> None:
-    model = BASES["bert"].make()
-    bound = pf.bind(model, adapter_for(model, **OPTIONS))
+    model = base("bert")
+    bound = pf.bind(model, adapter_for(model, OPTIONS))
     before = snapshot(model)
     with torch.random.fork_rng():
         trainer(bound, tmp_path, save_strategy="steps", save_steps=2).train()
@@ -168,11 +156,11 @@ def test_trainers_checkpoints_are_plain_models_and_are_not_taken_for_adapters(tm
 
 
 def test_trainer_takes_a_bound_model_whose_base_says_that_it_is_quantized(tmp_path: Path) -> None:
-    model = BASES["bert"].make()
+    model = base("bert")
     model.is_quantized = True  # as a model from GGUF says, although its layers are plain ones
     with pytest.raises(ValueError, match="purely quantized"):
         trainer(copy.deepcopy(model), tmp_path)
-    trainer(pf.bind(model, adapter_for(model, **OPTIONS)), tmp_path)
+    trainer(pf.bind(model, adapter_for(model, OPTIONS)), tmp_path)
 
 
 # --- save_pretrained -------------------------------------------------------------------------------------------------
@@ -205,7 +193,7 @@ class Plain(transformers.PreTrainedModel):
         return self.convolution(mixed.transpose(1, 2)).transpose(1, 2) @ self.scale
 
 
-def odd() -> nn.Module:
+def odd() -> Any:
     return Plain(PlainConfig())
 
 
@@ -229,8 +217,8 @@ SAVED: dict[str, tuple[str, dict[str, Any]]] = {
 def test_save_pretrained_writes_a_plain_model_with_the_same_outputs(
     name: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    model, batch = BASES[name].make(), BASES[name].inputs()
-    bound = pf.bind(model, adapter_for(model, **options))
+    model, batch = base(name), BASES[name].inputs()
+    bound = pf.bind(model, adapter_for(model, options))
     before, tied = snapshot(model), getattr(model.config, "tie_word_embeddings", None)
     state = bound.state_dict()
     bound.save_pretrained(tmp_path)
@@ -252,7 +240,7 @@ def test_save_pretrained_writes_a_plain_model_with_the_same_outputs(
 )
 def test_save_pretrained_merges_what_reads_its_own_weights(options: dict[str, Any], tmp_path: Path) -> None:
     model, x = odd().eval(), torch.randn(3, 4, 8)
-    bound = pf.bind(model, adapter_for(model, **options))
+    bound = pf.bind(model, adapter_for(model, options))
     bound.save_pretrained(tmp_path)
     plain = Plain.from_pretrained(tmp_path).eval()
     assert type(plain) is Plain
@@ -262,7 +250,7 @@ def test_save_pretrained_merges_what_reads_its_own_weights(options: dict[str, An
 
 def test_save_pretrained_says_which_adapter_has_no_merged_form_and_writes_nothing(tmp_path: Path) -> None:
     model, folder = odd(), tmp_path / "plain"
-    adapter = adapter_for(model, target_modules=["convolution"])
+    adapter = adapter_for(model, dict(target_modules=["convolution"]))
     dense = {
         "lora_A": torch.randn(2, 8, 3),
         "lora_B": torch.randn(8, 2, 1),
@@ -274,8 +262,8 @@ def test_save_pretrained_says_which_adapter_has_no_merged_form_and_writes_nothin
 
 
 def test_save_pretrained_passes_its_options_on(tmp_path: Path) -> None:
-    model, batch = BASES["llama"].make(), BASES["llama"].inputs()
-    bound = pf.bind(model, adapter_for(model, target_modules=["q_proj"]))
+    model, batch = base("llama"), BASES["llama"].inputs()
+    bound = pf.bind(model, adapter_for(model, dict(target_modules=["q_proj"])))
     bound.save_pretrained(tmp_path, max_shard_size="5KB")
     assert len(json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]) == len(
         model.state_dict()

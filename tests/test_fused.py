@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peftfn as pf
 import pytest
 import torch
 from cases import trained
@@ -28,6 +27,8 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
 )
+
+import peftfn as pf
 
 EAGER: dict[str, Any] = {"attn_implementation": "eager", "vocab_size": 20}
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 2, **EAGER}
@@ -64,7 +65,7 @@ FUSED += [(phi3, "qkv_proj"), (mpt, "Wqkv")]
 
 @pytest.mark.parametrize(("build", "layer"), FUSED, ids=lambda value: getattr(value, "__name__", value))
 def test_values_move_the_output_and_not_where_the_model_looks(build: Callable[[], Any], layer: str) -> None:
-    """The attention of the first block is a function of queries and keys alone: an adapter on `v` leaves it as it is."""
+    """What the first block looks at is a function of queries and keys: an adapter on `v` leaves it as it is."""
     model, ids = build().eval(), torch.randint(0, 20, (2, 6))
 
     def run(adapter: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,14 +8,15 @@ import types
 from pathlib import Path
 from typing import Any
 
-import peftfn as pf
 import pytest
 import torch
 from cases import trained
-from peftfn import methods
 from snapshot import snapshot
 from torch import nn
 from torch.func import functional_call, grad, vmap
+
+import peftfn as pf
+from peftfn import methods
 
 
 @pytest.fixture
