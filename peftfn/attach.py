@@ -94,6 +94,7 @@ def attach(root: nn.Module, by_path: Mapping[str, nn.Module], found: Mapping[str
         else:
             _replace(twin, path, here, how)
             if not any(part.leaf for part in here):
+                _watch_replaced(twin, path, here, how)
                 continue
             _leave_fast_path(by_path, path)
             place = _module_place(root, by_path, path, twin)
@@ -145,6 +146,13 @@ def _replace(twin: nn.Module, path: str, here: Sequence[Part], how: How) -> None
         if part.rows is not None and part.replaced:
             layer = graft.second(twin) if how.apart else twin
             graft.set_forward(twin, routing.replaced(layer, path, part.replaced, part.rows))
+
+
+def _watch_replaced(twin: nn.Module, path: str, here: Sequence[Part], how: How) -> None:
+    trained = [tensor for part in here for name, tensor in part.replaced.items() if name not in part.fixed]
+    if how.armed is not None and path and trained:
+        run = graft.base_forward(graft.second(twin) if how.apart else twin)
+        graft.set_forward(twin, functools.partial(_watched, run, how.armed, path, trained))
 
 
 def _check_replacement(old: Tensor | None, twin: nn.Module, name: str, tensor: Tensor, part: Part, fixed: bool) -> None:

@@ -21,8 +21,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from peftfn import copies
+
 _STANDARD = frozenset(vars(nn.Module()))
-_ATOMS = frozenset((str, int, float, bool, type(None), torch.dtype, torch.device, types.FunctionType, torch.Size))
+_ATOMS = frozenset((str, int, float, bool, type(None), torch.dtype, torch.device, torch.Size))
 _SMALL_BUFFER = 65536
 _SMALL_CONTAINER = 256
 
@@ -54,6 +56,7 @@ class Twins:
         self._tensor: dict[int, Tensor] = {}
         self._given = params or {}
         self._tracing = torch.compiler.is_compiling()
+        self._functions: dict[int, Any] = {}
         self._to_rebind: list[nn.Module] = []
         if params:
             self._tie(model, params)
@@ -180,6 +183,9 @@ class Twins:
             changed = value if known is None else known
         elif kind is types.MethodType:
             changed = self._mapped_method(value)
+        elif kind is types.FunctionType:
+            if value.__closure__ and not self._tracing:
+                changed = copies.reclosed(value, self._mapped, self._functions)
         elif kind is functools.partial:
             changed = self._mapped_partial(value)
         elif kind in (list, tuple, dict, set) and len(value) <= _SMALL_CONTAINER:

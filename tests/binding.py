@@ -6,13 +6,18 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from bases import BASES, WORDS, Base, ids, randn, text
+from bases import BASES, EXPERTS_ARE_PARAMETERS, WORDS, Base, ids, randn, text
 from oracle import called, outputs, randomised
 from torch import Tensor, nn
 
 import peftfn as pf
 
 LLAMA = BASES["llama"]
+EXPERTS: dict[str, Any] = (
+    {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    if EXPERTS_ARE_PARAMETERS
+    else {"target_modules": ["w1", "w2"]}
+)
 ATTENTION: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1}
 
 
@@ -57,9 +62,9 @@ ROWS: dict[str, Row] = {
     "llama": Row(LLAMA, ATTENTION | {"modules_to_save": ["norm"]}),
     "llama tied": Row(BASES["llama tied"], {"target_modules": ["q_proj", "embed_tokens"]}),
     "bert": Row(BASES["bert"], {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
-    "t5": Row(BASES["t5"], {"target_modules": ["q", "embed_tokens"]}),
+    "t5": Row(BASES["t5"], {"target_modules": ["q", "lm_head"]}),
     "vit": Row(BASES["vit"], {"target_modules": "all-linear", "modules_to_save": ["classifier"]}),
-    "mixtral": Row(BASES["mixtral"], {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
+    "mixtral": Row(BASES["mixtral"], EXPERTS),
     "albert": Row(Base(albert, text), {"target_modules": ["query", "value"], "bias": "all"}),
 }
 

@@ -186,15 +186,19 @@ def failing(function: Any, left: Iterator[int], last: int, error: BaseException)
     return call
 
 
+@pytest.mark.parametrize("order", ["save, then read", "read, then save"])
 def test_a_folder_that_is_saved_to_while_it_is_read_gives_one_of_the_two(
-    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    order: str, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pf.save(pair[0], tmp_path)
     read = checkpoint._read_weights
 
-    def late(*args: Any) -> Any:
+    def interrupted(*args: Any) -> Any:
+        if order == "save, then read":
+            pf.save(pair[1], tmp_path)
+        found = read(*args)
         pf.save(pair[1], tmp_path)
-        return read(*args)
+        return found
 
-    monkeypatch.setattr(checkpoint, "_read_weights", late)
-    assert which(tmp_path, pair) == 1
+    monkeypatch.setattr(checkpoint, "_read_weights", interrupted)
+    assert which(tmp_path, pair) == (1 if order == "save, then read" else 0)

@@ -209,7 +209,7 @@ def test_ddp_gives_the_same_gradients_and_does_not_write_to_the_base(one_process
 
 
 def test_a_bound_model_compiles_to_one_graph() -> None:
-    model, batch = LLAMA.make(), LLAMA.inputs()
+    model, batch = LLAMA.make(), {"input_ids": ids(2, 5)}
     bound = pf.bind(model, adapter_for(model, ATTENTION | {"lora_dropout": 0.0}))
     compiled: Any = torch.compile(bound, backend="eager", fullgraph=True)
     for mode in (False, True):

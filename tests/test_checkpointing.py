@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from bases import BASES, Base, ids
-from binding import adapter_for
+from binding import EXPERTS, adapter_for
 from checkpoints import DROP, DROPPING, INNER, INSIDE, SAME, blocks, count_runs, enable, seeded, with_apply, with_bind
 from oracle import called, loss
 from snapshot import snapshot
@@ -34,7 +34,7 @@ MODELS: dict[str, tuple[Base, str, dict[str, Any]]] = {
     "bert": (BASES["bert"], "bert.encoder.layer.0.attention.self.query", {"target_modules": ["query"]}),
     "t5": (BASES["t5"], "encoder.block.0.layer.0.SelfAttention.q", {"target_modules": ["q", "v"]}),
     "vit": (BASES["vit"], "layernorm_before", {"target_modules": "all-linear", "modules_to_save": ["classifier"]}),
-    "mixtral": (BASES["mixtral"], INNER, {"target_parameters": ["experts.gate_up_proj"]}),
+    "mixtral": (BASES["mixtral"], INNER, EXPERTS),
 }
 
 
