@@ -61,9 +61,20 @@ def init(
         at = layers.pattern_path(path, places)
         params[path], buffers[path] = method.init(resolved, at, site, generator, dtype)
         params[path] = _detached(params[path])
+    _mark_square(model, places, buffers)
     _add_replaced(model, resolved, heads, places, params, buffers)
     resolved = _with_base(model, resolved, any(place.kind == layers.TRANSPOSED for place in places.values()))
     return Adapter(sorted_tree(params), sorted_tree(buffers), resolved)
+
+
+def _mark_square(model: nn.Module, places: Mapping[str, layers.Place], buffers: Tree) -> None:
+    """Where weights are stored both ways, note for each square one which way it is: its shape does not tell."""
+    kinds = {layers.LINEAR, layers.TRANSPOSED}
+    if kinds <= {place.kind for place in places.values()}:
+        for path, place in places.items():
+            shape = model.get_parameter(place.name).shape if place.kind in kinds else (0, 1)
+            if shape[0] == shape[1]:
+                buffers[path]["transposed"] = torch.tensor(place.kind == layers.TRANSPOSED)
 
 
 def _detached(leaf: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -264,14 +264,17 @@ def _suit_transformers(bound: nn.Module) -> None:
         bound.__dict__["save_pretrained"] = functools.partial(_save_pretrained, bound)
     if getattr(bound, "is_quantized", False):
         bound.__dict__["_hf_peft_config_loaded"] = True  # else Trainer says that a quantized model cannot be trained
-    for module in list(bound.modules()):
+    embeddings: dict[int, nn.Module] = {}
+    for module in bound.modules():
         find = getattr(module, "get_input_embeddings", None)
         try:
-            embedding = find() if callable(find) else None
+            embedding: Any = find() if callable(find) else None
         except NotImplementedError:
             continue
         if isinstance(embedding, nn.Module):
-            embedding.register_forward_hook(functools.partial(_require_grad, bound))
+            embeddings[id(embedding)] = embedding
+    for embedding in embeddings.values():
+        embedding.register_forward_hook(functools.partial(_require_grad, bound))
 
 
 def _require_grad(bound: nn.Module, module: nn.Module, inputs: Any, output: Any) -> Any:

@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from peftfn import files, fused, hub, keys, stacking
+from peftfn import files, fused, hub, keys, older, stacking
 from peftfn.adapter import Adapter, is_traced
 from peftfn.config import PeftConfig
 
@@ -108,7 +108,8 @@ def load(
     Args:
         folder_or_hub_id: a folder, or a hub id.
         model: the base. With it the adapter is held against it at once: sites that are missing or too many, and
-            shapes. Without it, that happens where the adapter is used.
+            shapes. Without it, that happens where the adapter is used. An adapter from before transformers gave
+            this model's modules new names (ViT, DINOv2, ... in 5.0) needs it.
         adapter_name: an adapter that PEFT saved under a name of its own, in a sub-folder.
         subfolder: where in the folder or repository the files are.
         revision: for the hub: a branch, a tag or a commit.
@@ -132,6 +133,8 @@ def load(
     origin = hub.pinned(origin, beside)
     tensors, metadata, source = _read_weights(origin, text is None, device)
     config = _config(origin, beside, text, metadata)
+    if model is not None:
+        tensors, config = older.in_present_names(tensors, config, model, str(source))
     note = metadata.get(_PARTS_KEY, "")
     ours = _CONFIG_KEY in metadata
     adapter = keys.from_keys(tensors, config, str(source), ordered=ours, model=model, parts=fused.noted(note))

@@ -70,14 +70,14 @@ def _without_part(name: str, sites: Sequence[str]) -> str:
 
 
 def note(adapter: Adapter) -> str:
-    """What PEFT's layout does not hold of the adapter's parts, as JSON; empty if there are none."""
-    sites = {
-        path: {"rows": _runs(leaf["rows"]), "outputs": int(leaf["outputs"])}
-        for path, leaf in adapter.buffers.items()
-        if "rows" in leaf
-    }
-    names: dict[str, Any] = {"named": cast("Any", adapter.config).target_modules} if sites else {}
-    return json.dumps({"sites": sites, **names}) if sites else ""
+    """What PEFT's layout does not hold, as JSON: parts, how square weights are stored; empty if nothing."""
+    sites: dict[str, dict[str, Any]] = {}
+    for path, leaf in adapter.buffers.items():
+        if "rows" in leaf:
+            sites.setdefault(path, {}).update(rows=_runs(leaf["rows"]), outputs=int(leaf["outputs"]))
+        if "transposed" in leaf:
+            sites.setdefault(path, {}).update(transposed=bool(leaf["transposed"]))
+    return json.dumps({"sites": sites, "named": cast("Any", adapter.config).target_modules}) if sites else ""
 
 
 def _runs(rows: Tensor) -> list[list[int]]:
@@ -87,12 +87,13 @@ def _runs(rows: Tensor) -> list[list[int]]:
 
 
 def noted(text: str) -> Tree:
-    """The `rows` and `outputs` that a note holds, by site."""
+    """The buffers that a note holds, by site."""
     sites: Mapping[str, Any] = json.loads(text)["sites"] if text else {}
     found: Tree = {}
     for path, one in sites.items():
-        rows = torch.cat([torch.arange(start, end) for start, end in one["rows"]])
-        found[path] = {"rows": rows, "outputs": torch.tensor(one["outputs"])}
+        found[path] = {name: torch.tensor(one[name]) for name in ("outputs", "transposed") if name in one}
+        if "rows" in one:
+            found[path]["rows"] = torch.cat([torch.arange(start, end) for start, end in one["rows"]])
     return found
 
 

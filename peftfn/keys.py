@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -118,7 +119,7 @@ def from_keys(
     own: Tree = {}
     params: Tree = {}
     buffers: Tree = {}
-    for key, tensor in tensors.items():
+    for key, tensor in _without_copies(tensors).items():
         site, name = _split(method, key, source)
         if name in method.names:
             own.setdefault(site, {})[name] = tensor
@@ -137,6 +138,12 @@ def from_keys(
         params.setdefault(paths[site], {}).update(method.from_file({**leaf, **part}))
         buffers.setdefault(paths[site], {}).update({**method.buffers(config, at, leaf), **part})
     return Adapter(sorted_tree(params), sorted_tree(buffers), config)
+
+
+def _without_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without those that PEFT writes again, with bias="all", from inside the wrapper of a saved module."""
+    plain = {key: re.sub(r"\.(original_module|modules_to_save(\.[^.]+)?)\.", ".", key) for key in tensors}
+    return {key: tensor for key, tensor in tensors.items() if plain[key] == key or plain[key] not in tensors}
 
 
 def _split(method: Method, key: str, source: str) -> tuple[str, str]:

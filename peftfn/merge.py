@@ -104,7 +104,7 @@ def _guess(params: Mapping[str, Tensor], adapter: Adapter, method: Method, path:
             bare = place.weight == "in_proj_weight" or place.owner != path
             kinds = [kind for kind in method.kinds(leaf, weight.shape) if (kind in layers.WEIGHT_KINDS) == bare]
             if len(kinds) > 1:
-                kinds = [_stored(params, adapter, method, path, kinds)]
+                kinds = [_stored(params, adapter, method, path, leaf, kinds)]
             if not kinds:
                 shapes = {name: tuple(tensor.shape) for name, tensor in leaf.items() if tensor.dim()}
                 raise ValueError(
@@ -115,10 +115,14 @@ def _guess(params: Mapping[str, Tensor], adapter: Adapter, method: Method, path:
     raise _missing(f"{path}.weight", params)
 
 
-def _stored(params: Mapping[str, Tensor], adapter: Adapter, method: Method, path: str, kinds: list[str]) -> str:
-    """The kind of a square weight, which may be stored either way: what the config says, if nothing contradicts it."""
+def _stored(
+    params: Mapping[str, Tensor], adapter: Adapter, method: Method, path: str, leaf: Leaf, kinds: list[str]
+) -> str:
+    """The kind of a square weight, which may be stored either way: as noted, or as the config says, if others agree."""
     config: Any = adapter.config
     if kinds == [layers.LINEAR, layers.TRANSPOSED]:
+        if "transposed" in leaf:
+            return kinds[int(leaf["transposed"])]
         stated = kinds[bool(getattr(config, "fan_in_fan_out", False))]
         others = [
             method.kinds(leaf, params[f"{other}.weight"].shape)

@@ -180,6 +180,14 @@ def test_the_least_that_a_file_can_say_is_enough(tmp_path: Path) -> None:
     assert pf.PeftConfig.from_pretrained(tmp_path) == pf.LoraConfig(target_modules=["q"])
 
 
+def test_fields_that_older_versions_of_peft_lack_are_in_a_file_only_where_they_are_used(tmp_path: Path) -> None:
+    later = {"target_parameters": ["w"], "exclude_modules": ["v"], "peft_version": "0.21.2"}
+    least = json.loads(pf.LoraConfig(target_modules=["q"]).save_pretrained(tmp_path).read_text())
+    assert not later.keys() & least.keys()
+    used = pf.LoraConfig(target_modules=["q"], **later)
+    assert json.loads(used.save_pretrained(tmp_path).read_text()).items() >= later.items()
+
+
 def test_a_config_of_another_method_is_not_read_as_lora() -> None:
     with pytest.raises(ValueError, match="peft_type='IA3', which this version of peftfn does not read: LORA"):
         pf.LoraConfig.from_dict({"peft_type": "IA3"})

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers
+from bases import BASES
 from oracle import furthest, quiet_peft
 from safetensors.torch import load_file, save_file
 from same import adapter_of, assert_same, assert_same_tensors, assert_says, flat, mlp, on_disk
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn import keys
+from peftfn import files, keys
 
 TWO_ADAPTERS = Path(__file__).parent / "files" / "peft-0.21.2" / "mlp-two-adapters"
 
@@ -195,3 +198,39 @@ def test_save_into_a_file_is_an_error_that_leaves_the_file(tmp_path: Path) -> No
         pf.save(adapter_of(mlp()), path)
     assert path.read_text() == "mine"
     assert list(tmp_path.iterdir()) == [path]
+
+
+VIT_BEFORE_5 = {"vit.layers": "vit.encoder.layer", "attention.q_proj": "attention.attention.query"}
+
+
+def older_vit_folder(adapter: pf.Adapter, folder: Path, **fields: Any) -> Path:
+    """The adapter as peft wrote it when transformers 4 named the modules of ViT."""
+    pf.save(adapter, folder)
+    tensors = keys.to_keys(adapter)
+    for now, before in VIT_BEFORE_5.items():
+        tensors = {key.replace(now, before): tensor for key, tensor in tensors.items()}
+    save_file(tensors, folder / files.WEIGHTS, {"format": "pt"})
+    config = json.loads((folder / files.CONFIG).read_text()) | {"target_modules": ["query"], **fields}
+    (folder / files.CONFIG).write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 has the names of before")
+def test_an_adapter_from_before_transformers_renamed_the_modules_is_read_with_the_model(tmp_path: Path) -> None:
+    base = BASES["vit"]
+    model = base.make()
+    adapter = adapter_of(model, target_modules=["q_proj"], modules_to_save=["classifier"])
+    folder = older_vit_folder(adapter, tmp_path)
+    assert_same(pf.load(folder, model=model), adapter)
+    with pytest.raises(KeyError, match=r"has a site 'vit.encoder.layer.0.attention.attention.query', which ViT"):
+        pf.apply(model, pf.load(folder), base.inputs())
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 has the names of before")
+def test_patterns_for_names_of_before_are_an_error_and_not_lost(tmp_path: Path) -> None:
+    model = BASES["vit"].make()
+    folder = older_vit_folder(adapter_of(model, target_modules=["q_proj"]), tmp_path, alpha_pattern={"query": 3})
+    with pytest.raises(
+        ValueError, match="for this model as an older transformers names its modules, and so is its alpha"
+    ):
+        pf.load(folder, model=model)

@@ -247,7 +247,7 @@ def silence(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
 
 METHOD = Method(
     config=LoraConfig,
-    held=frozenset({"scaling", "rows", "outputs"}),
+    held=frozenset({"scaling", "rows", "outputs", "transposed"}),
     names={
         "lora_A": "lora_A.weight",
         "lora_B": "lora_B.weight",
