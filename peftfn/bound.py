@@ -7,15 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from peftfn import attach, copies, graft, guards, layers, plain, stacking
+from peftfn import attach, copies, graft, guards, layers, plain, recompute, stacking
 from peftfn.adapter import Adapter, Tree, as_tuple, sorted_tree
 from peftfn.config import PeftConfig
 
 _KEY = "_peftfn_binding"
-_GRAD = "_peftfn_wants_grad"
 
 Names = dict[str, dict[str, str]]
 """Full names in the bound module, by site path and leaf name."""
@@ -100,13 +98,14 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter]) -> Any:
     for module in bound.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
             graft.keep_norms(module)
-    attach.attach(bound, by_path, held, attach.How(hold=_hold_weight, armed=functools.partial(_wants_grad, bound)))
+    attach.attach(
+        bound, by_path, held, attach.How(hold=_hold_weight, armed=functools.partial(recompute.wants_grad, bound))
+    )
     own = {name for name, _ in _named(model)}
     added = frozenset(name for one in holder.slots for name in _full_names(one)) - own
     bound.__dict__[_KEY] = Binding(holder.slots, added, _tied(model), isinstance(adapter, Adapter))
     guards.protect(bound, {id(parameter) for parameter in holder.made.values()})
-    bound.register_forward_pre_hook(_note)
-    bound.register_forward_hook(_forget, always_call=True)
+    recompute.suit(bound)
     _suit_transformers(bound)
     return bound
 
@@ -242,53 +241,12 @@ def _read(name: str, module: nn.Module) -> Tensor:
     return module.__dict__["_peftfn_weights"][name]()
 
 
-def _note(bound: nn.Module, inputs: Any) -> None:
-    """Note whether the caller wants gradients: inside a reentrant checkpoint nothing says so."""
-    del inputs
-    if not torch.compiler.is_compiling():
-        bound.__dict__[_GRAD] = torch.is_grad_enabled()
-
-
-def _forget(bound: nn.Module, inputs: Any, output: Any) -> None:
-    del inputs, output
-    bound.__dict__.pop(_GRAD, None)
-
-
-def _wants_grad(bound: nn.Module) -> bool:
-    return bound.__dict__.get(_GRAD, False)
-
-
 def _suit_transformers(bound: nn.Module) -> None:
-    """What a transformers model needs beside: to be saved merged, checkpointed with frozen inputs, and trained."""
+    """What a transformers model needs beside: to be saved merged, and to be trained where it is quantized."""
     if hasattr(bound, "save_pretrained"):
         bound.__dict__["save_pretrained"] = functools.partial(_save_pretrained, bound)
     if getattr(bound, "is_quantized", False):
         bound.__dict__["_hf_peft_config_loaded"] = True  # else Trainer says that a quantized model cannot be trained
-    embeddings: dict[int, nn.Module] = {}
-    for module in bound.modules():
-        find = getattr(module, "get_input_embeddings", None)
-        try:
-            embedding: Any = find() if callable(find) else None
-        except NotImplementedError:
-            continue
-        if isinstance(embedding, nn.Module):
-            embeddings[id(embedding)] = embedding
-    for embedding in embeddings.values():
-        embedding.register_forward_hook(functools.partial(_require_grad, bound))
-
-
-def _require_grad(bound: nn.Module, module: nn.Module, inputs: Any, output: Any) -> Any:
-    """Make an embedding's output require grad where a reentrant checkpoint follows, which else runs without gradients.
-
-    torch asks whether an input of the block requires grad (https://pytorch.org/docs/stable/checkpoint.html).
-    """
-    del module, inputs
-    if not (bound.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-        return output
-    if not isinstance(output, Tensor) or output.requires_grad:
-        return output
-    checkpointing = any(one.__dict__.get("gradient_checkpointing") for one in bound.modules())
-    return output.detach().requires_grad_(True) if checkpointing else output
 
 
 def _save_pretrained(bound: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:

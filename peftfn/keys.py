@@ -216,7 +216,7 @@ def check_against(adapter: Adapter, model: nn.Module, source: str) -> None:
     """
     method = methods.of(adapter.config)
     try:
-        places = method.sites(model, adapter.config)
+        places = method.sites(model, _without_patterns(adapter.config))
         replaced = _replaced(model, adapter.config, places)
     except ValueError as error:
         raise ValueError(f"{source} does not fit this {type(model).__name__}: {error}") from error
@@ -232,6 +232,12 @@ def check_against(adapter: Adapter, model: nn.Module, source: str) -> None:
         )
     made = twins.Twins(model)
     attach.attach(made.root, made.by_path, attach.parts([adapter]), attach.How(hold=_hold_nothing, armed=None))
+
+
+def _without_patterns(config: PeftConfig) -> PeftConfig:
+    """The config without patterns: one that matches nothing is an error where it is written, not where it is read."""
+    fields = {field.name for field in dataclasses.fields(config)} & {"rank_pattern", "alpha_pattern"}
+    return dataclasses.replace(config, **dict[str, Any].fromkeys(fields))
 
 
 def _hold_nothing(_twin: nn.Module, _name: str, _compute: Callable[[], Tensor]) -> None:

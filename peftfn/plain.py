@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfn import layers
+from peftfn import graft, layers
 from peftfn.adapter import Adapter
 from peftfn.merge import merge
 
@@ -65,7 +65,7 @@ def stand_in(bound: Any, weights: Mapping[str, Tensor], is_apart: bool) -> Any:
     Raises:
         ValueError: they have, and the class cannot load them so.
     """
-    plain = copy.copy(bound)
+    plain: Any = graft.second(bound)  # copy.copy would call __new__, which FSDP has replaced
     own = plain.__dict__
     for name in ("save_pretrained", "_hf_peft_config_loaded"):
         own.pop(name, None)

@@ -184,7 +184,7 @@ class Twins:
         elif kind is types.MethodType:
             changed = self._mapped_method(value)
         elif kind is types.FunctionType:
-            if value.__closure__ and not self._tracing:
+            if (value.__closure__ or value.__defaults__ or value.__kwdefaults__) and not self._tracing:
                 changed = copies.reclosed(value, self._mapped, self._functions)
         elif kind is functools.partial:
             changed = self._mapped_partial(value)

@@ -124,6 +124,12 @@ def llama(**config: Any) -> Callable[[], nn.Module]:
     return lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_DECODER | config))
 
 
+def gemma() -> nn.Module:
+    """A small random Gemma 3, whose embedding multiplies what it looks up."""
+    config = transformers.Gemma3TextConfig(**_DECODER, head_dim=8, tie_word_embeddings=False)
+    return transformers.Gemma3ForCausalLM(config)
+
+
 def mixtral() -> nn.Module:
     config = transformers.MixtralConfig(**_DECODER, num_local_experts=3, num_experts_per_tok=2)
     return transformers.MixtralForCausalLM(config)
@@ -188,6 +194,7 @@ BASES: dict[str, Base] = {
     "bert questions": Base(bert("ForQuestionAnswering"), text),
     "llama": Base(llama(), text),
     "llama tied": Base(llama(tie_word_embeddings=True), text),
+    "gemma": Base(gemma, text),
     "gpt2": Base(gpt2, text),
     "t5": Base(t5, lambda: {**text(), "decoder_input_ids": ids(3, 4)}),
     "vit": Base(vit, lambda: {"pixel_values": torch.randn(3, 3, 8, 8)}),

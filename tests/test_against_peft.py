@@ -90,6 +90,7 @@ CASES = {
     "dropout": Case("bert", lora("query", lora_dropout=0.5)),
     "word embeddings": Case("bert", lora("word_embeddings", "query")),
     "llama embedding": Case("llama", lora("embed_tokens", "q_proj")),
+    "gemma embedding": Case("gemma", lora("embed_tokens")),
     "llama head": Case("llama", lora("lm_head")),
     "token classes": Case("bert tokens", lora("query", "value", task_type="TOKEN_CLS")),
     "questions": Case("bert questions", lora("query", "value", task_type="QUESTION_ANS")),
@@ -115,6 +116,8 @@ def pair_of(case: Case, folder: Path, cast: Callable[[Any], Any] = lambda one: o
         pytest.skip("this transformers has no experts as parameters")
     if case.options.get("bias") == "lora_only" and oracle.IS_OLD:
         pytest.skip("this peft does not save these biases")
+    if case.base == "gemma" and oracle.IS_OLD:
+        pytest.skip("this peft leaves the scale of the embedding out")
     kind: Base = BASES[case.base]
     base, batch = cast(kind.make()), cast(kind.inputs())
     adapter = oracle.randomised(pf.init(base, oracle.config_of(pf, case.options)))

@@ -125,8 +125,8 @@ FILES: dict[str, Spoil] = {
     "KeyError: 0.lora_magnitude_vector', which LoraConfig does not know": tensors(
         **{"base_model.model.0.lora_magnitude_vector": torch.ones(1)}
     ),
-    "KeyError: 2.original_module.weight', which LoraConfig does not know": tensors(
-        **{"base_model.model.2.original_module.weight": torch.ones(1)}
+    "KeyError: 1.original_module.weight', which LoraConfig does not know": tensors(
+        **{"base_model.model.1.original_module.weight": torch.ones(1)}
     ),
     "ValueError: holds no mapping from names to tensors alone": pickled([torch.ones(1)]),
     "ValueError: holds no mapping from names to tensors alone; it": pickled({"r": 8}),

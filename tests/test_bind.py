@@ -135,6 +135,13 @@ def wrap_in_closures(model: Any) -> Any:
     return model
 
 
+def wrap_in_defaults(model: Any) -> Any:
+    """The same in another spelling."""
+    for module in model.modules():
+        module.forward = lambda *args, old=module.forward, **kwargs: old(*args, **kwargs)
+    return model
+
+
 def add_hooks(model: Any) -> Any:
     from accelerate.hooks import ModelHook, add_hook_to_module
 
@@ -150,7 +157,7 @@ def dispatch(model: Any) -> Any:
     return dispatch_model(model, {"": main}, main_device=main, force_hooks=True)
 
 
-@pytest.mark.parametrize("change", [wrap_in_closures, add_hooks, dispatch])
+@pytest.mark.parametrize("change", [wrap_in_closures, wrap_in_defaults, add_hooks, dispatch])
 def test_a_base_whose_layers_have_a_forward_of_their_own_runs_adapted(change: Callable[[Any], Any]) -> None:
     model, batch = LLAMA.make(), LLAMA.inputs()
     adapter = adapter_for(model, ATTENTION | {"modules_to_save": ["norm"]})
@@ -166,13 +173,30 @@ def test_a_base_whose_layers_have_a_forward_of_their_own_runs_adapted(change: Ca
     assert snapshot(changed) == before
 
 
-def test_layers_that_accelerate_offloads_are_refused() -> None:
+def test_an_adapter_stays_when_accelerates_hooks_are_taken_off() -> None:
+    from accelerate.hooks import remove_hook_from_submodules
+
+    model, batch = LLAMA.make(), LLAMA.inputs()
+    adapter = adapter_for(model, ATTENTION)
+    bound = pf.bind(add_hooks(model), adapter)
+    remove_hook_from_submodules(bound)
+    with torch.no_grad():
+        assert torch.equal(output(bound, batch), applied(model, adapter, batch))
+
+
+def test_a_base_that_accelerate_offloads_is_adapted_by_apply_where_its_own_weights_stay() -> None:
     from accelerate import cpu_offload
 
-    model = LLAMA.make()
-    adapter = adapter_for(model, ATTENTION)
+    model, batch = LLAMA.make(), LLAMA.inputs()
+    adapter, head = adapter_for(model, ATTENTION), adapter_for(model, ATTENTION | {"modules_to_save": ["lm_head"]})
+    expected = applied(model, adapter, batch)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(applied(model, adapter, batch), expected)
+    with pytest.raises(ValueError, match=r"lm_head: accelerate offloads this layer"):
+        pf.apply(model, head, batch)
     with pytest.raises(ValueError, match=r"offloads model\.layers\.0\.self_attn\.q_proj"):
-        pf.bind(cpu_offload(model, execution_device=torch.device("cpu")), adapter)
+        pf.bind(model, adapter)
 
 
 class Odd(nn.Module):

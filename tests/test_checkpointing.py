@@ -105,6 +105,29 @@ def test_base_parameters_given_by_name_get_the_gradients_that_they_get_without(r
     assert len(runs) == 2
 
 
+class Wrapper(nn.Module):
+    """A transformers model inside another module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **batch: Tensor) -> Any:
+        """What the inner model returns."""
+        return self.inner(**batch)
+
+
+@ways
+def test_a_checkpointed_transformer_inside_another_module_has_them_too(gradients: Any) -> None:
+    model, batch = Wrapper(DROPPING.make()).train(), DROPPING.inputs()
+    adapter = adapter_for(model, DROP)
+    expected = gradients(model, adapter, batch)
+    enable(model.inner, True).disable_input_require_grads()  # which transformers 4 does not turn on
+    runs = count_runs(model.get_submodule(f"inner.{INNER}"))
+    torch.testing.assert_close(gradients(model, adapter, batch), expected, **SAME)
+    assert len(runs) == 2
+
+
 # --- modules that checkpoint by themselves ----------------------------------------------------------------------------
 
 # torch warns of what it is about to lose; the warning comes before the error.

@@ -121,14 +121,18 @@ def test_labels_that_are_numbers_from_0_keep_their_number_and_others_are_sorted(
     assert tables.label_names(["2", "1"]) == ["1", "2"]
 
 
-def test_an_epoch_has_each_example_once_and_a_step_is_the_same_whenever_it_is_asked_for() -> None:
-    lengths = tuple(len(row["text"]) for row in rows(101))
-    steps = batches.steps_per_epoch(101, 4, 3)
-    seen = [i for step in range(steps) for batch in batches.step_batches(lengths, 4, 3, 7, step) for i in batch]
-    assert sorted(seen) == list(range(101))
-    later = batches.step_batches(lengths, 4, 3, 7, steps + 2)
-    batches.epoch_batches.cache_clear()
-    assert batches.step_batches(lengths, 4, 3, 7, steps + 2) == later != batches.step_batches(lengths, 4, 3, 7, 2)
+def test_an_epoch_has_each_example_once_and_a_step_is_the_same_wherever_a_run_starts() -> None:
+    lengths = [len(row["text"]) for row in rows(101)]
+    per_epoch = batches.steps_per_epoch(101, 4, 3)
+    whole = list(batches.steps(lengths, 4, 3, seed=7, start=0, total=3 * per_epoch))
+    assert [step for step, _ in whole] == list(range(3 * per_epoch))
+    for epoch in range(3):
+        seen = [i for _, parts in whole[epoch * per_epoch : (epoch + 1) * per_epoch] for part in parts for i in part]
+        assert sorted(seen) == list(range(101))
+    assert (
+        list(batches.steps(lengths, 4, 3, seed=7, start=per_epoch + 2, total=3 * per_epoch)) == whole[per_epoch + 2 :]
+    )
+    assert whole[2][1] != whole[per_epoch + 2][1]
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_the_last_step() -> None:

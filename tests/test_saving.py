@@ -43,6 +43,13 @@ def test_patterns_keep_the_order_in_which_they_count(tmp_path: Path) -> None:
     assert (theirs[2].scaling["default"], theirs[0].scaling["default"]) == pytest.approx((1 / 3, 7 / 5))
 
 
+def test_a_file_of_peft_with_names_and_patterns_that_match_nothing_fits_its_model(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"target_modules": ["0", "query"], "alpha_pattern": {"query": 3}}
+    with quiet_peft():
+        peft.get_peft_model(mlp(), peft.LoraConfig(**options)).save_pretrained(str(tmp_path))
+    assert list(pf.load(tmp_path, model=mlp()).params) == ["0"]
+
+
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_the_biases_of_an_attention_are_where_peft_has_them(bias: str, tmp_path: Path) -> None:
     model = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True).eval()
@@ -230,7 +237,5 @@ def test_an_adapter_from_before_transformers_renamed_the_modules_is_read_with_th
 def test_patterns_for_names_of_before_are_an_error_and_not_lost(tmp_path: Path) -> None:
     model = BASES["vit"].make()
     folder = older_vit_folder(adapter_of(model, target_modules=["q_proj"]), tmp_path, alpha_pattern={"query": 3})
-    with pytest.raises(
-        ValueError, match="for this model as an older transformers names its modules, and so is its alpha"
-    ):
+    with pytest.raises(ValueError, match="as an older transformers names its modules, and so is its alpha_pattern"):
         pf.load(folder, model=model)

@@ -5,9 +5,8 @@ So a resumed run needs no saved position in the data: step 40 is step 40.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -15,8 +14,7 @@ _POOL = 32
 """Batches that are sorted by length together: enough to pad little, few enough to stay shuffled."""
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_batches(lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The batches of one epoch, each example once, examples of like length together, in shuffled order.
 
     Args:
@@ -46,11 +44,20 @@ def steps_per_epoch(examples: int, batch_size: int, accumulation: int) -> int:
     return math.ceil(math.ceil(examples / batch_size) / accumulation)
 
 
-def step_batches(lengths: tuple[int, ...], batch_size: int, accumulation: int, seed: int, step: int) -> list[list[int]]:
-    """The batches of step `step` (from 0): `accumulation` of them, fewer at the end of an epoch."""
-    epoch, offset = divmod(step, steps_per_epoch(len(lengths), batch_size, accumulation))
-    batches = epoch_batches(lengths, batch_size, seed, epoch)
-    return batches[offset * accumulation : (offset + 1) * accumulation]
+def steps(
+    lengths: Sequence[int], batch_size: int, accumulation: int, seed: int, start: int, total: int
+) -> Iterator[tuple[int, list[list[int]]]]:
+    """Number and batches of each optimizer step from `start` (counted from 0) to `total`.
+
+    A step has `accumulation` batches, fewer at the end of an epoch. What it has does not depend on `start`.
+    """
+    per_epoch = steps_per_epoch(len(lengths), batch_size, accumulation)
+    drawn, batches = -1, list[list[int]]()
+    for step in range(start, total):
+        epoch, offset = divmod(step, per_epoch)
+        if epoch != drawn:
+            drawn, batches = epoch, epoch_batches(lengths, batch_size, seed, epoch)
+        yield step, batches[offset * accumulation : (offset + 1) * accumulation]
 
 
 def in_order(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,11 +124,9 @@ def _begin(job: Job, output: Path) -> state.State:
     return state.State(0, job.adapter, {}, state.rng_state(job.base.model.device))
 
 
-def _backward(job: Job, adapter: pf.Adapter, step: int) -> tuple[float, int]:
+def _backward(job: Job, adapter: pf.Adapter, chosen: list[list[int]]) -> tuple[float, int]:
     """Mean loss of one optimizer step, and over how many terms; gradients are added to the leaves."""
-    settings, how, model = job.settings, tasks.TASKS[job.task], job.base.model
-    lengths = _lengths(job)
-    chosen = batches.step_batches(lengths, settings.batch_size, settings.grad_accumulation, settings.seed, step)
+    how, model = tasks.TASKS[job.task], job.base.model
     parts = [how.batch(job.examples, one, job.base.pad) for one in chosen]
     weights = [how.weight(part) for part in parts]
     value = 0.0
@@ -139,10 +137,6 @@ def _backward(job: Job, adapter: pf.Adapter, step: int) -> tuple[float, int]:
         loss.backward()
         value += loss.item()
     return value, sum(weights)
-
-
-def _lengths(job: Job) -> tuple[int, ...]:
-    return tuple(len(ids) for ids in job.examples.ids)
 
 
 def _update(job: Job, optimizer: torch.optim.Optimizer, step: int) -> float:
@@ -178,8 +172,8 @@ def fit(job: Job, say: Callable[[str], None] = print) -> pf.Adapter:
     try:
         with mode(model, training=True), progress.bar(job.total, begun.step) as bar:
             watch = progress.Watch()
-            for step in range(begun.step, job.total):
-                record = _one_step(job, adapter, optimizer, step, watch)
+            for step, chosen in _steps(job, begun.step):
+                record = _one_step(job, adapter, optimizer, step, chosen, watch)
                 records.append(output / records.METRICS, record)
                 metrics.append(record)
                 progress.show(bar, tasks.TASKS[job.task].unit, metrics)
@@ -198,12 +192,22 @@ def fit(job: Job, say: Callable[[str], None] = print) -> pf.Adapter:
     return adapter
 
 
+def _steps(job: Job, start: int) -> Iterator[tuple[int, list[list[int]]]]:
+    s, lengths = job.settings, [len(ids) for ids in job.examples.ids]
+    return batches.steps(lengths, s.batch_size, s.grad_accumulation, s.seed, start, job.total)
+
+
 def _one_step(
-    job: Job, adapter: pf.Adapter, optimizer: torch.optim.Optimizer, step: int, watch: progress.Watch
+    job: Job,
+    adapter: pf.Adapter,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    chosen: list[list[int]],
+    watch: progress.Watch,
 ) -> records.Record:
     """One optimizer step and its record."""
     started = time.perf_counter()
-    loss, terms = _backward(job, adapter, step)
+    loss, terms = _backward(job, adapter, chosen)
     if not math.isfinite(loss):
         raise UserError(f"the loss is {loss} at step {step + 1}; try a lower --lr or --dtype float32")
     rate = _update(job, optimizer, step)
