@@ -116,19 +116,17 @@ def _quartiles(values: Sequence[float]) -> Quartiles:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The measurements as text: the median of each with its quartiles, by group."""
+    """The measurements of one group as text: medians and quartiles."""
     width = max(len(row.what) for row in rows)
-    lines: list[str] = []
-    group = ""
+    lines = [
+        f"{rows[0].group} ({rows[0].repeats} rounds)",
+        f"  {'':{width}}  {'ms':>7}  {'quartiles':>15}  {'/ base':>6}  {'quartiles':>11}  {'/ peft':>6}",
+    ]
     for row in rows:
-        if row.group != group:
-            group = row.group
-            lines += ["", f"{group} ({row.repeats} rounds)"]
-            lines += [f"  {'':{width}}  {'ms':>7}  {'quartiles':>15}  {'/ base':>6}  {'quartiles':>11}  {'/ peft':>6}"]
-        ms = f"{row.ms.low:7.1f} {row.ms.high:7.1f}"
+        ms = f"{row.ms.median:7.1f}  {row.ms.low:7.1f} {row.ms.high:7.1f}"
         ratios = f"{row.to_floor.median:6.3f}  {row.to_floor.low:.3f} {row.to_floor.high:.3f}"
-        lines.append(f"  {row.what:{width}}  {row.ms.median:7.1f}  {ms}  {ratios}  {row.to_peft.median:6.3f}")
-    return "\n".join(lines[1:])
+        lines.append(f"  {row.what:{width}}  {ms}  {ratios}  {row.to_peft.median:6.3f}")
+    return "\n".join(lines)
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def forwards(given: Setting) -> dict[str, Step]:
         FLOOR: of(base),
         PEFT: of(theirs),
         "bind": of(bound),
-        "apply": of(lambda **arguments: pf.apply(base, adapter, arguments)),
+        "apply": of(lambda input_ids: pf.apply(base, adapter, {"input_ids": input_ids})),
     }
 
 
@@ -114,7 +114,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time a training step of peftfn, of peft, and of the base alone.")
     parser.add_argument("--quick", action="store_true", help="a smaller model; nothing is written without --output")
     parser.add_argument("--threads", type=int, default=1, help="threads (1); with one, CPU time is measured")
-    parser.add_argument("--repeats", type=int, default=13, help="samples of each case (13)")
+    parser.add_argument("--repeats", type=int, default=9, help="samples of each case (9)")
     parser.add_argument("--output", type=Path, help="folder for the JSON and the picture (results, beside this file)")
     return parser.parse_args()
 
@@ -128,15 +128,20 @@ def main() -> None:
         made = build(sizes, dropout, training=True)
         cases = steps(made)
         check(cases, floor(made.theirs, made.batch), made.theirs)
-        rows += measure(f"training step, dropout {dropout:g}", cases, clock, repeats=given.repeats)
+        rows += shown(measure(f"training step, dropout {dropout:g}", cases, clock, repeats=given.repeats))
     made = build(DEEP, 0.0, training=False)
     cases = forwards(made)
     check(cases, cases[PEFT], made.theirs)
-    rows += measure("forward of one token", cases, clock, repeats=3 * given.repeats, calls=5)
-    print(table(rows))
+    rows += shown(measure("forward of one token", cases, clock, repeats=3 * given.repeats, calls=5))
     folder = given.output or (None if given.quick else RESULTS)
     if folder is not None:
         report(rows, folder, given.threads, sizes)
+
+
+def shown(rows: list[Row]) -> list[Row]:
+    """The same rows, after printing them: the next group takes a minute or two."""
+    print(table(rows), end="\n\n", flush=True)
+    return rows
 
 
 def report(rows: Sequence[Row], folder: Path, threads: int, sizes: Sizes) -> None:
@@ -146,7 +151,7 @@ def report(rows: Sequence[Row], folder: Path, threads: int, sizes: Sizes) -> Non
     write(rows, folder / "training_step.json", machine=place, versions=used, sizes=shapes)
     on = f"{place['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
     draw(rows, folder / "training_step.png", f"{on}, torch {used['torch']}, peft {used['peft']}")
-    print(f"\nwritten to {folder}")
+    print(f"written to {folder}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import codecs
+from peftfn import codecs, recompute
 
 
 def keep_norms(twin: nn.Module) -> None:
@@ -72,24 +72,27 @@ def set_forward(twin: nn.Module, forward: Callable[..., Any]) -> None:
 
 
 def let_inputs_require_grad(root: nn.Module) -> None:
-    """Make what the input embedding returns require grad, so that a reentrant checkpoint runs its block again.
+    """Make what input embeddings return require grad, so that a reentrant checkpoint runs its block again.
 
     torch's reentrant checkpointing asks whether an input of the block requires grad; of a frozen base, none does.
     """
-    find = getattr(root, "get_input_embeddings", None)
-    embedding = find() if callable(find) else None
-    if isinstance(embedding, nn.Module) and torch.is_grad_enabled():
-        embedding.register_forward_hook(_require_grad)
+    if torch.is_grad_enabled():
+        for embedding in recompute.input_embeddings(root):
+            embedding.register_forward_hook(_require_grad)
 
 
 def _require_grad(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
     return output if output.requires_grad else output.detach().requires_grad_(True)
 
 
-def explained(error: RuntimeError) -> RuntimeError:
+def explained(error: RuntimeError, checkpointing: bool) -> RuntimeError:
     """The error, or one that says what to do where torch's own message does not."""
-    text = str(error)
-    if "saved tensor hooks" in text or ("setup_context" in text and "CheckpointFunction" in text):
+    text, frame = str(error), error.__traceback__
+    while frame is not None and not checkpointing:
+        checkpointing = frame.tb_frame.f_code.co_filename.endswith("utils/checkpoint.py")
+        frame = frame.tb_next
+    refused = ("saved tensor hooks", "setup_context", "requires_grad_()")
+    if checkpointing and any(words in text for words in refused):
         return RuntimeError(
             "torch.func transforms cannot go through activation checkpointing (torch does not support it). Turn it "
             "off for this model (gradient_checkpointing_disable), or train with loss.backward() in place of "

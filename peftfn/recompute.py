@@ -19,7 +19,7 @@ def suit(bound: nn.Module) -> None:
     """Let the module note whether its caller wants gradients, and its input embeddings give what requires grad."""
     bound.register_forward_pre_hook(_note)
     bound.register_forward_hook(_forget, always_call=True)
-    for embedding in _input_embeddings(bound):
+    for embedding in input_embeddings(bound):
         embedding.register_forward_hook(functools.partial(_require_grad, bound))
 
 
@@ -39,7 +39,8 @@ def _forget(bound: nn.Module, inputs: Any, output: Any) -> None:
     bound.__dict__.pop(_WANTS, None)
 
 
-def _input_embeddings(bound: nn.Module) -> list[nn.Module]:
+def input_embeddings(bound: nn.Module) -> list[nn.Module]:
+    """The input embeddings of every transformers model inside the module."""
     found: dict[int, nn.Module] = {}
     for module in bound.modules():
         find = getattr(module, "get_input_embeddings", None)

@@ -173,32 +173,6 @@ def test_a_base_whose_layers_have_a_forward_of_their_own_runs_adapted(change: Ca
     assert snapshot(changed) == before
 
 
-def test_an_adapter_stays_when_accelerates_hooks_are_taken_off() -> None:
-    from accelerate.hooks import remove_hook_from_submodules
-
-    model, batch = LLAMA.make(), LLAMA.inputs()
-    adapter = adapter_for(model, ATTENTION)
-    bound = pf.bind(add_hooks(model), adapter)
-    remove_hook_from_submodules(bound)
-    with torch.no_grad():
-        assert torch.equal(output(bound, batch), applied(model, adapter, batch))
-
-
-def test_a_base_that_accelerate_offloads_is_adapted_by_apply_where_its_own_weights_stay() -> None:
-    from accelerate import cpu_offload
-
-    model, batch = LLAMA.make(), LLAMA.inputs()
-    adapter, head = adapter_for(model, ATTENTION), adapter_for(model, ATTENTION | {"modules_to_save": ["lm_head"]})
-    expected = applied(model, adapter, batch)
-    cpu_offload(model, execution_device=torch.device("cpu"))
-    assert all(parameter.is_meta for parameter in model.parameters())
-    assert torch.equal(applied(model, adapter, batch), expected)
-    with pytest.raises(ValueError, match=r"lm_head: accelerate offloads this layer"):
-        pf.apply(model, head, batch)
-    with pytest.raises(ValueError, match=r"offloads model\.layers\.0\.self_attn\.q_proj"):
-        pf.bind(model, adapter)
-
-
 class Odd(nn.Module):
     """A module that keeps what cannot be copied, and what leads back to itself."""
 
