@@ -51,7 +51,8 @@ def _load(module: nn.Module, state: Mapping[str, Any], prefix: str, *rest: Any) 
     lent = {
         name: parameter
         for name, parameter in module._parameters.items()
-        if _is_shared(module, name) and prefix + name in state and not hasattr(parameter, "device_mesh")
+        if parameter is not None and _is_shared(module, name) and prefix + name in state
+        if not hasattr(parameter, "device_mesh")
     }  # FSDP's parameters, on a device mesh, are copies
     for name, parameter in lent.items():
         module._parameters[name] = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
