@@ -51,9 +51,8 @@ def _load(module: nn.Module, state: Mapping[str, Any], prefix: str, *rest: Any) 
     lent = {
         name: parameter
         for name, parameter in module._parameters.items()
-        if parameter is not None and _is_shared(module, name) and prefix + name in state
-        if not hasattr(parameter, "device_mesh")
-    }  # FSDP's parameters, on a device mesh, are copies
+        if parameter is not None and _is_shared(module, name) and prefix + name in state and not _is_sharded(parameter)
+    }
     for name, parameter in lent.items():
         module._parameters[name] = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
     before = len(errors)
@@ -61,11 +60,16 @@ def _load(module: nn.Module, state: Mapping[str, Any], prefix: str, *rest: Any) 
         # load_state_dict's step for one module: it has no public name
         type(module)._load_from_state_dict(module, state, prefix, *rest)  # noqa: SLF001
     finally:
-        given = {name: module._parameters[name] for name in lent}
-        module._parameters.update(lent)
-    changed = [name for name, parameter in lent.items() if not _same(given[name], parameter)]
+        # FSDP puts its own back in there
+        given = {name: new for name in lent if not _is_sharded(new := module._parameters[name])}
+        module._parameters.update({name: lent[name] for name in given})
+    changed = [name for name, new in given.items() if not _same(new, lent[name])]
     if changed and len(errors) == before and not any(_REFUSED in error for error in errors):
         errors.append(f"{prefix}{changed[0]} is not what the base has. {_REFUSED}")
+
+
+def _is_sharded(parameter: Tensor | None) -> bool:
+    return hasattr(parameter, "device_mesh")  # and so a copy of the base's
 
 
 def _same(one: Tensor | None, other: Tensor) -> bool:
