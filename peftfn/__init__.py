@@ -6,16 +6,26 @@ from peftfn.bound import bind, unbind
 from peftfn.checkpoint import load, push_to_hub, save
 from peftfn.config import PeftConfig
 from peftfn.merge import merge
+from peftfn.methods.adaption_prompt import AdaptionPromptConfig
 from peftfn.methods.lora import LoraConfig
+from peftfn.methods.p_tuning import PromptEncoderConfig
+from peftfn.methods.prefix_tuning import PrefixTuningConfig
+from peftfn.methods.prompt_config import PromptLearningConfig
+from peftfn.methods.prompt_tuning import PromptTuningConfig
 from peftfn.stacking import stack, unstack
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "AdaptionPromptConfig",
     "Count",
     "LoraConfig",
     "PeftConfig",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptLearningConfig",
+    "PromptTuningConfig",
     "apply",
     "bind",
     "count",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from peftfn import codecs, graft, layers, methods, routing
+from peftfn import calls, codecs, graft, layers, methods, routing
 from peftfn.adapter import Adapter
 from peftfn.config import PeftConfig
 from peftfn.layers import Place, Site
@@ -96,8 +96,11 @@ def attach(root: nn.Module, by_path: Mapping[str, nn.Module], found: Mapping[str
             if not any(part.leaf for part in here):
                 _watch_replaced(twin, path, here, how)
                 continue
+            if any(part.method.kind == layers.MODEL for part in here):
+                _adapt_model(root, by_path, here, how)
+                continue
             _leave_fast_path(by_path, path)
-            place = _module_place(root, by_path, path, twin)
+            place = _module_place(root, by_path, path, twin, here)
         if place.kind in layers.WEIGHT_KINDS:
             _adapt_weight(by_path, place, path, here, how)
         else:
@@ -118,7 +121,47 @@ def _parameter_place(root: nn.Module, by_path: Mapping[str, nn.Module], path: st
     )
 
 
-def _module_place(root: nn.Module, by_path: Mapping[str, nn.Module], path: str, twin: nn.Module) -> Place:
+def _adapt_model(root: nn.Module, by_path: Mapping[str, nn.Module], here: Sequence[Part], how: How) -> None:
+    """Adapt the call of the model itself, wherever in it each method changes it."""
+    if any(part.method.kind != layers.MODEL for part in here if part.leaf):
+        raise ValueError("two of the active adapters act on the model itself in unlike ways; apply them apart.")
+    site = Site("", layers.MODEL, graft.second(root) if how.apart else root, "")
+    steps: dict[str, list[calls.Step]] = {}
+    tensors: list[Tensor] = []
+    for part in here:
+        _refuse_rows(part, "the model")
+        wrong = part.method.check(part.leaf, site) if part.leaf and how.check else None
+        if wrong:
+            raise ValueError(f"{type(root).__name__}: the adapter {wrong}. It was made for a model of another size.")
+        for home in part.method.homes(root) if part.leaf else ():
+            step = functools.partial(part.method.forward, part.config, part.leaf, site)
+            steps.setdefault(home, []).append(step)
+        tensors += part.leaf.values()
+    for home, several in steps.items():
+        twin = by_path[home]
+        run = graft.base_forward(graft.second(twin) if how.apart else twin)
+        run = functools.partial(calls.run, run, calls.argument_names(type(twin)), several)
+        graft.set_forward(
+            twin, run if how.armed is None else functools.partial(_watched, run, how.armed, home, tensors)
+        )
+
+
+def _refuse_rows(part: Part, where: str) -> None:
+    if part.rows is not None:
+        raise ValueError(
+            f"index= is given, and {type(part.config).__name__} acts on {where}, which cannot differ from row to row "
+            "yet; apply its adapters apart, or map over the stack with torch.vmap."
+        )
+
+
+def _module_place(
+    root: nn.Module, by_path: Mapping[str, nn.Module], path: str, twin: nn.Module, here: Sequence[Part]
+) -> Place:
+    whole = next((part.method.kind for part in here if part.leaf and part.method.kind), None)
+    if whole is not None:
+        for part in here:
+            _refuse_rows(part, path)
+        return Place(path, "", whole)
     kind = layers.kind_of(twin)
     if kind is not None:
         parent = by_path.get(path.rpartition(".")[0]) if path else None

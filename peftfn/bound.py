@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,6 +107,7 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter]) -> Any:
     bound.__dict__[_KEY] = Binding(holder.slots, added, _tied(model), isinstance(adapter, Adapter))
     guards.protect(bound, {id(parameter) for parameter in holder.made.values()})
     recompute.suit(bound)
+    _keep_signature(bound)
     _suit_transformers(bound)
     return bound
 
@@ -239,6 +241,14 @@ def _blank(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 
 def _read(name: str, module: nn.Module) -> Tensor:
     return module.__dict__["_peftfn_weights"][name]()
+
+
+def _keep_signature(bound: nn.Module) -> None:
+    """Let a forward that `bind` set say what the class's own says: generate() and Trainer ask what it takes."""
+    forward = bound.__dict__.get("forward")
+    if forward is not None:
+        own = inspect.signature(type(bound).forward)
+        forward.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
 
 
 def _suit_transformers(bound: nn.Module) -> None:

@@ -23,7 +23,7 @@ ANY = object()
 OFF: tuple[Any, ...] = (None, False, {}, [])
 
 # Left out of files while they are None: versions of PEFT that have no such field warn of it, or refuse the file.
-_LATER = ("exclude_modules", "peft_version", "target_parameters")
+_LATER = ("exclude_modules", "init_weights", "peft_version", "target_parameters", "tokenizer_kwargs")
 
 
 class FrozenDict(Mapping[str, Any]):

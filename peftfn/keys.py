@@ -9,6 +9,7 @@
 | a trained bias of an adapted layer | `<path>.base_layer.bias` (0.21), `<path>.bias` (0.5.0) |
 | any other trained bias, a head | `<path>.bias`, `<path>.weight` |
 | an embedding saved along with its adapter | `<path>.base_layer.weight` |
+| a prompt, a prefix | `prompt_embeddings`, with nothing before it; heads beside it follow `base_model.` alone |
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from peftfn.config import PeftConfig
 from peftfn.methods import Method
 
 PREFIX = "base_model.model."
+_PROMPT_PREFIX = "base_model."  # of heads that are saved along with a prompt
 _BASE = ".base_layer"
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _METHODS = ("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "modules_to_save", "original_module")
@@ -38,6 +40,8 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
         ValueError: PEFT has one key for two of them.
     """
     method = methods.of(adapter.config)
+    if method.kind == layers.MODEL:
+        return _to_prompt_keys(method, adapter)
     found: list[tuple[str, Tensor]] = []
     adapted: list[str] = []
     for path, leaf in adapter.params.items():
@@ -59,6 +63,37 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
             "same layer. Name it in one of them."
         )
     return keyed
+
+
+def _to_prompt_keys(method: Method, adapter: Adapter) -> dict[str, Tensor]:
+    """The keys of a method that acts on the model itself: PEFT wraps no layer for it, so they have no path."""
+    keyed = dict(method.to_file({**adapter.params.get("", {}), **adapter.buffers.get("", {})}))
+    for tree in (adapter.params, adapter.buffers):
+        for path in filter(None, tree):
+            keyed |= {f"{_PROMPT_PREFIX}{path}.{name}": tensor for name, tensor in tree[path].items()}
+    return keyed
+
+
+def _from_prompt_keys(method: Method, tensors: Mapping[str, Tensor], config: PeftConfig, source: str) -> Adapter:
+    own = {name: tensor for name, tensor in tensors.items() if name in method.names}
+    if "prompt_embeddings" not in own:
+        raise KeyError(f"{source} has {sorted(tensors)[:4]}; expected prompt_embeddings, as PEFT writes them.")
+    try:
+        method.check_file(config, "", own)
+    except ValueError as error:
+        raise ValueError(f"{source} has {error}; expected a whole adapter.") from None
+    params: Tree = {"": method.from_file(own)}
+    buffers: Tree = {}
+    for key in tensors.keys() - own.keys():
+        path, _, name = key.removeprefix(_PROMPT_PREFIX).rpartition(".")
+        if not key.startswith(_PROMPT_PREFIX) or not path:
+            raise KeyError(
+                f"{source} has the key {key!r}, which {method.config.__name__} does not know: the file is another "
+                "config's, or was not written by save_pretrained."
+            )
+        home = buffers if name in _STATISTICS else params
+        home.setdefault(path, {})[name] = tensors[key]
+    return Adapter(sorted_tree(params), sorted_tree(buffers), config)
 
 
 def _nested(adapter: Adapter, path: str) -> str:
@@ -113,7 +148,9 @@ def from_keys(
         raise ValueError(f"{source} holds no tensor; it is not the weights of an adapter.")
     method = methods.of(config)
     if hasattr(config, "modules_to_save"):
-        config = dataclasses.replace(config, modules_to_save=matching.with_heads(cast("Any", config)))  # type: ignore[call-arg]
+        config = dataclasses.replace(config, modules_to_save=matching.with_heads(config))  # type: ignore[call-arg]
+    if method.kind == layers.MODEL:
+        return _from_prompt_keys(method, tensors, config, source)
     if model is not None and _names(config):
         config = dataclasses.replace(config, target_parameters=targets.in_model_order(model, _names(config)))  # type: ignore[call-arg]
     own: Tree = {}
@@ -168,7 +205,7 @@ def _is_trained(config: Any, path: str, name: str, site: str) -> bool:
     if name.endswith("bias") and getattr(config, "bias", "none") != "none":
         return True
     return not site.endswith(_BASE) and any(
-        path.endswith(head) or f"{head}." in path for head in config.modules_to_save or ()
+        path.endswith(head) or f"{head}." in path for head in getattr(config, "modules_to_save", None) or ()
     )
 
 
@@ -247,7 +284,7 @@ def _hold_nothing(_twin: nn.Module, _name: str, _compute: Callable[[], Tensor]) 
 def _replaced(model: nn.Module, config: Any, places: Mapping[str, layers.Place]) -> dict[str, set[str]]:
     """The parameters that the config trains beside the method's own (heads, biases), by module path."""
     heads = targets.saved_modules(
-        model, config.modules_to_save or (), optional=matching.HEADS.get(config.task_type, ())
+        model, getattr(config, "modules_to_save", None) or (), optional=matching.HEADS.get(config.task_type, ())
     )
     found = {path: {name for name, one in part._parameters.items() if one is not None} for path, part in heads.items()}
     everywhere = [path for path, _ in layers.named_modules(model)]

@@ -16,6 +16,9 @@ CONVOLUTION = "convolution"
 PARAMETER = "parameter"  # a bare tensor: an MoE's experts, the projections of nn.MultiheadAttention
 EXPERTS_TRANSPOSED = "transposed parameter"  # experts stored (experts, in, out)
 
+ATTENTION = "attention"  # an attention module of a transformer, whole
+MODEL = "model"  # the model itself: its call, not a layer
+
 WEIGHT_KINDS = frozenset({PARAMETER, EXPERTS_TRANSPOSED})
 """Kinds whose tensor is read by the base itself: there the adapted tensor takes its place."""
 

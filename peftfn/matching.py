@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
-from peftfn.config import TargetedConfig
+from peftfn.config import PeftConfig, TargetedConfig
 
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """Heads that PEFT's task wrappers add to `modules_to_save`."""
@@ -15,9 +15,9 @@ PARTS = frozenset(("q", "k", "v", "gate", "up"))
 """Names of the parts of fused projections (`peftfn.fused`)."""
 
 
-def with_heads(config: TargetedConfig) -> tuple[str, ...] | None:
+def with_heads(config: PeftConfig) -> tuple[str, ...] | None:
     """`modules_to_save` with the heads that the task type adds."""
-    given = tuple(config.modules_to_save or ())
+    given = tuple(cast("Sequence[str]", getattr(config, "modules_to_save", None) or ()))
     names = (*given, *(head for head in HEADS.get(config.task_type or "", ()) if head not in given))
     return names or None
 

@@ -82,6 +82,8 @@ def _merge_site(
         merged[key] = both[name]
     if not leaf:
         return
+    if method.kind is not None:
+        method.merge(adapter.config, leaf, method.kind, next(iter(leaf.values())))  # refuses, and says why
     place = layers.find(model, path) if model is not None else _guess(merged, adapter, method, path, leaf)
     if place is None:
         raise KeyError(f"the adapter has a site {path!r}, which {type(model).__name__} does not have.")

@@ -13,7 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AlbertConfig, AlbertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.pytorch_utils import Conv1D
 
 import peftfn as pf
@@ -166,6 +177,19 @@ def llama() -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=20, max_position_embeddings=32))
 
 
+def bert() -> nn.Module:
+    """An encoder with a head."""
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    sizes |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return BertForSequenceClassification(BertConfig(**sizes, vocab_size=20, max_position_embeddings=16))
+
+
+def t5() -> nn.Module:
+    """An encoder and a decoder, whose keys together are wider than the model."""
+    sizes = dict(d_model=8, d_kv=6, d_ff=12, num_layers=2, num_heads=2, vocab_size=20)
+    return T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0))
+
+
 def albert() -> nn.Module:
     """One block that runs twice."""
     sizes = dict(hidden_size=16, embedding_size=8, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
@@ -182,6 +206,45 @@ DEFINED = "padding_idx and scale_grad_by_freq say what the gradient is; it is no
 REPLACED = "two adapters that replace the same tensor are refused (test_bad_input.py)"
 BARE = "the base reads this tensor itself, one for all rows: refused with a clear error (test_bad_input.py)"
 SMALL = {"r": 4, "lora_alpha": 6}
+
+INPUT = {
+    "merge": "it changes what a module is given, not a weight: refused (test_prompts.py)",
+    "sum": "the same",
+    "routing": "one prompt for all rows so far: refused with a clear error (test_prompts.py)",
+}
+PROMPT = {**INPUT, "identity": "tokens before the input change what the model computes from the start"}
+ENCODED = {"round trip": "PEFT's files keep the encoded prompt, not its encoder (test_prompts.py)"}
+ADAPTION = pf.AdaptionPromptConfig(adapter_len=3, adapter_layers=1)
+
+
+def prompt(task: str) -> pf.PromptTuningConfig:
+    """Three tokens before the input."""
+    return pf.PromptTuningConfig(num_virtual_tokens=3, task_type=task)
+
+
+def p_tuning(encoder: str, task: str = "CAUSAL_LM") -> pf.PromptEncoderConfig:
+    """The same from a network."""
+    sizes = dict(num_virtual_tokens=3, encoder_hidden_size=6)
+    return pf.PromptEncoderConfig(**sizes, encoder_reparameterization_type=encoder, task_type=task)
+
+
+def prefix(task: str, **kwargs: Any) -> pf.PrefixTuningConfig:
+    """Three tokens before the input, in each layer."""
+    return pf.PrefixTuningConfig(num_virtual_tokens=3, task_type=task, **kwargs)
+
+
+def texts() -> dict[str, Tensor]:
+    """Four rows of tokens, the first two padded on either side."""
+    mask = torch.ones(4, 6, dtype=torch.long)
+    mask[0, 4:] = 0
+    mask[1, :2] = 0
+    return {"input_ids": tokens()(), "attention_mask": mask}
+
+
+def translations() -> dict[str, Tensor]:
+    """The same, and what is to be decoded."""
+    return {**texts(), "decoder_input_ids": tokens(4)()}
+
 
 CASES = [
     Case("linear", mlp, lora("0", "3"), randn(4, 8)),
@@ -283,6 +346,25 @@ CASES = [
         {"slope": FLOAT32},
     ),
     Case("albert", albert, lora("query", "value"), lambda: {"input_ids": tokens()()}),
+    Case("prompt-bert", bert, prompt("SEQ_CLS"), texts, PROMPT),
+    Case("prompt-llama", llama, prompt("CAUSAL_LM"), texts, PROMPT | {"slope": FLOAT32}),
+    Case("prompt-t5", t5, prompt("SEQ_2_SEQ_LM"), translations, PROMPT | {"slope": FLOAT32}),
+    Case("p-tuning-mlp-gpt2", gpt2, p_tuning("MLP"), texts, PROMPT | ENCODED),
+    Case("p-tuning-lstm-gpt2", gpt2, p_tuning("LSTM"), texts, PROMPT | ENCODED),
+    Case("p-tuning-lstm-t5", t5, p_tuning("LSTM", "SEQ_2_SEQ_LM"), translations, PROMPT | ENCODED | {"slope": FLOAT32}),
+    Case("prefix-llama", llama, prefix("CAUSAL_LM"), texts, PROMPT | {"slope": FLOAT32}),
+    Case("prefix-gpt2", gpt2, prefix("CAUSAL_LM"), texts, PROMPT),
+    Case("prefix-bert", bert, prefix("SEQ_CLS"), texts, PROMPT),
+    Case("prefix-t5", t5, prefix("SEQ_2_SEQ_LM"), translations, PROMPT | {"slope": FLOAT32}),
+    Case(
+        "prefix-projected-gpt2",
+        gpt2,
+        prefix("CAUSAL_LM", prefix_projection=True, encoder_hidden_size=6),
+        texts,
+        PROMPT | ENCODED,
+    ),
+    Case("adaption-llama", llama, ADAPTION, texts, INPUT | {"slope": FLOAT32}),
+    Case("adaption-gpt2", gpt2, ADAPTION, texts, INPUT | {"slope": FLOAT32}),
 ]
 BY_NAME = {case.name: case for case in CASES}
 

@@ -65,7 +65,8 @@ def test_base_is_the_same_after_init_apply_backward_and_merge(case: Case, train:
     adapter = trained(pf.init(model, case.config))
     pf.leaves(adapter)
     loss(pf.apply(model, adapter, batch)).backward()
-    pf.merge(every_name(model), adapter, model=model)
+    if "merge" not in case.exceptions:
+        pf.merge(every_name(model), adapter, model=model)
     assert snapshot(model) == before
     assert all(tensor.grad is not None for tensor in pf.leaves(adapter))
 

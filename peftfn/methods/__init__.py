@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from peftfn.config import PeftConfig
-from peftfn.methods import lora
+from peftfn.methods import adaption_prompt, lora, p_tuning, prefix_tuning, prompt_tuning
 from peftfn.methods.method import Method
 
-TABLE: tuple[Method, ...] = (lora.METHOD,)
+TABLE: tuple[Method, ...] = (
+    lora.METHOD,
+    prompt_tuning.METHOD,
+    p_tuning.METHOD,
+    prefix_tuning.METHOD,
+    adaption_prompt.METHOD,
+)
 
 
 def of(config: PeftConfig) -> Method:

@@ -26,7 +26,7 @@ from peftfn.layers import Place, Site
 from peftfn.methods import lowrank, ranks
 from peftfn.methods.lora_config import LoraConfig
 from peftfn.methods.lora_targets import TARGETS
-from peftfn.methods.method import Method
+from peftfn.methods.method import Method, dtype_over
 
 
 def resolve(model: nn.Module, config: LoraConfig) -> LoraConfig:
@@ -69,7 +69,7 @@ def init(
             f"{site.path}: lora_dropout={config.lora_dropout} has no meaning for a bare parameter, which sees no "
             "input; set it to 0 or leave target_parameters out."
         )
-    dtype = dtype or (weight.dtype if weight.dtype == torch.float64 else torch.float32)
+    dtype = dtype or dtype_over(weight)
     shape = weight.shape if site.rows is None else _of_rows(weight.shape, site.kind, len(site.rows))
     shape_a, shape_b = lowrank.TABLE[site.kind].shapes(site.layer, shape, r)
     a, b = _draw(config, site.kind, shape_a, shape_b, r, generator)

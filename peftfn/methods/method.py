@@ -49,6 +49,28 @@ def _same(leaf: Leaf) -> Leaf:
     return leaf
 
 
+def _itself(model: nn.Module) -> Sequence[str]:
+    return ("",)
+
+
+def dtype_over(weight: Tensor | None) -> torch.dtype:
+    """The dtype of new tensors over a weight: double over double, float32 over all others, as PEFT's."""
+    return torch.float64 if weight is not None and weight.dtype == torch.float64 else torch.float32
+
+
+def refuse_merge(config: Any, leaf: Mapping[str, Tensor], kind: str, weight: Tensor) -> Tensor:
+    """For methods that change what a module is given, not a weight."""
+    raise ValueError(
+        f"{type(config).__name__}: this method changes what the model is given, not its weights, so it cannot be "
+        "merged. Run it with peftfn.apply or peftfn.bind."
+    )
+
+
+def refuse_silence(leaf: Mapping[str, Tensor], keep: Tensor) -> Mapping[str, Tensor]:
+    """For methods that cannot differ from row to row."""
+    raise ValueError("index= is given, and this method cannot differ from row to row yet; apply its adapters apart.")
+
+
 class Method(NamedTuple):
     """One way to adapt a layer. The first six fields are a method; the others have defaults.
 
@@ -70,6 +92,10 @@ class Method(NamedTuple):
             adapter without this site.
         trim: `(config, configs, path, leaf) -> leaf`, the inverse of `pad` for one of them.
         to_file: `(leaf) -> leaf` in PEFT's shapes, and `from_file` back, where they differ from ours.
+        kind: of a method that acts on whole modules, `layers.ATTENTION` or `layers.MODEL`; `None` acts on layers, which
+            have kinds of their own. Whole modules have no weight, so there is nothing to merge.
+        homes: `(model) -> paths` of the modules whose call a method of kind `MODEL` changes. There `forward` is
+            `(config, leaf, site, call) -> call` on a `peftfn.calls.Call`, and the site's layer is the model.
     """
 
     config: type[PeftConfig]
@@ -89,6 +115,8 @@ class Method(NamedTuple):
     trim: Callable[[Any, Sequence[Any], str, Leaf], Leaf] = _as_it_is
     to_file: Callable[[Leaf], Leaf] = _same
     from_file: Callable[[Leaf], Leaf] = _same
+    kind: str | None = None
+    homes: Callable[[nn.Module], Sequence[str]] = _itself
 
     def replaces(self, name: str) -> bool:
         """Whether a leaf's name is not the method's own: then it is a tensor that replaces one of the base."""

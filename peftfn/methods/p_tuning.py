@@ -1,0 +1,170 @@
+"""P-tuning: a prompt that a small network encodes (Liu et al. 2021, https://arxiv.org/abs/2103.10385).
+
+The LSTM is written in plain operations: `torch.nn.LSTM` has no batching rule, so `torch.vmap` could not run it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftfn import layers
+from peftfn.adapter import Leaf
+from peftfn.calls import Call
+from peftfn.layers import Site
+from peftfn.methods import prompt_config, prompt_tuning
+from peftfn.methods.method import Method, dtype_over, refuse_merge, refuse_silence
+from peftfn.methods.prompt_config import PromptLearningConfig
+
+_MOST_LAYERS = 16  # of the LSTM: the table of names is a finite one
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptEncoderConfig(PromptLearningConfig):
+    """P-tuning's config, with PEFT's fields and defaults.
+
+    Attributes:
+        encoder_reparameterization_type: `"MLP"` (two hidden layers) or `"LSTM"` (bidirectional, then one hidden layer).
+        encoder_hidden_size: `None` takes `token_dim`.
+        encoder_num_layers: of the LSTM; the MLP has its own number.
+        encoder_dropout: between the LSTM's layers, in training.
+    """
+
+    peft_type: ClassVar[str] = "P_TUNING"
+
+    encoder_reparameterization_type: str = "MLP"
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        kind = self.encoder_reparameterization_type
+        object.__setattr__(self, "encoder_reparameterization_type", str(getattr(kind, "value", kind)))  # PEFT's enum
+        super().__post_init__()
+        if self.encoder_reparameterization_type not in ("MLP", "LSTM"):
+            raise ValueError(f"encoder_reparameterization_type={kind!r}; expected 'MLP' or 'LSTM'.")
+        if not 1 <= self.encoder_num_layers <= _MOST_LAYERS or not 0 <= self.encoder_dropout < 1:
+            raise ValueError(
+                f"encoder_num_layers={self.encoder_num_layers}, encoder_dropout={self.encoder_dropout}; expected 1 to "
+                f"{_MOST_LAYERS} layers, and a probability below 1."
+            )
+
+
+def init(
+    config: PromptEncoderConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None
+) -> tuple[Leaf, Leaf]:
+    """The encoder's input, (tokens, dim), and its weights, drawn as torch's layers draw them."""
+    assert config.token_dim is not None, "resolve has filled it in"
+    dim, hidden = config.token_dim, config.encoder_hidden_size or config.token_dim
+    weight: Tensor | None = getattr(prompt_config.input_embedding(site.layer), "weight", None)
+    device = None if weight is None or weight.is_meta else weight.device
+    leaf = {"embedding": torch.randn(config.rows, dim, generator=generator)}
+    if config.encoder_reparameterization_type == "LSTM":
+        leaf |= _lstm(config.encoder_num_layers, dim, hidden, generator)
+        leaf |= _linear("mlp_head_0", 2 * hidden, 2 * hidden, generator)
+        leaf |= _linear("mlp_head_2", 2 * hidden, dim, generator)
+    else:
+        leaf |= _linear("mlp_head_0", dim, hidden, generator)
+        leaf |= _linear("mlp_head_2", hidden, hidden, generator)
+        leaf |= _linear("mlp_head_4", hidden, dim, generator)
+    return {name: tensor.to(device, dtype or dtype_over(weight)) for name, tensor in leaf.items()}, {}
+
+
+def _linear(name: str, inputs: int, outputs: int, generator: torch.Generator) -> Leaf:
+    bound = 1 / math.sqrt(inputs)
+    return {
+        f"{name}_weight": _uniform((outputs, inputs), bound, generator),
+        f"{name}_bias": _uniform((outputs,), bound, generator),
+    }
+
+
+def _lstm(count: int, inputs: int, hidden: int, generator: torch.Generator) -> Leaf:
+    bound = 1 / math.sqrt(hidden)
+    leaf: Leaf = {}
+    for layer, way in _directions(count):
+        width = inputs if layer == 0 else 2 * hidden
+        shapes = {"weight_ih": (4 * hidden, width), "weight_hh": (4 * hidden, hidden)}
+        shapes |= {"bias_ih": (4 * hidden,), "bias_hh": (4 * hidden,)}
+        leaf |= {f"lstm_head_{name}_l{layer}{way}": _uniform(s, bound, generator) for name, s in shapes.items()}
+    return leaf
+
+
+def _directions(count: int) -> Iterator[tuple[int, str]]:
+    return ((layer, way) for layer in range(count) for way in ("", "_reverse"))
+
+
+def _uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator) * (2 * bound) - bound
+
+
+def encode(leaf: Mapping[str, Tensor], dropout: float = 0.0) -> Tensor:
+    """The prompt, (tokens, dim): what the leaf's network makes of its input, or the prompt of a file as it is."""
+    if "prompt_embeddings" in leaf:
+        return leaf["prompt_embeddings"]
+    x = leaf["embedding"]
+    if "lstm_head_weight_ih_l0" in leaf:
+        count = sum(name.startswith("lstm_head_weight_ih") for name in leaf) // 2
+        for layer in range(count):
+            x = torch.cat([_pass(leaf, x, f"l{layer}"), _pass(leaf, x.flip(0), f"l{layer}_reverse").flip(0)], -1)
+            if dropout and layer < count - 1:
+                x = F.dropout(x, dropout, training=True)
+    heads = sorted(name.removesuffix("_weight") for name in leaf if name.startswith("mlp_head") and "weight" in name)
+    for number, head in enumerate(heads):
+        x = F.linear(x.relu() if number else x, leaf[f"{head}_weight"], leaf[f"{head}_bias"])
+    return x
+
+
+def _pass(leaf: Mapping[str, Tensor], x: Tensor, way: str) -> Tensor:
+    """(tokens, hidden): one direction of one layer. Gates and letters as in torch.nn.LSTM's documentation."""
+    inputs = F.linear(x, leaf[f"lstm_head_weight_ih_{way}"], leaf[f"lstm_head_bias_ih_{way}"])  # (tokens, 4 hidden)
+    weight, bias = leaf[f"lstm_head_weight_hh_{way}"], leaf[f"lstm_head_bias_hh_{way}"]
+    h = c = torch.zeros_like(inputs[0, : weight.shape[-1]])
+    outputs: list[Tensor] = []
+    for row in inputs.unbind(0):
+        i, f, g, o = (row + F.linear(h, weight, bias)).chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+def forward(config: PromptEncoderConfig, leaf: Mapping[str, Tensor], site: Site, call: Call) -> Call:
+    """The call with the encoded prompt before its input."""
+    prompt = encode(leaf, config.encoder_dropout if site.training else 0.0)
+    return prompt_tuning.prompted(config, prompt, site, call)
+
+
+def to_file(leaf: Leaf) -> Leaf:
+    """The encoded prompt: all that PEFT's files keep."""
+    with torch.no_grad():
+        return {"prompt_embeddings": encode(leaf)}
+
+
+def _names() -> dict[str, str]:
+    heads = [f"mlp_head_{number}_{kind}" for number in (0, 2, 4) for kind in ("weight", "bias")]
+    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    lstm = [f"lstm_head_{kind}_l{layer}{way}" for layer, way in _directions(_MOST_LAYERS) for kind in kinds]
+    return {name: name for name in ("prompt_embeddings", "embedding", *heads, *lstm)}
+
+
+METHOD = Method(
+    config=PromptEncoderConfig,
+    names=_names(),
+    init=init,
+    forward=forward,
+    merge=refuse_merge,
+    silence=refuse_silence,
+    resolve=prompt_config.resolve_input,
+    sites=prompt_config.sites,
+    check=prompt_config.check_width,
+    check_file=prompt_config.check_rows,
+    to_file=to_file,
+    kind=layers.MODEL,
+    homes=prompt_config.input_homes,
+)

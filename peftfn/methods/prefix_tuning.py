@@ -1,0 +1,219 @@
+"""Prefix tuning: trained keys and values before those of the input, in each layer (https://arxiv.org/abs/2101.00190).
+
+They are put into the model's own cache, of whatever class, before its layers run: so each layer sees them as the past.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftfn import calls, layers
+from peftfn.adapter import Leaf
+from peftfn.calls import Call
+from peftfn.layers import Site
+from peftfn.methods import prompt_config
+from peftfn.methods.method import Method, dtype_over, refuse_merge, refuse_silence
+from peftfn.methods.prompt_config import PromptLearningConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixTuningConfig(PromptLearningConfig):
+    """Prefix tuning's config, with PEFT's fields and defaults.
+
+    Attributes:
+        encoder_hidden_size: of the projection; `None` takes `token_dim`.
+        prefix_projection: whether a network of two layers makes the prefix (tanh between them).
+        init_weights: `"zero"` starts with keys and values of zero, `None` at random.
+    """
+
+    peft_type: ClassVar[str] = "PREFIX_TUNING"
+
+    encoder_hidden_size: int | None = None
+    prefix_projection: bool = False
+    init_weights: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_weights not in (None, "zero"):
+            raise ValueError(f"init_weights={self.init_weights!r}; expected None or 'zero'.")
+
+
+def resolve(model: nn.Module, config: PrefixTuningConfig) -> PrefixTuningConfig:
+    """The config with the model's sizes: `token_dim` is all heads' keys together, where heads share keys too.
+
+    Raises:
+        ValueError: the layers' keys are of unlike shapes, or the model keeps no cache.
+    """
+    home = model.get_submodule(homes(model)[0])
+    if "past_key_values" not in calls.argument_names(type(home)):
+        raise ValueError(
+            f"{type(home).__name__} takes no past_key_values, into which a prefix goes; use prompt tuning or P-tuning."
+        )
+    found: Any = prompt_config.text_config(model)
+    if any(found.to_dict().get(name) for name in ("per_layer_config", "global_head_dim")):
+        raise ValueError(f"{type(model).__name__} has layers with keys of unlike shapes; one prefix does not fit them.")
+    config = prompt_config.resolve(model, config)
+    heads, width = _key_sizes(found, config.num_attention_heads or 1, config.token_dim or 0)
+    hidden = config.encoder_hidden_size or heads * width
+    return dataclasses.replace(config, num_attention_heads=heads, token_dim=heads * width, encoder_hidden_size=hidden)
+
+
+def _key_sizes(config: Any, heads: int, dim: int) -> tuple[int, int]:
+    """How many heads have keys of their own, and how wide one is, by a model's config."""
+    own = getattr(config, "num_key_value_heads", None)
+    if own is not None:
+        return own, getattr(config, "head_dim", None) or dim // heads
+    return heads, getattr(config, "d_kv", None) or dim // heads  # T5 and its kin: heads * d_kv need not be d_model
+
+
+def homes(model: nn.Module) -> Sequence[str]:
+    """The module that runs the layers with a cache: the model without its head, or its decoder."""
+    if prompt_config.is_encoder_decoder(model):
+        return (prompt_config.path_of(model, prompt_config.decoder_of(model)),)
+    inner = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
+    return (prompt_config.path_of(model, inner) if isinstance(inner, nn.Module) else "",)
+
+
+def _width(config: PrefixTuningConfig) -> int:
+    """How many numbers one token has: its keys and values in all layers."""
+    return (config.num_layers or 0) * 2 * (config.token_dim or 0)
+
+
+def init(
+    config: PrefixTuningConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None
+) -> tuple[Leaf, Leaf]:
+    """The prefix, (tokens, layers * 2 * dim), or what a projection makes it from."""
+    tokens, whole = config.rows // (config.num_transformer_submodules or 1), _width(config)
+    dim, hidden = (config.token_dim or 0), (config.encoder_hidden_size or 0)
+    scale = 0.0 if config.init_weights == "zero" else 1.0
+    if config.prefix_projection:
+        first, second = 1 / math.sqrt(dim), 1 / math.sqrt(hidden)
+        leaf = {
+            "embedding": torch.randn(tokens, dim, generator=generator),
+            "transform_0_weight": first * (2 * torch.rand(hidden, dim, generator=generator) - 1),
+            "transform_0_bias": first * (2 * torch.rand(hidden, generator=generator) - 1),
+            "transform_2_weight": scale * second * (2 * torch.rand(whole, hidden, generator=generator) - 1),
+            "transform_2_bias": scale * second * (2 * torch.rand(whole, generator=generator) - 1),
+        }
+    else:
+        leaf = {"prompt_embeddings": scale * torch.randn(tokens, whole, generator=generator)}
+    weight = next(site.layer.parameters())
+    device = None if weight.is_meta else weight.device
+    return {name: tensor.to(device, dtype or dtype_over(weight)) for name, tensor in leaf.items()}, {}
+
+
+def encode(leaf: Mapping[str, Tensor]) -> Tensor:
+    """The prefix, (tokens, layers * 2 * dim)."""
+    if "prompt_embeddings" in leaf:
+        return leaf["prompt_embeddings"]
+    hidden = F.linear(leaf["embedding"], leaf["transform_0_weight"], leaf["transform_0_bias"]).tanh()
+    return F.linear(hidden, leaf["transform_2_weight"], leaf["transform_2_bias"])
+
+
+def forward(config: PrefixTuningConfig, leaf: Mapping[str, Tensor], site: Site, call: Call) -> Call:
+    """The call with the prefix in its cache."""
+    model: Any = site.layer
+    prefix = encode(leaf)
+    if not call.first:
+        return calls.with_cached(call, prefix.shape[0], front=True)
+    if site.training and any(getattr(one, "gradient_checkpointing", False) for one in site.layer.modules()):
+        raise ValueError(
+            "prefix tuning and activation checkpointing do not go together: checkpointed layers get no cache, and so "
+            "no prefix. Turn it off (gradient_checkpointing_disable), or use prompt tuning."
+        )
+    tokens = call.given.get("input_ids")
+    tokens = call.given.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None:
+        raise ValueError(f"the batch has {sorted(call.given)}; expected input_ids or inputs_embeds, for the prefix.")
+    cache = _filled(config, _past(prefix, config, getattr(model, "dtype", prefix.dtype)), model, tokens.shape[0], call)
+    call = call.having(past_key_values=cache)
+    return calls.with_cached(_with_positions(call, tokens, model), prefix.shape[0], front=True)
+
+
+def _with_positions(call: Call, tokens: Tensor, model: Any) -> Call:
+    """The call with position ids that start at each row's first token, for rotary embeddings.
+
+    A prefix has no rotation, so how far a token is from it is the token's own position: padding must not count.
+    """
+    mask = call.given.get("attention_mask")
+    if call.given.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return call
+    if not any(hasattr(model.get_submodule(path), "rotary_emb") for path in homes(model)):
+        return call
+    lead = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+    ids = torch.arange(tokens.shape[1], device=mask.device) - lead
+    return call.having(position_ids=ids.clamp(min=0))
+
+
+def _past(prefix: Tensor, config: PrefixTuningConfig, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each layer, (1, heads, tokens, width), laid out as PEFT lays them out.
+
+    With two submodules PEFT writes the prefix twice in a row and gives each layer four of the pieces, of which the
+    first two are for its self-attention: so layer i has pair 2i of the doubled row.
+    """
+    count = config.num_layers or 1
+    pieces = prefix.to(dtype).view(prefix.shape[0], count, 2, config.num_attention_heads or 1, -1)
+    pairs = pieces.permute(1, 2, 3, 0, 4).unsqueeze(2)  # (layers, 2, 1, heads, tokens, width)
+    step = config.num_transformer_submodules or 1
+    order = [(step * layer) % count for layer in range(count)]
+    return [(pairs[number][0], pairs[number][1]) for number in order]
+
+
+def _filled(
+    config: PrefixTuningConfig, past: Sequence[tuple[Tensor, Tensor]], model: Any, rows: int, call: Call
+) -> Any:
+    """The call's own empty cache, or a new one, with the prefix in it for each row."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    cache: Any = call.given.get("past_key_values")
+    if cache is None or isinstance(cache, (tuple, list)):
+        cache = DynamicCache(config=model.config)
+        if prompt_config.is_encoder_decoder(model):
+            cache = EncoderDecoderCache(cache, DynamicCache(config=model.config))
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    for number, (key, value) in enumerate(past):
+        own.update(key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1), number)
+    return cache
+
+
+def check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
+    """What is wrong with the leaf for this model, or `None`."""
+    name = "prompt_embeddings" if "prompt_embeddings" in leaf else "transform_2_weight"
+    if name not in leaf:
+        return f"has {sorted(leaf)}, expected prompt_embeddings"
+    count = prompt_config.size(site.layer, "num_layers")
+    heads, dim = (prompt_config.size(site.layer, name) or 1 for name in ("num_attention_heads", "token_dim"))
+    heads, width = _key_sizes(prompt_config.text_config(site.layer), heads, dim)
+    expected, found = (count or 0) * 2 * heads * width, leaf[name].shape[1 if name == "prompt_embeddings" else 0]
+    return None if found == expected else f"has a prefix of width {found}, expected {expected} (layers * 2 * keys)"
+
+
+def to_file(leaf: Leaf) -> Leaf:
+    """The prefix itself: all that PEFT's files keep."""
+    with torch.no_grad():
+        return {"prompt_embeddings": encode(leaf)}
+
+
+_TRANSFORM = tuple(f"transform_{number}_{kind}" for number in (0, 2) for kind in ("weight", "bias"))
+METHOD = Method(
+    config=PrefixTuningConfig,
+    names={name: name for name in ("prompt_embeddings", "embedding", *_TRANSFORM)},
+    init=init,
+    forward=forward,
+    merge=refuse_merge,
+    silence=refuse_silence,
+    resolve=resolve,
+    sites=prompt_config.sites,
+    check=check,
+    check_file=prompt_config.check_rows,
+    to_file=to_file,
+    kind=layers.MODEL,
+    homes=homes,
+)

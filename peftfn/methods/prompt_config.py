@@ -1,0 +1,173 @@
+"""What the configs of prompt methods share, and what a model fills in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from peftfn import layers, matching
+from peftfn.adapter import Leaf
+from peftfn.config import PeftConfig
+from peftfn.layers import Place, Site
+
+Config = TypeVar("Config", bound="PromptLearningConfig")
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptLearningConfig(PeftConfig):
+    """The config of a method that puts virtual tokens before the input.
+
+    Attributes:
+        num_virtual_tokens: how many.
+        token_dim: their width; `None` takes the model's.
+        num_transformer_submodules: PEFT's number of copies: 2 for `SEQ_2_SEQ_LM`, of which the first is used.
+        num_attention_heads: of keys and values; `None` takes the model's.
+        num_layers: `None` takes the model's.
+        modules_to_save: modules to train and save whole, such as a new head.
+    """
+
+    num_virtual_tokens: int | None = dataclasses.field(default=None, metadata={"help": "How many virtual tokens."})
+    token_dim: int | None = dataclasses.field(default=None, metadata={"help": "Their width; the model's by default."})
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: Sequence[str] | None = dataclasses.field(
+        default=None, metadata={"help": "Modules to train and save whole, such as a new head."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_virtual_tokens", "token_dim", "num_transformer_submodules"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{type(self).__name__}({name}={value}): expected a positive integer.")
+
+    @property
+    def rows(self) -> int:
+        """The number of virtual tokens that are trained, PEFT's copies included."""
+        return (self.num_virtual_tokens or 0) * (self.num_transformer_submodules or 1)
+
+
+def resolve(model: nn.Module, config: Config) -> Config:
+    """The config with what the model decides filled in, by PEFT's rules.
+
+    Raises:
+        ValueError: the number of virtual tokens is not given, or the model does not say a size.
+    """
+    if config.num_virtual_tokens is None:
+        raise ValueError(f"{type(config).__name__}: num_virtual_tokens is None; expected a positive integer.")
+    sizes = {name: getattr(config, name) or size(model, name) for name in _SIZES}
+    for name, found in sizes.items():
+        if found is None:
+            raise ValueError(
+                f"{type(config).__name__}: {name} is None, and {type(model).__name__} has no config that says it "
+                f"({', '.join(_SIZES[name])}); give it."
+            )
+    copies = config.num_transformer_submodules or (2 if config.task_type == "SEQ_2_SEQ_LM" else 1)
+    heads = matching.with_heads(config)
+    return dataclasses.replace(config, **sizes, num_transformer_submodules=copies, modules_to_save=heads)
+
+
+_SIZES = {
+    "token_dim": ("hidden_size", "n_embd", "d_model"),
+    "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
+}
+
+
+def size(model: nn.Module, field: str) -> int | None:
+    """What the model's config says of a field, under any of the names that it has there; `None` if it has none."""
+    config = text_config(model)
+    found = (getattr(config, name, None) for name in _SIZES[field])
+    return next((one for one in found if isinstance(one, int)), None)
+
+
+def resolve_input(model: nn.Module, config: Config) -> Config:
+    """The same for tokens before the input: in some models the input embedding is not as wide as the layers."""
+    if config.token_dim is None:
+        width = getattr(input_embedding(model), "embedding_dim", None)
+        config = dataclasses.replace(config, token_dim=width)
+    return resolve(model, config)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The model's config, of a multimodal one the language model's."""
+    config: Any = getattr(model, "config", None)
+    return getattr(config, "text_config", None) or config
+
+
+def sites(model: nn.Module, config: Any) -> dict[str, Place]:
+    """The one site: the model itself."""
+    return {"": Place("", "", layers.MODEL)}
+
+
+def input_homes(model: nn.Module) -> Sequence[str]:
+    """Where tokens are put before the input: in the model's call, or in its encoder's and decoder's."""
+    if not is_encoder_decoder(model):
+        return ("",)
+    return path_of(model, _half(model, "encoder")), path_of(model, _half(model, "decoder"))
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model has an encoder and a decoder, as transformers' config says."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _half(model: nn.Module, name: str) -> nn.Module:
+    find: Any = getattr(model, f"get_{name}", None)
+    found = find() if callable(find) else None
+    if not isinstance(found, nn.Module):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder without a get_{name}(); prompts need it.")
+    return found
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The decoder of an encoder-decoder."""
+    return _half(model, "decoder")
+
+
+def path_of(model: nn.Module, module: nn.Module) -> str:
+    """The path of a module of the model."""
+    return next(path for path, one in layers.named_modules(model) if one is module)
+
+
+def embed(model: nn.Module, ids: Tensor) -> Tensor:
+    """(rows, length, dim), as the model itself embeds its tokens."""
+    return input_embedding(model)(ids)
+
+
+def input_embedding(model: nn.Module) -> nn.Module:
+    """The model's input embedding.
+
+    Raises:
+        ValueError: it has none, or does not say which it is.
+    """
+    find: Any = getattr(model, "get_input_embeddings", None)
+    found = find() if callable(find) else None
+    if not isinstance(found, nn.Module):
+        raise ValueError(
+            f"{type(model).__name__} has no get_input_embeddings() that gives a module; a prompt goes before embedded "
+            "tokens. Give the model that method, and a forward that takes inputs_embeds."
+        )
+    return found
+
+
+def check_rows(config: PromptLearningConfig, path: str, leaf: Leaf) -> None:
+    """Refuse a file's prompt that has another length than its config says."""
+    rows = leaf["prompt_embeddings"].shape[0]
+    if rows not in (config.num_virtual_tokens, config.rows):
+        raise ValueError(f"prompt_embeddings of {rows} rows, and its config says {config.rows}")
+
+
+def check_width(leaf: Mapping[str, Tensor], site: Site) -> str | None:
+    """What is wrong with the width of a leaf's tokens for this model, or `None`."""
+    width = getattr(input_embedding(site.layer), "embedding_dim", None)
+    name = "prompt_embeddings" if "prompt_embeddings" in leaf else "embedding"
+    if name not in leaf:
+        return f"has {sorted(leaf)}, expected prompt_embeddings"
+    shape = tuple(leaf[name].shape)
+    right = len(shape) == 2 and width in (None, shape[1])
+    return None if right else f"has {name} {shape}, expected (tokens, {width})"

@@ -1,0 +1,120 @@
+"""Prompt tuning: trained embeddings before the input (Lester et al. 2021, https://arxiv.org/abs/2104.08691)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftfn import calls, layers
+from peftfn.adapter import Leaf
+from peftfn.calls import Call
+from peftfn.layers import Site
+from peftfn.methods import prompt_config
+from peftfn.methods.method import Method, dtype_over, refuse_merge, refuse_silence
+from peftfn.methods.prompt_config import PromptLearningConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptTuningConfig(PromptLearningConfig):
+    """Prompt tuning's config, with PEFT's fields and defaults.
+
+    Attributes:
+        prompt_tuning_init: `"RANDOM"` (standard normal), `"SAMPLE_VOCAB"` (embeddings of random tokens) or `"TEXT"`.
+        prompt_tuning_init_text: for `"TEXT"`: tokenized, then repeated or cut to the number of virtual tokens.
+        tokenizer_name_or_path: for `"TEXT"`: a folder or hub id.
+        tokenizer_kwargs: for `"TEXT"`: arguments of `AutoTokenizer.from_pretrained`.
+    """
+
+    peft_type: ClassVar[str] = "PROMPT_TUNING"
+
+    prompt_tuning_init: str = "RANDOM"
+    prompt_tuning_init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+    tokenizer_kwargs: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        init = self.prompt_tuning_init
+        object.__setattr__(self, "prompt_tuning_init", str(getattr(init, "value", init)))  # PEFT has an enum
+        super().__post_init__()
+        if self.prompt_tuning_init not in ("RANDOM", "SAMPLE_VOCAB", "TEXT"):
+            raise ValueError(f"prompt_tuning_init={init!r}; expected 'RANDOM', 'SAMPLE_VOCAB' or 'TEXT'.")
+        if self.prompt_tuning_init == "TEXT":
+            for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
+                if not getattr(self, name):
+                    raise ValueError(f"prompt_tuning_init='TEXT' needs {name}; it is {getattr(self, name)!r}.")
+        elif self.tokenizer_kwargs:
+            raise ValueError(f"tokenizer_kwargs are for prompt_tuning_init='TEXT'; it is {self.prompt_tuning_init!r}.")
+
+
+def init(
+    config: PromptTuningConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None
+) -> tuple[Leaf, Leaf]:
+    """The prompt, (tokens, dim), in float32 unless `dtype` says otherwise."""
+    weight: Any = getattr(prompt_config.input_embedding(site.layer), "weight", None)
+    assert config.token_dim is not None, "resolve has filled it in"
+    if config.prompt_tuning_init == "RANDOM":
+        prompt = torch.randn(config.rows, config.token_dim, generator=generator)
+    elif config.prompt_tuning_init == "SAMPLE_VOCAB":
+        ids = torch.randint(weight.shape[0], (config.rows,), generator=generator)
+        prompt = _rows_of(site.layer, ids)
+    else:
+        prompt = _rows_of(site.layer, _text_ids(config))
+    device = None if weight is None or weight.is_meta else weight.device
+    return {"prompt_embeddings": prompt.to(device, dtype or dtype_over(weight))}, {}
+
+
+def _rows_of(model: nn.Module, ids: Tensor) -> Tensor:
+    embedding: Any = prompt_config.input_embedding(model)
+    if embedding.weight.is_meta:
+        raise ValueError(
+            "this prompt_tuning_init reads the model's embeddings, and the model is on the meta device; load its "
+            "weights, or use 'RANDOM'."
+        )
+    with torch.no_grad():
+        return embedding(ids.to(embedding.weight.device)).clone()
+
+
+def _text_ids(config: PromptTuningConfig) -> Tensor:
+    from transformers import AutoTokenizer
+
+    # A config may come from anywhere: it does not get to run code.
+    given = {name: value for name, value in (config.tokenizer_kwargs or {}).items() if name != "trust_remote_code"}
+    load = cast("Callable[..., Any]", AutoTokenizer.from_pretrained)
+    ids: list[int] = load(config.tokenizer_name_or_path, **given)(config.prompt_tuning_init_text)["input_ids"]
+    if not ids:
+        raise ValueError(f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} gives no token; write some text.")
+    return torch.tensor([ids[number % len(ids)] for number in range(config.rows)])
+
+
+def forward(config: PromptLearningConfig, leaf: Mapping[str, Tensor], site: Site, call: Call) -> Call:
+    """The call with the prompt before its input."""
+    return prompted(config, leaf["prompt_embeddings"], site, call)
+
+
+def prompted(config: PromptLearningConfig, prompt: Tensor, site: Site, call: Call) -> Call:
+    """The call with a prompt (tokens, dim) before its input; a decoder's, with the encoder's longer output."""
+    tokens = prompt[: config.num_virtual_tokens]
+    if prompt_config.is_encoder_decoder(site.layer) and call.given.get("encoder_hidden_states") is not None:
+        return calls.with_encoded(call, tokens.shape[0])
+    model = site.layer
+    return calls.with_tokens(call, tokens, lambda ids: prompt_config.embed(model, ids), config.task_type)
+
+
+METHOD = Method(
+    config=PromptTuningConfig,
+    names={"prompt_embeddings": "prompt_embeddings"},
+    init=init,
+    forward=forward,
+    merge=refuse_merge,
+    silence=refuse_silence,
+    resolve=prompt_config.resolve_input,
+    sites=prompt_config.sites,
+    check=prompt_config.check_width,
+    check_file=prompt_config.check_rows,
+    kind=layers.MODEL,
+    homes=prompt_config.input_homes,
+)
