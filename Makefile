@@ -20,6 +20,10 @@ INSTALL := -m pip install --quiet --quiet --no-compile
 # --no-deps needs --no-warn-conflicts in every later install: pip would list what was left out on purpose.
 INSTALL += --no-warn-conflicts
 
+# A process for each core, four at most: each one holds a GB. `worksteal` keeps the tests of a file together, so that
+# what they share is made once, and evens out the slow ones. ARGS="-n 0" is a single process, for a debugger.
+PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format doctest bench docs notebooks test-transformers4 test-peft050 clean
 
@@ -30,7 +34,7 @@ demo: $(VENV)/demo.stamp  ## fine-tune a real model on real text, in about three
 	$(PY) -m peftfn demo $(ARGS)
 
 test: lint doctest  ## lint, types, doctests and tests; ARGS="-k merge" goes to the last
-	$(PY) -m pytest $(ARGS)
+	$(PY) $(PYTEST) $(ARGS)
 
 lint: $(VENV)/dev.stamp  ## ruff and pyright
 	$(PY) -m ruff check
@@ -54,7 +58,7 @@ notebooks: $(VENV)/dev.stamp  ## run every notebook
 	$(PY) -m pytest --nbmake --nbmake-timeout=600 notebooks
 
 test-transformers4: $(TF4)/dev.stamp  ## the tests with transformers 4.57 and peft 0.17
-	$(TF4)/bin/python -m pytest $(ARGS)
+	$(TF4)/bin/python $(PYTEST) $(ARGS)
 
 # Bit for bit, but for what peft computed: another CPU may round it differently.
 test-peft050: $(PEFT050)/peft.stamp  ## make tests/files/peft-0.5.0 again with that peft, and compare

@@ -45,6 +45,7 @@ class Row(NamedTuple):
         to_peft: the same over peft's.
         repeats: samples.
         calls: calls in each sample.
+        sizes: what the group's model and batch measure.
     """
 
     group: str
@@ -54,6 +55,7 @@ class Row(NamedTuple):
     to_peft: Quartiles
     repeats: int
     calls: int
+    sizes: Mapping[str, int]
 
 
 def pin(threads: int) -> Callable[[], float]:
@@ -67,6 +69,7 @@ def measure(
     group: str,
     cases: Mapping[str, Callable[[], object]],
     clock: Callable[[], float],
+    sizes: Mapping[str, int],
     *,
     repeats: int,
     warm_up: int = 2,
@@ -93,6 +96,7 @@ def measure(
             _quartiles(_ratios(times, kept[PEFT])),
             repeats,
             calls,
+            sizes,
         )
         for name, times in kept.items()
     ]
@@ -161,14 +165,18 @@ def write(rows: Sequence[Row], path: Path, **about: Any) -> None:
 
 
 def draw(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Write a bar chart: for each group, how many times the base's time each case takes, with quartiles."""
+    """Write a bar chart: for each group, how many times the base's time each case takes, with quartiles.
+
+    One scale for all of them, so that the groups can be compared.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")  # a server has no display
     import matplotlib.pyplot as plt
 
     groups = list(dict.fromkeys(row.group for row in rows))
-    figure, panels = plt.subplots(1, len(groups), figsize=(3.6 * len(groups), 2.8), squeeze=False)
+    widest = 1.25 * max(row.to_floor.high for row in rows)
+    figure, panels = plt.subplots(1, len(groups), figsize=(3.6 * len(groups), 3), squeeze=False)
     for axes, group in zip(panels[0], groups, strict=True):
         bars = [row for row in rows if row.group == group]
         ratios = [row.to_floor for row in bars]
@@ -179,9 +187,9 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
         axes.bar_label(drawn, [f" {median:.2f}" for median in medians], padding=4, fontsize=8)
         axes.invert_yaxis()
         axes.set_title(group, fontsize=10)
-        axes.set(xlabel="× the base alone", xlim=(0, 1.25 * max(ratio.high for ratio in ratios)))
+        axes.set(xlabel="× the base alone", xlim=(0, widest))
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(f"{title}\nmedians and quartiles; blue: peftfn", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

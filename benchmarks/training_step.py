@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from harness import FLOOR, PEFT, Row, draw, machine, measure, pin, table, versions, write
-from setting import DEEP, FULL, QUICK, Setting, Sizes, build
+from setting import DEEP, FULL, QUICK, Setting, build
 from torch import Tensor
 
 import peftfn as pf
@@ -116,7 +116,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="threads (1); with one, CPU time is measured")
     parser.add_argument("--repeats", type=int, default=9, help="samples of each case (9)")
     parser.add_argument("--output", type=Path, help="folder for the JSON and the picture (results, beside this file)")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.repeats < 2:
+        parser.error(f"--repeats {given.repeats}: quartiles need 2 or more")
+    return given
 
 
 def main() -> None:
@@ -128,14 +131,15 @@ def main() -> None:
         made = build(sizes, dropout, training=True)
         cases = steps(made)
         check(cases, floor(made.theirs, made.batch), made.theirs)
-        rows += shown(measure(f"training step, dropout {dropout:g}", cases, clock, repeats=given.repeats))
+        group = f"training step, dropout {dropout:g}"
+        rows += shown(measure(group, cases, clock, sizes._asdict(), repeats=given.repeats))
     made = build(DEEP, 0.0, training=False)
     cases = forwards(made)
     check(cases, cases[PEFT], made.theirs)
-    rows += shown(measure("forward of one token", cases, clock, repeats=3 * given.repeats, calls=5))
+    rows += shown(measure("forward of one token", cases, clock, DEEP._asdict(), repeats=3 * given.repeats, calls=5))
     folder = given.output or (None if given.quick else RESULTS)
     if folder is not None:
-        report(rows, folder, given.threads, sizes)
+        report(rows, folder, given.threads)
 
 
 def shown(rows: list[Row]) -> list[Row]:
@@ -144,11 +148,10 @@ def shown(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def report(rows: Sequence[Row], folder: Path, threads: int, sizes: Sizes) -> None:
+def report(rows: Sequence[Row], folder: Path, threads: int) -> None:
     """Write the JSON and the picture."""
     place, used = machine(threads), versions("torch", "transformers", "peft", "peftfn")
-    shapes = {"training step": sizes._asdict(), "forward of one token": DEEP._asdict()}
-    write(rows, folder / "training_step.json", machine=place, versions=used, sizes=shapes)
+    write(rows, folder / "training_step.json", machine=place, versions=used)
     on = f"{place['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
     draw(rows, folder / "training_step.png", f"{on}, torch {used['torch']}, peft {used['peft']}")
     print(f"written to {folder}")
