@@ -4,6 +4,7 @@ from peftfn.adapter import Adapter, Count, count, leaves
 from peftfn.apply import apply, init
 from peftfn.bound import bind, unbind
 from peftfn.checkpoint import load, push_to_hub, save
+from peftfn.combine import combine
 from peftfn.config import PeftConfig
 from peftfn.merge import merge
 from peftfn.methods.lora import LoraConfig
@@ -18,6 +19,7 @@ __all__ = [
     "PeftConfig",
     "apply",
     "bind",
+    "combine",
     "count",
     "init",
     "leaves",
