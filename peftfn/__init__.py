@@ -2,6 +2,7 @@
 
 from peftfn.adapter import Adapter, Count, count, leaves
 from peftfn.apply import apply, init
+from peftfn.auto import load_with_model
 from peftfn.bound import bind, unbind
 from peftfn.checkpoint import load, push_to_hub, save
 from peftfn.combine import combine
@@ -24,6 +25,7 @@ __all__ = [
     "init",
     "leaves",
     "load",
+    "load_with_model",
     "merge",
     "push_to_hub",
     "save",
