@@ -7,6 +7,7 @@ from peftfn.bound import bind, unbind
 from peftfn.checkpoint import load, push_to_hub, save
 from peftfn.combine import combine
 from peftfn.config import PeftConfig
+from peftfn.kbit import prepare_for_kbit_training
 from peftfn.merge import merge
 from peftfn.methods.lora import LoraConfig
 from peftfn.stacking import stack, unstack
@@ -27,6 +28,7 @@ __all__ = [
     "load",
     "load_with_model",
     "merge",
+    "prepare_for_kbit_training",
     "push_to_hub",
     "save",
     "stack",

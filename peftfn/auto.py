@@ -28,6 +28,10 @@ CLASSES = {
 """transformers' class for each task, as PEFT's AutoPeftModelFor... have them."""
 
 _TOKENIZER = "tokenizer_config.json"
+_WORDS = (  # the other files of a tokenizer, each of which some kinds have
+    *("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
 _LABELS = re.compile(r"\.(classifier|score)(\.out_proj)?\.weight$")
 
 
@@ -74,6 +78,7 @@ def load_with_model(
     where = "/".join(part for part in (subfolder, adapter_name) if part and part != "default") or None
     origin = hub.Origin(str(folder_or_hub_id), where, revision, token, cache_dir)
     tensors, _, source, config = checkpoint.read(origin, torch.device("cpu"))
+    origin = hub.pinned(origin, source)
     name = _base_name(config, base, source)
     loader = cls if cls is not None else _class_of(config, source)
     given = {"token": token, "cache_dir": cache_dir, "revision": config.revision if base is None else None}
@@ -86,7 +91,7 @@ def load_with_model(
         model,
         adapter_name=adapter_name,
         subfolder=subfolder,
-        revision=revision,
+        revision=origin.commit or revision,
         token=token,
         cache_dir=cache_dir,
         device=getattr(model, "device", "cpu"),
@@ -186,14 +191,15 @@ def _words(origin: hub.Origin, options: Mapping[str, Any]) -> int:
     """How many tokens the tokenizer knows that was saved with the adapter, or above it; 0 without one."""
     from transformers import AutoTokenizer
 
-    places = (place for place in (origin, origin._replace(subfolder=None)) if hub.try_find(place, _TOKENIZER))
-    found = next(places, None)
-    if found is None:
-        return 0
-    where: dict[str, Any] = {"subfolder": found.subfolder or "", "revision": found.revision, "token": found.token}
-    loader: Any = AutoTokenizer
-    remote = options.get("trust_remote_code", False)
-    return len(loader.from_pretrained(found.name, trust_remote_code=remote, cache_dir=found.cache_dir, **where))
+    for place in dict.fromkeys((origin, origin._replace(subfolder=None))):
+        found = hub.try_find(place, _TOKENIZER)
+        if found is not None:
+            for name in _WORDS:
+                hub.try_find(place, name)
+            # By its folder: of a repository without a config.json, AutoTokenizer finds no class.
+            loader: Any = AutoTokenizer
+            return len(loader.from_pretrained(found.parent, trust_remote_code=options.get("trust_remote_code")))
+    return 0
 
 
 @contextmanager

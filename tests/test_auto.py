@@ -13,7 +13,7 @@ import torch
 import transformers
 from bases import BASES, WORDS, bert, llama, t5, text
 from oracle import distance, quiet_peft, randomise, randomised
-from same import assert_same_tensors, assert_says
+from same import assert_same, assert_same_tensors, assert_says
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
@@ -165,6 +165,30 @@ def test_the_number_of_labels_follows_the_saved_head(task: str, tmp_path: Path) 
         assert model.config.num_labels == 5
         batch = text()
         assert torch.equal(pf.apply(model, again, batch).logits, pf.apply(base, adapter, batch).logits)
+
+
+def in_cache(cache: Path, name: str, commit: str, ref: str) -> Path:
+    """Where a commit of a hub repository is in a cache as huggingface_hub lays it out."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / ref).write_text(commit)
+    return repository / "snapshots" / commit
+
+
+@pytest.mark.parametrize("where", [{}, {"subfolder": "deep"}], ids=str)
+def test_hub_ids_and_revisions_are_followed_offline(where: dict[str, str], tmp_path: Path) -> None:
+    base, options = on_disk("CAUSAL_LM", in_cache(tmp_path, "org/base", "1" * 40, "v1"))
+    BASES["llama tied"].make().save_pretrained(in_cache(tmp_path, "org/base", "2" * 40, "main"))
+    config = pf.LoraConfig(**options, base_model_name_or_path="org/base", revision="v1")
+    adapter = randomised(pf.init(base, config))
+    snapshot = in_cache(tmp_path, "org/adapter", "3" * 40, "main")
+    pf.save(adapter, snapshot / where.get("subfolder", ""))
+    model, again = pf.load_with_model("org/adapter", cache_dir=tmp_path, **where)
+    assert_same_tensors(dict(model.state_dict()), dict(base.state_dict()))
+    assert_same(again, adapter)
+    tokenizer(WORDS + 3).save_pretrained(snapshot)
+    model, _ = pf.load_with_model("org/adapter", cache_dir=tmp_path, **where)
+    assert model.get_input_embeddings().weight.shape[0] == WORDS + 3
 
 
 def test_a_class_that_is_imported_can_be_the_base_s(tmp_path: Path) -> None:
