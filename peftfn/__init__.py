@@ -2,9 +2,12 @@
 
 from peftfn.adapter import Adapter, Count, count, leaves
 from peftfn.apply import apply, init
+from peftfn.auto import load_with_model
 from peftfn.bound import bind, unbind
 from peftfn.checkpoint import load, push_to_hub, save
+from peftfn.combine import combine
 from peftfn.config import PeftConfig
+from peftfn.kbit import prepare_for_kbit_training
 from peftfn.merge import merge
 from peftfn.methods.adaption_prompt import AdaptionPromptConfig
 from peftfn.methods.lora import LoraConfig
@@ -28,11 +31,14 @@ __all__ = [
     "PromptTuningConfig",
     "apply",
     "bind",
+    "combine",
     "count",
     "init",
     "leaves",
     "load",
+    "load_with_model",
     "merge",
+    "prepare_for_kbit_training",
     "push_to_hub",
     "save",
     "stack",

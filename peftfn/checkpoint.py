@@ -16,7 +16,7 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -128,11 +128,7 @@ def load(
     device = torch.device(device)
     where = "/".join(part for part in (subfolder, adapter_name) if part and part != "default") or None
     origin = hub.Origin(str(folder_or_hub_id), where, revision, token, cache_dir)
-    beside = hub.try_find(origin, files.CONFIG)
-    text = beside.read_bytes() if beside else None  # before the weights: see _config
-    origin = hub.pinned(origin, beside)
-    tensors, metadata, source = _read_weights(origin, text is None, device)
-    config = _config(origin, beside, text, metadata)
+    tensors, metadata, source, config = read(origin, device)
     if model is not None:
         tensors, config = older.in_present_names(tensors, config, model, str(source))
     note = metadata.get(_PARTS_KEY, "")
@@ -143,6 +139,24 @@ def load(
     if model is not None:
         keys.check_against(adapter, model, str(source))
     return adapter
+
+
+class Read(NamedTuple):
+    """What an adapter's files hold: tensors by key, the notes beside them, the weights file, and the config."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    source: Path
+    config: PeftConfig
+
+
+def read(origin: hub.Origin, device: torch.device) -> Read:
+    """Both files of an adapter, as they are."""
+    beside = hub.try_find(origin, files.CONFIG)
+    text = beside.read_bytes() if beside else None  # before the weights: see _config
+    origin = hub.pinned(origin, beside)
+    tensors, metadata, source = _read_weights(origin, text is None, device)
+    return Read(tensors, metadata, source, _config(origin, beside, text, metadata))
 
 
 def _check_types(folder: object, model: object) -> None:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from peftfn import copies
 
-_STANDARD = frozenset(vars(nn.Module()))
+# What every module has, and the guards of a view (`peftfn.guards`), which stay the view's: nothing to rebind there.
+_STANDARD = frozenset((*vars(nn.Module()), "_load_from_state_dict", "apply", "requires_grad_"))
 _ATOMS = frozenset((str, int, float, bool, type(None), torch.dtype, torch.device, torch.Size))
 _SMALL_BUFFER = 65536
 _SMALL_CONTAINER = 256

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from peftfn import layers, matching, targets
 from peftfn.adapter import Leaf
 from peftfn.layers import Place, Site
-from peftfn.methods import lowrank, ranks
+from peftfn.methods import lora_combine, lowrank, ranks
 from peftfn.methods.lora_config import LoraConfig
 from peftfn.methods.lora_targets import TARGETS
 from peftfn.methods.method import Method, dtype_over
@@ -266,6 +266,8 @@ METHOD = Method(
     silence=silence,
     pad=_pad,
     trim=_trim,
+    combine=lora_combine.combine,
+    combined=lora_combine.combined,
     to_file=ranks.to_file,
     from_file=ranks.from_file,
 )

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from peftfn import layers, targets
-from peftfn.adapter import Leaf
+from peftfn.adapter import Adapter, Leaf, Tree
 from peftfn.config import PeftConfig
 from peftfn.layers import Place, Site
+from peftfn.mixing import Recipe
 
 
 def _resolve(model: nn.Module, config: Any) -> Any:
@@ -43,6 +44,14 @@ def _alike(configs: Sequence[Any], path: str, leaves: Sequence[Leaf | None]) -> 
 
 def _as_it_is(config: Any, configs: Sequence[Any], path: str, leaf: Leaf) -> Leaf:
     return leaf
+
+
+def _no_combination(recipe: Recipe, configs: Sequence[Any], path: str, leaves: Sequence[Leaf | None]) -> Any:
+    raise ValueError(f"combine: {type(configs[0]).__name__} has no weighted combination.")
+
+
+def _same_config(config: Any, adapters: Sequence[Adapter], params: Tree) -> Any:
+    return config
 
 
 def _same(leaf: Leaf) -> Leaf:
@@ -91,6 +100,9 @@ class Method(NamedTuple):
         pad: `(configs, path, leaves) -> leaves` of one shape, zeros added so that nothing changes; `None` is an
             adapter without this site.
         trim: `(config, configs, path, leaf) -> leaf`, the inverse of `pad` for one of them.
+        combine: `(recipe, configs, path, leaves) -> (params leaf, buffers leaf)`, the weighted combination at one site;
+            `None` is an adapter without this site.
+        combined: `(config, adapters, params) -> config` of their combination, from one that has their targets already.
         to_file: `(leaf) -> leaf` in PEFT's shapes, and `from_file` back, where they differ from ours.
         kind: of a method that acts on whole modules, `layers.ATTENTION` or `layers.MODEL`; `None` acts on layers, which
             have kinds of their own. Whole modules have no weight, so there is nothing to merge.
@@ -113,6 +125,8 @@ class Method(NamedTuple):
     kinds: Callable[[Mapping[str, Tensor], torch.Size], list[str]] = _linear
     pad: Callable[[Sequence[Any], str, Sequence[Leaf | None]], list[Leaf]] = _alike
     trim: Callable[[Any, Sequence[Any], str, Leaf], Leaf] = _as_it_is
+    combine: Callable[[Recipe, Sequence[Any], str, Sequence[Leaf | None]], tuple[Leaf, Leaf]] = _no_combination
+    combined: Callable[[Any, Sequence[Adapter], Tree], Any] = _same_config
     to_file: Callable[[Leaf], Leaf] = _same
     from_file: Callable[[Leaf], Leaf] = _same
     kind: str | None = None

@@ -12,7 +12,8 @@ from peftfn import fused
 from peftfn.adapter import Leaf
 
 
-def _pair(leaf: Leaf) -> tuple[str, str]:
+def pair(leaf: Leaf) -> tuple[str, str]:
+    """The names of A and B in a leaf."""
     first = next(name for name in sorted(leaf) if name.endswith("_A"))
     return first, first.removesuffix("_A") + "_B"
 
@@ -32,7 +33,7 @@ def pad(leaves: Sequence[Leaf], ranks: Sequence[int]) -> list[Leaf]:
 def _padded(leaf: Leaf, rank: int, wanted: int) -> Leaf:
     if rank == wanted:
         return leaf
-    first, second = _pair(leaf)
+    first, second = pair(leaf)
     a, b = _with_rank_axis(leaf[first], leaf[second], rank)
     groups = rank // a.shape[1]
     more = (wanted - rank) // groups
@@ -45,7 +46,7 @@ def trimmed(leaf: Leaf, rank: int, padded: int) -> Leaf:
     """The inverse of `pad`, for one leaf that was padded from `rank` to `padded`."""
     if rank == padded:
         return leaf
-    first, second = _pair(leaf)
+    first, second = pair(leaf)
     a, b = _with_rank_axis(leaf[first], leaf[second], padded)
     keep = rank * a.shape[1] // padded
     a, b = a[:, :keep], b[:, :keep]
@@ -75,7 +76,7 @@ def _without_rank_axis(a: Tensor, b: Tensor, dims: int) -> tuple[Tensor, Tensor]
 
 def to_file(leaf: Leaf) -> Leaf:
     """The leaf with PEFT's shapes: A of a convolution with groups dense, zero outside each group's channels."""
-    first, second = _pair(leaf)
+    first, second = pair(leaf)
     if "rows" in leaf:
         leaf = fused.to_whole(leaf, second)
     a, b = leaf[first], leaf[second]
@@ -93,7 +94,7 @@ def from_file(leaf: Leaf) -> Leaf:
 
     A dense A that really reads other groups' channels, as PEFT trains it, stays dense.
     """
-    first, second = _pair(leaf)
+    first, second = pair(leaf)
     if "rows" in leaf:
         return {first: leaf[first], second: leaf[second][leaf["rows"]]}
     a, b = leaf[first], leaf[second]
