@@ -87,8 +87,13 @@ def _merge_site(
         raise KeyError(f"the adapter has a site {path!r}, which {type(model).__name__} does not have.")
     if place.name not in merged:
         raise _missing(place.name, merged)
+    names = {"weight": place.name}
+    if place.kind not in layers.WEIGHT_KINDS:
+        names["bias"] = place._replace(weight="bias").name
     try:
-        merged[place.name] = method.merge(adapter.config, leaf, place.kind, merged[place.name])
+        given = {name: merged[key] for name, key in names.items() if key in merged}
+        changed = method.merge(adapter.config, leaf, place.kind, given)
+        merged.update({names[name]: tensor for name, tensor in changed.items()})
     except (RuntimeError, ValueError) as error:
         shapes = {name: tuple(tensor.shape) for name, tensor in leaf.items() if tensor.dim()}
         raise ValueError(

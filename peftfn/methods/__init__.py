@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from peftfn.config import PeftConfig
-from peftfn.methods import lora
+from peftfn.methods import adalora, ia3, lora
 from peftfn.methods.method import Method
 
-TABLE: tuple[Method, ...] = (lora.METHOD,)
+TABLE: tuple[Method, ...] = (lora.METHOD, ia3.METHOD, adalora.METHOD)
 
 
 def of(config: PeftConfig) -> Method:
