@@ -130,7 +130,7 @@ def _stored(
             return kinds[int(leaf["transposed"])]
         stated = kinds[bool(getattr(config, "fan_in_fan_out", False))]
         others = [
-            method.kinds(leaf, params[f"{other}.weight"].shape)
+            method.kinds({**leaf, **adapter.buffers.get(other, {})}, params[f"{other}.weight"].shape)
             for other, leaf in adapter.params.items()
             if f"{other}.weight" in params and not all(method.replaces(name) for name in leaf)
         ]

@@ -33,8 +33,9 @@ def quiet_peft() -> Generator[None]:
 
 
 def config_of(library: Any, options: Mapping[str, Any]) -> Any:
-    """The LoRA config of either library, `peft` or `peftfn`, from the same options."""
-    return library.LoraConfig(**copy.deepcopy(dict(options)))
+    """The config of either library, `peft` or `peftfn`, from the same options; of LoRA, unless they say which `kind`."""
+    given = copy.deepcopy(dict(options))
+    return getattr(library, given.pop("kind", "LoraConfig"))(**given)
 
 
 def randomised(adapter: pf.Adapter, seed: int = 0, size: float = 0.1) -> pf.Adapter:
