@@ -97,7 +97,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def test_every_folder_is_a_case_of_one_of_the_tests_below() -> None:
-    assert len(CASES) == 36
+    assert len(CASES) == 41
     assert len(NOT_YET) == 4
 
 
@@ -132,9 +132,6 @@ def test_what_peft_saved_is_saved_again_as_the_latest_peft_would(case: Case, tmp
     again = load_file(pf.save(case.load_whole(), tmp_path) / "adapter_model.safetensors")
     assert_same_tensors(dict(sorted(again.items())), dict(sorted(case.tensors().items())))
     newer = Case(case.folder.parents[1] / "peft-0.21.2" / case.folder.name, case.name)
-    if not newer.folder.exists():  # of these methods there are files of the old peft alone
-        assert kind_of(case.folder) != "LORA"
-        return
     assert {key: t.shape for key, t in again.items()} == {key: t.shape for key, t in newer.tensors().items()}
 
 

@@ -108,6 +108,8 @@ def forward(
 ) -> Tensor:
     """W x + s·P·Λ·Q·dropout(x), in the dtype of W x."""
     y = site(x, *args, **kwargs)
+    if not leaf["lora_E"].shape[0]:  # no rank is left, and torch has no convolution with no channels
+        return y
     a, b, scaling = _factors(leaf, site.kind, _kernel(site))
     x = lowrank.dropped(x, a.dtype, config.lora_dropout, site)
     return lowrank.TABLE[site.kind].add(site, a, b, scaling, x, y).to(y.dtype)

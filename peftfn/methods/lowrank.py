@@ -159,8 +159,8 @@ def _convolution_delta(a: Tensor, b: Tensor, weight: torch.Size) -> Tensor:
             "train it with peftfn, whose lora_A follows the groups."
         )
     groups = a.shape[0] if a.dim() > b.dim() else 1
-    left = b.reshape(groups, -1, b.shape[1])  # (g, out/g, r/g)
-    right = a.reshape(groups, b.shape[1], -1)  # (g, r/g, in/g * k)
+    left = b.reshape(groups, weight[0] // groups, b.shape[1])  # (g, out/g, r/g)
+    right = a.reshape(groups, b.shape[1], weight[1:].numel())  # (g, r/g, in/g * k)
     return (left @ right).reshape(weight)
 
 
