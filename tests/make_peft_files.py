@@ -153,7 +153,9 @@ CASES = [
     Case("ia3-bert", "bert", SEQ_CLS, "IA3Config"),
     Case("ia3-conv2d", "conv2d", IA3_CONV, "IA3Config", versions=ONLY_NEW),
     Case("adalora-bert", "bert", ADALORA | SEQ_CLS, "AdaLoraConfig"),
-    Case("adalora-conv2d", "conv2d", ADALORA | {"target_modules": ["conv", "lin0"]}, "AdaLoraConfig", versions=ONLY_NEW),
+    Case(
+        "adalora-conv2d", "conv2d", ADALORA | {"target_modules": ["conv", "lin0"]}, "AdaLoraConfig", versions=ONLY_NEW
+    ),
     Case("prompt-tuning-gpt2", "gpt2", PROMPT, "PromptTuningConfig", versions=ONLY_OLD),
     Case("prompt-tuning-bert", "bert", PROMPT | SEQ_CLS, "PromptTuningConfig", versions=ONLY_OLD),
     Case("p-tuning-gpt2", "gpt2", P_TUNING, "PromptEncoderConfig", versions=ONLY_OLD),

@@ -33,7 +33,7 @@ def quiet_peft() -> Generator[None]:
 
 
 def config_of(library: Any, options: Mapping[str, Any]) -> Any:
-    """The config of either library, `peft` or `peftfn`, from the same options; of LoRA, unless they say which `kind`."""
+    """The config of either library, `peft` or `peftfn`, from the same options; LoRA's, unless they have a `kind`."""
     given = copy.deepcopy(dict(options))
     return getattr(library, given.pop("kind", "LoraConfig"))(**given)
 

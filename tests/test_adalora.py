@@ -248,7 +248,7 @@ BAD = [
 @pytest.mark.parametrize("options", BAD, ids=str)
 def test_a_schedule_that_peft_refuses_is_refused(options: dict[str, Any]) -> None:
     for library in (peft, pf):
-        with pytest.raises(ValueError, match="total_step|orth_reg_weight"):
+        with pytest.raises(ValueError, match=r"total_step|orth_reg_weight"):
             library.AdaLoraConfig(**options)
 
 

@@ -1,4 +1,4 @@
-"""Each method here and in peft: from the same tensors the same outputs, gradients, training, merged weights and files."""
+"""Each method here and in peft: from the same tensors the same outputs, gradients, training, merges and files."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def silence(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
 def check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
     """What is wrong with a leaf for this site, or `None`."""
     if site.kind not in _KINDS:
-        return f"is AdaLoRA's and acts on a {site.kind}, expected one of {', '.join(_KINDS)}"
+        return f"cannot act on this {site.kind}, expected one of {', '.join(_KINDS)}"
     rows = leaf["lora_E"].shape[0]
     expected = dict(zip(NAMES, (*_shapes(site, rows), (rows, 1)), strict=True))
     found = {name: tuple(leaf[name].shape) for name in NAMES if name in leaf}

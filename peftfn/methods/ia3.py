@@ -166,7 +166,7 @@ def silence(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
 def check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
     """What is wrong with a leaf for this site, or `None`."""
     if site.kind not in _KINDS:
-        return f"scales a {site.kind}, expected one of {', '.join(_KINDS)}"
+        return f"cannot act on this {site.kind}, expected one of {', '.join(_KINDS)}"
     expected = _shape(site, "feedforward" in leaf)
     return None if tuple(leaf["ia3_l"].shape) == expected else f"has {tuple(leaf['ia3_l'].shape)}, expected {expected}"
 

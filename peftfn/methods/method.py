@@ -22,7 +22,7 @@ def like_weight(tensor: Tensor, weight: Tensor, dtype: torch.dtype | None) -> Te
 
 def refuse_other_kinds(name: str, site: Site, kinds: Sequence[str]) -> None:
     """A `ValueError` if a method cannot act on a site."""
-    what = f"a {site.kind}" if site.kind not in kinds else "a part of a fused projection"
+    what = f"this {site.kind}" if site.kind not in kinds else "a part of a fused projection"
     if site.kind in layers.WEIGHT_KINDS:
         what = f"a weight that the base reads itself ({type(site.layer).__name__})"
     if site.kind not in kinds or site.rows is not None:
