@@ -1,5 +1,6 @@
 """peftfn: parameter-efficient fine-tuning as pure functions on `torch.func`."""
 
+from peftfn import adalora
 from peftfn.adapter import Adapter, Count, count, leaves
 from peftfn.apply import apply, init
 from peftfn.auto import load_with_model
@@ -9,7 +10,9 @@ from peftfn.combine import combine
 from peftfn.config import PeftConfig
 from peftfn.kbit import prepare_for_kbit_training
 from peftfn.merge import merge
+from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adaption_prompt import AdaptionPromptConfig
+from peftfn.methods.ia3 import IA3Config
 from peftfn.methods.lora import LoraConfig
 from peftfn.methods.p_tuning import PromptEncoderConfig
 from peftfn.methods.prefix_tuning import PrefixTuningConfig
@@ -20,15 +23,18 @@ from peftfn.stacking import stack, unstack
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoraConfig",
     "Adapter",
     "AdaptionPromptConfig",
     "Count",
+    "IA3Config",
     "LoraConfig",
     "PeftConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptLearningConfig",
     "PromptTuningConfig",
+    "adalora",
     "apply",
     "bind",
     "combine",

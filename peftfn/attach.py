@@ -260,7 +260,7 @@ def _check_leaves(twin: nn.Module, place: Place, path: str, here: Sequence[Part]
 def _merged(twin: nn.Module, place: Place, here: Sequence[Part]) -> Tensor:
     weight = codecs.of(twin).read(twin, place.weight)
     for part in here:
-        weight = part.method.merge(part.config, part.leaf, place.kind, weight)
+        weight = part.method.merge(part.config, part.leaf, place.kind, {"weight": weight})["weight"]
     return weight
 
 

@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from peftfn import files, fused, hub, keys, older, stacking
+from peftfn import files, fused, hub, keys, methods, older, stacking
 from peftfn.adapter import Adapter, is_traced
 from peftfn.config import PeftConfig
 
@@ -56,7 +56,8 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
     folder = Path(folder)
     _check_single(adapter)
     plain = {key: _plain(key, tensor) for key, tensor in keys.to_keys(adapter).items()}
-    text = fused.whole_config(adapter).to_json()
+    config = methods.of(adapter.config).file_config(adapter)
+    text = fused.whole_config(adapter.replace(config=config)).to_json()
     old = folder / files.CONFIG
     metadata = {
         "format": "pt",

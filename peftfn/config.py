@@ -195,9 +195,6 @@ class TargetedConfig(PeftConfig):
         target_modules: names (a path's ending), a regex for whole paths, or `"all-linear"`.
         exclude_modules: names or a regex of modules to leave out.
         modules_to_save: modules to train and save whole, such as a new head.
-        layers_to_transform: indices of the layers to adapt.
-        layers_pattern: the name of the list of layers, if it is an unusual one.
-        target_parameters: names of bare parameters (a path's ending), such as experts.
     """
 
     target_modules: Sequence[str] | str | None = dataclasses.field(
@@ -209,6 +206,18 @@ class TargetedConfig(PeftConfig):
     modules_to_save: Sequence[str] | None = dataclasses.field(
         default=None, metadata={"help": "Modules to train and save whole, such as a new head."}
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class LayeredConfig(TargetedConfig):
+    """The config of a method whose targets can be limited to some layers, or be bare parameters.
+
+    Attributes:
+        layers_to_transform: indices of the layers to adapt.
+        layers_pattern: the name of the list of layers, if it is an unusual one.
+        target_parameters: names of bare parameters (a path's ending), such as experts.
+    """
+
     layers_to_transform: Sequence[int] | int | None = dataclasses.field(
         default=None, metadata={"help": "Indices of the layers to adapt."}
     )
@@ -254,7 +263,8 @@ def _check_types(config: PeftConfig) -> None:
 
 
 def _check_patterns(config: PeftConfig) -> None:
-    for field in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+    regexes = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
+    for field in (*regexes, "rank_pattern", "alpha_pattern"):
         value: Any = getattr(config, field, None)
         patterns: list[str] = [value] if isinstance(value, str) else [*value] if isinstance(value, Mapping) else []
         for pattern in patterns:

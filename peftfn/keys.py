@@ -51,7 +51,7 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
             site = _site_key(adapter, path)
             held = {name: tensor for name, tensor in adapter.buffers.get(path, {}).items() if name in method.held}
             whole = method.to_file({**own, **held})
-            found += [(f"{site}.{method.names[name]}", tensor) for name, tensor in whole.items()]
+            found += [(f"{site}.{key}", whole[name]) for name, key in method.names.items() if name in whole]
     for tree in (adapter.params, adapter.buffers):
         for path, leaf in tree.items():
             module = _nested(adapter, path) + _BASE * adapted.count(path)

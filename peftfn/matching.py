@@ -54,10 +54,10 @@ def is_named(config: TargetedConfig, path: str) -> bool:
 
 def in_layers(config: TargetedConfig, path: str) -> bool:
     """Whether a path lies in one of `layers_to_transform`."""
-    wanted = config.layers_to_transform
+    wanted: Sequence[int] | int | None = getattr(config, "layers_to_transform", None)
     if wanted is None or (not isinstance(wanted, int) and len(wanted) == 0):
         return True
-    patterns = config.layers_pattern
+    patterns: Sequence[str] | str | None = getattr(config, "layers_pattern", None)
     if not patterns:
         found = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", path)
     else:

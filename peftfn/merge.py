@@ -83,14 +83,19 @@ def _merge_site(
     if not leaf:
         return
     if method.kind is not None:
-        method.merge(adapter.config, leaf, method.kind, next(iter(leaf.values())))  # refuses, and says why
+        method.merge(adapter.config, leaf, method.kind, {})  # refuses, and says why
     place = layers.find(model, path) if model is not None else _guess(merged, adapter, method, path, leaf)
     if place is None:
         raise KeyError(f"the adapter has a site {path!r}, which {type(model).__name__} does not have.")
     if place.name not in merged:
         raise _missing(place.name, merged)
+    names = {"weight": place.name}
+    if place.kind not in layers.WEIGHT_KINDS:
+        names["bias"] = place._replace(weight="bias").name
     try:
-        merged[place.name] = method.merge(adapter.config, leaf, place.kind, merged[place.name])
+        given = {name: merged[key] for name, key in names.items() if key in merged}
+        changed = method.merge(adapter.config, leaf, place.kind, given)
+        merged.update({names[name]: tensor for name, tensor in changed.items()})
     except (RuntimeError, ValueError) as error:
         shapes = {name: tuple(tensor.shape) for name, tensor in leaf.items() if tensor.dim()}
         raise ValueError(
@@ -127,7 +132,7 @@ def _stored(
             return kinds[int(leaf["transposed"])]
         stated = kinds[bool(getattr(config, "fan_in_fan_out", False))]
         others = [
-            method.kinds(leaf, params[f"{other}.weight"].shape)
+            method.kinds({**leaf, **adapter.buffers.get(other, {})}, params[f"{other}.weight"].shape)
             for other, leaf in adapter.params.items()
             if f"{other}.weight" in params and not all(method.replaces(name) for name in leaf)
         ]

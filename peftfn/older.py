@@ -34,7 +34,7 @@ def in_present_names(
             )
     changes = {
         field: targets.in_present_names(model, getattr(given, field))
-        for field in ("target_modules", "exclude_modules")
+        for field in ("target_modules", "exclude_modules", "feedforward_modules")
         if hasattr(given, field)
     }
     return found, dataclasses.replace(given, **changes)

@@ -61,11 +61,14 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
         raise ValueError("stack was given no adapter; expected at least one.")
     method = _common_method(adapters)
     configs = [adapter.config for adapter in adapters]
-    paths = sorted({path for adapter in adapters for path in adapter.params})
-    params: Tree = {path: _stack_leaves(method, adapters, path, configs) for path in paths}
+    params: Tree = {}
     buffers: Tree = {}
-    for path in sorted({path for adapter in adapters for path in adapter.buffers}):
-        buffers[path] = _stack_plain([adapter.buffers.get(path) for adapter in adapters], path, fill=True)
+    for path in sorted({path for adapter in adapters for path in (*adapter.params, *adapter.buffers)}):
+        own = _stack_own(method, adapters, path, configs)
+        params[path] = {name: tensor for name, tensor in own.items() if name in method.names}
+        params[path] |= _stack_rest(method, [adapter.params.get(path) for adapter in adapters], path)
+        buffers[path] = {name: tensor for name, tensor in own.items() if name in method.held}
+        buffers[path] |= _stack_rest(method, [adapter.buffers.get(path) for adapter in adapters], path, fill=True)
     stacked = Stacked(
         task_type=configs[0].task_type,
         base_model_name_or_path=configs[0].base_model_name_or_path,
@@ -123,18 +126,24 @@ def _common_method(adapters: Sequence[Adapter]) -> Method:
     return methods.of(first)
 
 
-def _stack_leaves(method: Method, adapters: Sequence[Adapter], path: str, configs: Sequence[Any]) -> Leaf:
-    leaves = [adapter.params.get(path) for adapter in adapters]
-    own = [None if leaf is None else {n: t for n, t in leaf.items() if not method.replaces(n)} for leaf in leaves]
-    own = [leaf or None for leaf in own]
-    rest = [None if leaf is None else {n: t for n, t in leaf.items() if method.replaces(n)} for leaf in leaves]
-    stacked: Leaf = {}
-    if any(own):
-        at = layers.pattern_path(path, {path for adapter in adapters for path in adapter.params})
-        stacked |= _stack_plain(method.pad(configs, at, own), path)
-    if any(rest):
-        stacked |= _stack_plain([leaf or None for leaf in rest], path)
-    return stacked
+def _stack_own(method: Method, adapters: Sequence[Adapter], path: str, configs: Sequence[Any]) -> Leaf:
+    own = [_own(method, adapter, path) or None for adapter in adapters]
+    if not any(own):
+        return {}
+    at = layers.pattern_path(path, {path for adapter in adapters for path in adapter.params})
+    return _stack_plain(method.pad(configs, at, own), path)
+
+
+def _own(method: Method, adapter: Adapter, path: str) -> Leaf:
+    """The method's tensors of an adapter at one site, params and buffers together."""
+    both = {**adapter.params.get(path, {}), **adapter.buffers.get(path, {})}
+    return {name: tensor for name, tensor in both.items() if not method.replaces(name)}
+
+
+def _stack_rest(method: Method, leaves: Sequence[Leaf | None], path: str, fill: bool = False) -> Leaf:
+    """The tensors that replace the base's, stacked."""
+    rest = [{n: t for n, t in (leaf or {}).items() if method.replaces(n)} or None for leaf in leaves]
+    return _stack_plain(rest, path, fill) if any(rest) else {}
 
 
 def _stack_plain(leaves: Sequence[Leaf | None], path: str, fill: bool = False) -> Leaf:
@@ -161,17 +170,19 @@ def _stack_tensors(tensors: Sequence[Tensor], name: str) -> Tensor:
 def _slice(stacked: Adapter, method: Method, number: int, configs: Sequence[Any]) -> Adapter:
     assert isinstance(stacked.config, Stacked)
     config, paths = configs[number], set(stacked.config.paths[number])
-    params: Tree = {}
+    params, buffers = (
+        {
+            path: {name: tensor[number] for name, tensor in leaf.items()}
+            for path, leaf in tree.items()
+            if path in paths or path not in stacked.params
+        }
+        for tree in (stacked.params, stacked.buffers)
+    )
     for path in sorted(paths):
-        leaf = {name: tensor[number] for name, tensor in stacked.params[path].items()}
-        own = {name: tensor for name, tensor in leaf.items() if not method.replaces(name)}
+        own = _own(method, Adapter(params, buffers, config), path)
         if own:
             there = [c for c, has in zip(configs, stacked.config.paths, strict=True) if path in has]
-            leaf |= method.trim(config, there, layers.pattern_path(path, set(stacked.params)), own)
-        params[path] = leaf
-    buffers = {
-        path: {name: tensor[number] for name, tensor in leaf.items()}
-        for path, leaf in stacked.buffers.items()
-        if path in paths or path not in stacked.params
-    }
+            own = method.trim(config, there, layers.pattern_path(path, set(stacked.params)), own)
+            params[path].update({name: tensor for name, tensor in own.items() if name in method.names})
+            buffers.setdefault(path, {}).update({n: t for n, t in own.items() if n in method.held})
     return Adapter(sorted_tree(params), sorted_tree(buffers), config)

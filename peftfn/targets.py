@@ -42,20 +42,26 @@ def default_targets(model: nn.Module, table: Mapping[str, Sequence[str] | str]) 
 def resolved(model: nn.Module, config: Config, table: Mapping[str, Sequence[str] | str]) -> Config:
     """The config with what the model decides filled in: target modules, heads, names that transformers changed."""
     names = config.target_modules
-    if names is None and (not config.target_parameters or model_type(model) in table):
+    if names is None and (not parameters_of(config) or model_type(model) in table):
         names = in_present_names(model, default_targets(model, table))
     elif isinstance(names, str) and names.lower() == ALL_LINEAR:
         names = all_linear(model, config.task_type)
     else:
         names = in_present_names(model, names)
         refuse_lost_names(model, names)
-    return dataclasses.replace(
-        config,
-        target_modules=names,
-        exclude_modules=in_present_names(model, config.exclude_modules),
-        modules_to_save=matching.with_heads(config),
-        target_parameters=in_model_order(model, config.target_parameters),
-    )
+    changes: dict[str, Any] = {
+        "target_modules": names,
+        "exclude_modules": in_present_names(model, config.exclude_modules),
+        "modules_to_save": matching.with_heads(config),
+    }
+    if parameters_of(config):
+        changes["target_parameters"] = in_model_order(model, parameters_of(config))
+    return dataclasses.replace(config, **changes)
+
+
+def parameters_of(config: TargetedConfig) -> Sequence[str]:
+    """The names of bare parameters in a config, none for a method that has no such field."""
+    return cast("Sequence[str]", getattr(config, "target_parameters", None) or ())
 
 
 def all_linear(model: nn.Module, task_type: str | None) -> tuple[str, ...]:
@@ -86,7 +92,7 @@ def sites(model: nn.Module, config: TargetedConfig) -> dict[str, layers.Place]:
         found.update(at)
     if matching.may_name_parts(config.target_modules):
         found = {**fused.places(model, lambda path: matching.names_part(config, path)), **found}
-    for name in _parameters(model, config.target_parameters or ()):
+    for name in _parameters(model, parameters_of(config)):
         found[name] = layers.place_of_parameter(model, name)
     _refuse_unmatched(model, config, paths, found)
     return found
@@ -145,7 +151,7 @@ def _refuse_unmatched(model: nn.Module, config: TargetedConfig, paths: list[str]
         limits = "".join(
             f", {field}={_shown(value)}"
             for field in ("layers_to_transform", "layers_pattern")
-            if (value := getattr(config, field)) is not None
+            if (value := getattr(config, field, None)) is not None
         )
         wanted = [names] if isinstance(names, str) else list(names or ())
         raise ValueError(f"{shown}{limits} matched no module of {type(model).__name__}{_near(wanted, paths)}.")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from bases import BASES, EXPERTS_ARE_PARAMETERS, WORDS, Base, ids, randn, text
-from oracle import called, outputs, randomised
+from oracle import called, config_of, outputs, randomised
 from torch import Tensor, nn
 
 import peftfn as pf
@@ -66,13 +66,16 @@ ROWS: dict[str, Row] = {
     "vit": Row(BASES["vit"], {"target_modules": "all-linear", "modules_to_save": ["classifier"]}),
     "mixtral": Row(BASES["mixtral"], EXPERTS),
     "albert": Row(Base(albert, text), {"target_modules": ["query", "value"], "bias": "all"}),
+    "ia3 bert": Row(BASES["bert"], {"kind": "IA3Config", "task_type": "SEQ_CLS"}),
+    "ia3 gpt2": Row(BASES["gpt2"], {"kind": "IA3Config"}),
+    "adalora gpt2": Row(BASES["gpt2"], {"kind": "AdaLoraConfig", "lora_dropout": 0.1, "bias": "lora_only"}),
 }
 
 
 def adapter_for(model: nn.Module, options: dict[str, Any], seed: int = 0) -> pf.Adapter:
-    """An adapter of rank 2 with random values everywhere."""
-    given: dict[str, Any] = {"r": 2, **options}
-    return randomised(pf.init(model, pf.LoraConfig(**given)), seed)
+    """An adapter, of rank 2 where it is LoRA's, with random values everywhere."""
+    given: dict[str, Any] = options if "kind" in options else {"r": 2, **options}
+    return randomised(pf.init(model, config_of(pf, given)), seed)
 
 
 def names_of(model: nn.Module, adapter: pf.Adapter) -> list[str]:

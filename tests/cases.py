@@ -201,10 +201,21 @@ def lora(*targets: str, **kwargs: Any) -> pf.LoraConfig:
     return pf.LoraConfig(r=4, lora_alpha=6, target_modules=list(targets), **kwargs)
 
 
+def ia3(*targets: str, feedforward: tuple[str, ...] = (), **kwargs: Any) -> pf.IA3Config:
+    """An (IA)³ config."""
+    return pf.IA3Config(target_modules=list(targets), feedforward_modules=list(feedforward), **kwargs)
+
+
+def adalora(*targets: str, **kwargs: Any) -> pf.AdaLoraConfig:
+    """A small AdaLoRA config."""
+    return pf.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=6, target_modules=list(targets), **kwargs)
+
+
 FLOAT32 = "its norms and rotations run in float32 whatever the dtype: too coarse for finite differences"
 DEFINED = "padding_idx and scale_grad_by_freq say what the gradient is; it is not the slope"
 REPLACED = "two adapters that replace the same tensor are refused (test_bad_input.py)"
 BARE = "the base reads this tensor itself, one for all rows: refused with a clear error (test_bad_input.py)"
+ONES = {"randomness": "it starts at ones, whatever the generator"}
 SMALL = {"r": 4, "lora_alpha": 6}
 
 INPUT = {
@@ -365,6 +376,79 @@ CASES = [
     ),
     Case("adaption-llama", llama, ADAPTION, texts, INPUT | {"slope": FLOAT32}),
     Case("adaption-gpt2", gpt2, ADAPTION, texts, INPUT | {"slope": FLOAT32}),
+    Case("ia3-linear", mlp, ia3("0", "3", feedforward=("3",)), randn(4, 8), ONES),
+    Case("ia3-random", mlp, ia3("0", "3", init_ia3_weights=False), randn(4, 8), {"identity": "asked not to be it"}),
+    Case("ia3-head", mlp, ia3("0", modules_to_save=["3"]), randn(4, 8), {**ONES, "sum": REPLACED}),
+    Case(
+        "ia3-transposed-square",
+        lambda: nn.Sequential(Conv1D(8, 8), nn.ReLU(), Conv1D(8, 8)),
+        ia3("0", "2", feedforward=("2",)),
+        randn(4, 3, 8),
+        ONES,
+    ),
+    Case(
+        "ia3-conv1d",
+        lambda: nn.Sequential(nn.Conv1d(4, 4, 3, stride=2), nn.ReLU(), nn.Conv1d(4, 5, 1)),
+        ia3("0", "2", feedforward=("0",)),
+        randn(4, 4, 9),
+        ONES,
+    ),
+    Case(
+        "ia3-conv2d",
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), nn.ReLU(), nn.Conv2d(6, 6, 1)),
+        ia3("0", "2", feedforward=("2",)),
+        randn(4, 4, 6, 6),
+        ONES,
+    ),
+    Case(
+        "ia3-conv2d-groups",
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.Conv2d(6, 4, 1, groups=2)),
+        ia3("0", "2", feedforward=("2",)),
+        randn(4, 4, 6, 6),
+        ONES,
+    ),
+    Case(
+        "ia3-conv3d",
+        lambda: nn.Sequential(nn.Conv3d(2, 4, (1, 2, 3)), nn.ReLU(), nn.Conv3d(4, 2, 1)),
+        ia3("0", "2", feedforward=("0",)),
+        randn(4, 2, 3, 4, 5),
+        ONES,
+    ),
+    Case("ia3-two-paths", Twice, ia3("first"), randn(4, 8), ONES),
+    Case("ia3-gpt2", gpt2, pf.IA3Config(), lambda: {"input_ids": tokens()()}, ONES),
+    Case(
+        "ia3-llama",
+        llama,
+        pf.IA3Config(target_modules=r".*_proj", feedforward_modules=r".*\.(down|o)_proj"),
+        lambda: {"input_ids": tokens()()},
+        {**ONES, "slope": FLOAT32},
+    ),
+    Case("adalora-linear", mlp, adalora("0", "3"), randn(4, 8)),
+    Case("adalora-head", mlp, adalora("0", modules_to_save=["3"]), randn(4, 8), {"sum": REPLACED}),
+    Case("adalora-bias", mlp, adalora("0", bias="lora_only"), randn(4, 8), {"sum": REPLACED}),
+    Case("adalora-random", mlp, adalora("0", init_lora_weights=False), randn(4, 8), {"identity": "asked not to be it"}),
+    Case(
+        "adalora-transposed-square",
+        lambda: nn.Sequential(Conv1D(8, 8), nn.ReLU(), Conv1D(8, 8)),
+        adalora("0", "2"),
+        randn(4, 3, 8),
+    ),
+    Case(
+        "adalora-conv1d",
+        lambda: nn.Sequential(nn.Conv1d(4, 6, 3, stride=2, padding=1), nn.ReLU()),
+        adalora("0"),
+        randn(4, 4, 9),
+    ),
+    Case(
+        "adalora-conv2d",
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), nn.ReLU(), nn.Conv2d(6, 3, 1)),
+        adalora("0", "2"),
+        randn(4, 4, 6, 6),
+    ),
+    Case("adalora-conv3d", lambda: nn.Sequential(nn.Conv3d(2, 4, (1, 2, 3))), adalora("0"), randn(4, 2, 3, 4, 5)),
+    Case("adalora-two-paths", Twice, adalora("first"), randn(4, 8)),
+    Case("adalora-gpt2", gpt2, adalora("c_attn", "c_proj"), lambda: {"input_ids": tokens()()}),
+    Case("adalora-llama", llama, pf.AdaLoraConfig(), lambda: {"input_ids": tokens()()}, {"slope": FLOAT32}),
 ]
 BY_NAME = {case.name: case for case in CASES}
 

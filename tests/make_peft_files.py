@@ -124,7 +124,10 @@ EXPERTS = lora(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_
 BERT_LORA = lora("query", "value", lora_dropout=0.1, **SEQ_CLS)
 PROMPT = {"num_virtual_tokens": 3, **CAUSAL_LM}
 P_TUNING = PROMPT | {"encoder_hidden_size": 8}
+PREFIX = P_TUNING | {"prefix_projection": True}
+ADAPTION = {"adapter_len": 3, "adapter_layers": 2, **CAUSAL_LM}
 ADALORA = {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 9, "target_modules": ["query", "value"]}
+IA3_CONV = {"target_modules": ["conv", "lin0"], "feedforward_modules": ["conv"]}
 ONLY_OLD, ONLY_NEW = (OLD,), (NEW,)
 
 CASES = [
@@ -148,13 +151,20 @@ CASES = [
     Case("mlp-bf16", "mlp", lora("lin0", "lin1"), dtype="bfloat16", versions=ONLY_NEW),
     Case("llama-bf16", "llama", lora("q_proj", "v_proj", **CAUSAL_LM), dtype="bfloat16", versions=ONLY_NEW),
     Case("llama-embedding", "llama", lora("embed_tokens", "q_proj", **CAUSAL_LM), versions=ONLY_NEW),
-    Case("ia3-gpt2", "gpt2", CAUSAL_LM, "IA3Config", versions=ONLY_OLD),
-    Case("ia3-bert", "bert", SEQ_CLS, "IA3Config", versions=ONLY_OLD),
-    Case("adalora-bert", "bert", ADALORA | SEQ_CLS, "AdaLoraConfig", versions=ONLY_OLD),
-    Case("prompt-tuning-gpt2", "gpt2", PROMPT, "PromptTuningConfig", versions=ONLY_OLD),
-    Case("prompt-tuning-bert", "bert", PROMPT | SEQ_CLS, "PromptTuningConfig", versions=ONLY_OLD),
-    Case("p-tuning-gpt2", "gpt2", P_TUNING, "PromptEncoderConfig", versions=ONLY_OLD),
-    Case("prefix-tuning-gpt2", "gpt2", PROMPT, "PrefixTuningConfig", versions=ONLY_OLD),
+    Case("ia3-gpt2", "gpt2", CAUSAL_LM, "IA3Config"),
+    Case("ia3-bert", "bert", SEQ_CLS, "IA3Config"),
+    Case("ia3-conv2d", "conv2d", IA3_CONV, "IA3Config", versions=ONLY_NEW),
+    Case("adalora-bert", "bert", ADALORA | SEQ_CLS, "AdaLoraConfig"),
+    Case(
+        "adalora-conv2d", "conv2d", ADALORA | {"target_modules": ["conv", "lin0"]}, "AdaLoraConfig", versions=ONLY_NEW
+    ),
+    Case("prompt-tuning-gpt2", "gpt2", PROMPT, "PromptTuningConfig"),
+    Case("prompt-tuning-bert", "bert", PROMPT | SEQ_CLS, "PromptTuningConfig"),
+    Case("p-tuning-gpt2", "gpt2", P_TUNING, "PromptEncoderConfig"),
+    Case("prefix-tuning-gpt2", "gpt2", PROMPT, "PrefixTuningConfig"),
+    Case("prefix-projected-llama", "llama", PREFIX, "PrefixTuningConfig", versions=ONLY_NEW),
+    Case("adaption-prompt-llama", "llama", ADAPTION, "AdaptionPromptConfig", versions=ONLY_NEW),
+    Case("adaption-prompt-gpt2", "gpt2", ADAPTION, "AdaptionPromptConfig", versions=ONLY_NEW),
 ]
 
 

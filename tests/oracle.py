@@ -33,8 +33,9 @@ def quiet_peft() -> Generator[None]:
 
 
 def config_of(library: Any, options: Mapping[str, Any]) -> Any:
-    """The LoRA config of either library, `peft` or `peftfn`, from the same options."""
-    return library.LoraConfig(**copy.deepcopy(dict(options)))
+    """The config of either library, `peft` or `peftfn`, from the same options; LoRA's, unless they have a `kind`."""
+    given = copy.deepcopy(dict(options))
+    return getattr(library, given.pop("kind", "LoraConfig"))(**given)
 
 
 def randomised(adapter: pf.Adapter, seed: int = 0, size: float = 0.1) -> pf.Adapter:
@@ -58,8 +59,12 @@ def randomise(model: nn.Module, seed: int = 0, size: float = 0.1) -> None:
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a peft model trains."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """The parameters that a peft model trains.
+
+    On a base that is not float32, peft 0.21 makes AdaLoRA's `ranknum` another parameter, and forgets that it is fixed.
+    """
+    found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: parameter for name, parameter in found.items() if ".ranknum." not in name}
 
 
 def loaded(base: nn.Module, folder: Path, **options: Any) -> Any:
@@ -160,8 +165,9 @@ def furthest(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
     """How far two sets of tensors of the same names are apart: the largest difference over the largest value."""
     assert sorted(ours) == sorted(theirs)
     assert all(ours[key].shape == theirs[key].shape for key in theirs)
-    differences = [(ours[key].detach().double() - theirs[key].detach().double()).abs().max() for key in theirs]
-    return float(torch.stack(differences).max() / max(float(tensor.detach().abs().max()) for tensor in theirs.values()))
+    there = [key for key in theirs if theirs[key].numel()]
+    differences = [(ours[key].detach().double() - theirs[key].detach().double()).abs().max() for key in there]
+    return float(torch.stack(differences).max() / max(float(theirs[key].detach().abs().max()) for key in there))
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:

@@ -98,8 +98,11 @@ FILES: dict[str, Spoil] = {
     "ValueError: adapter_config.json is not valid JSON ('utf-8' codec": write(CONFIG, b'{"r": "\xff"}'),
     "ValueError: adapter_config.json holds a JSON list; expected an object": write(CONFIG, b'["LORA"]'),
     "ValueError: has peft_type=None, which this version": fields(peft_type=None),
-    "ValueError: has peft_type='LORRA', which this version of peftfn does not read: LORA": fields(peft_type="LORRA"),
-    "ValueError: has peft_type='IA3', which this version of peftfn does not read: LORA": fields(peft_type="IA3"),
+    "ValueError: has peft_type='LORRA', which this version of peftfn does not read: ADALORA, ": fields(
+        peft_type="LORRA"
+    ),
+    "ValueError: has peft_type='BOFT', which this version of peftfn does not read: ADALORA, ": fields(peft_type="BOFT"),
+    "ValueError: IA3Config has no field": fields(peft_type="IA3"),
     "ValueError: has no field 'lora_alfa'. Did you mean lora_alpha": fields(lora_alfa=3),
     "ValueError: (use_dora=True): peft has this field, peftfn does not support it yet": fields(use_dora=True),
     "ValueError: LoraConfig(r='8'): expected int": fields(r="8"),

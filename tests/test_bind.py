@@ -14,6 +14,7 @@ from snapshot import snapshot
 from torch import Tensor, nn
 
 import peftfn as pf
+from peftfn import methods
 
 rows = pytest.mark.parametrize("row", ROWS.values(), ids=list(ROWS))
 
@@ -26,7 +27,8 @@ def test_a_bound_model_has_the_class_and_the_paths_of_the_base(row: Row) -> None
     assert type(bound) is type(model)
     ours, theirs = bound.state_dict(), model.state_dict()
     assert [name for name in ours if name in theirs] == list(theirs)
-    assert set(ours) - set(theirs) == {name for name in ours if "lora" in name or "scaling" in name}
+    method = methods.of(adapter.config)
+    assert set(ours) - set(theirs) == {name for name in ours if name.endswith((*method.names, *method.held))}
     own = set(names_of(model, adapter))
     assert all(ours[name].data_ptr() == p.data_ptr() for name, p in model.named_parameters() if name not in own)
 

@@ -189,8 +189,10 @@ def test_fields_that_older_versions_of_peft_lack_are_in_a_file_only_where_they_a
 
 
 def test_a_config_of_another_method_is_not_read_as_lora() -> None:
-    with pytest.raises(ValueError, match="peft_type='IA3', which this version of peftfn does not read: LORA"):
+    with pytest.raises(ValueError, match=r"holds a IA3Config \(peft_type='IA3'\), not a LoraConfig"):
         pf.LoraConfig.from_dict({"peft_type": "IA3"})
+    with pytest.raises(ValueError, match=r"holds a AdaLoraConfig \(peft_type='ADALORA'\), not a LoraConfig"):
+        pf.LoraConfig.from_dict({"peft_type": "ADALORA"})
 
 
 def test_peft_and_we_make_the_same_sites_of_the_same_config(tmp_path: Path) -> None:

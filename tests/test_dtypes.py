@@ -52,8 +52,18 @@ LAYERS = {
     "conv2d": Layer(lambda: nn.Conv2d(4, 6, 3, stride=2), randn(2, 4, 9, 9)),
     "conv3d": Layer(lambda: nn.Conv3d(2, 6, (1, 3, 3)), randn(2, 2, 3, 5, 5)),
 }
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ia3 of linear": ("linear", {"kind": "IA3Config", "feedforward_modules": []}),
+    "ia3 of linear's input": ("linear", {"kind": "IA3Config", "feedforward_modules": ["0"]}),
+    "ia3 of conv2d": ("conv2d", {"kind": "IA3Config", "feedforward_modules": []}),
+    "ia3 of conv2d's input": ("conv2d", {"kind": "IA3Config", "feedforward_modules": ["0"]}),
+    "adalora of linear": ("linear", {"kind": "AdaLoraConfig", "init_r": 4, "lora_alpha": 50, "total_step": 9}),
+}
+LAYERS |= {name: LAYERS[layer] for name, (layer, _) in OTHERS.items()}
 if not oracle.IS_OLD:
     LAYERS["experts"] = Layer(Experts, randn(4, 16))
+    OTHERS["adalora of conv2d"] = ("conv2d", OTHERS["adalora of linear"][1])
+    LAYERS["adalora of conv2d"] = LAYERS["conv2d"]
 every_layer = pytest.mark.parametrize("name", LAYERS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -65,6 +75,8 @@ def base_of(name: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
 
 
 def options(name: str, alpha: float = 5) -> dict[str, Any]:
+    if name in OTHERS:
+        return OTHERS[name][1] | {"target_modules": ["0"]}
     return {"r": 4, "lora_alpha": alpha} | (
         {"target_modules": [], "target_parameters": ["0.up"]} if name == "experts" else {"target_modules": ["0"]}
     )
@@ -115,6 +127,8 @@ def test_outputs_and_gradients_are_pefts_to_rounding(name: str, dtype: torch.dty
     computed = torch.bfloat16 if cast and dtype != torch.float64 else dtype  # autocast leaves float64 alone
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
         ours, expected = pf.apply(base, adapter, batch), theirs(batch)
+        if name.startswith("ia3 of conv2d"):  # peft gives what autocast computes the dtype of the input
+            expected = expected.to(ours.dtype)
         assert units(ours, expected, computed) < ROUNDING
         assert ours.dtype == base(batch).dtype
         found, wanted = oracle.gradients(base, adapter, batch), oracle.gradients_of(theirs, batch)
@@ -124,7 +138,7 @@ def test_outputs_and_gradients_are_pefts_to_rounding(name: str, dtype: torch.dty
 
 # peft rounds the factors of a bare parameter to its dtype and multiplies there; ours adds what is not rounded yet.
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
-@pytest.mark.parametrize("name", [name for name in LAYERS if name != "experts"])
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "experts" and "adalora" not in name])
 def test_with_a_scaling_that_rounds_nothing_outputs_are_pefts_bit_for_bit(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:

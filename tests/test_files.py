@@ -17,6 +17,7 @@ from same import assert_same, assert_same_tensors
 from torch import Tensor, nn
 
 import peftfn as pf
+from peftfn import methods
 
 FOLDERS = sorted((Path(__file__).parent / "files").glob("*/*"))
 
@@ -84,19 +85,16 @@ def kind_of(folder: Path) -> str:
     return json.loads((folder / "adapter_config.json").read_text())["peft_type"]
 
 
+KINDS = {method.config.peft_type for method in methods.TABLE}
 CASES = [
-    Case(folder, name)
-    for folder in FOLDERS
-    if kind_of(folder) == "LORA"
-    for name in json.loads((folder / "case.json").read_text())["adapters"]
+    Case(folder, name) for folder in FOLDERS for name in json.loads((folder / "case.json").read_text())["adapters"]
 ]
-NOT_YET = [folder for folder in FOLDERS if kind_of(folder) != "LORA"]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def test_every_folder_is_a_case_of_one_of_the_tests_below() -> None:
-    assert len(CASES) == 33
-    assert len(NOT_YET) == 7
+    assert {kind_of(folder) for folder in FOLDERS} == KINDS
+    assert len(CASES) == 52
 
 
 @every_case
@@ -110,7 +108,9 @@ def test_what_peft_saved_computes_what_it_did_there(case: Case, checked: bool) -
     adapter = case.load(model=model if checked else None)
     batch, expected = case.expected()
     assert distance(outputs(pf.apply(model, adapter, batch)), expected["output"]) < case.rounding
-    assert distance(outputs(pf.apply(model, adapter, batch)), expected["base_output"]) > 10 * case.rounding
+    bare = expected["base_output"]
+    if bare.shape == expected["output"].shape:  # a prompt's tokens have outputs as well
+        assert distance(outputs(pf.apply(model, adapter, batch)), bare) > 10 * case.rounding
 
 
 @every_case
@@ -144,6 +144,11 @@ def test_peft_reads_what_we_save_and_computes_the_same(case: Case, tmp_path: Pat
     pf.save(case.load_whole(), tmp_path)
     model = case.base()
     batch, expected = case.expected()
+    if "prompt_embeddings" in case.tensors():  # which peft's load_adapter calls unexpected, and reads
+        with quiet_peft():
+            theirs = peft.PeftModel.from_pretrained(model, str(tmp_path)).eval()
+            assert distance(outputs(called(theirs, batch)), expected["output"]) < case.rounding
+        return
     with quiet_peft():
         theirs: Any = peft.PeftModel(model, peft.PeftConfig.from_pretrained(str(tmp_path)))
         found = theirs.load_adapter(str(tmp_path), "default", is_trainable=True)
@@ -160,9 +165,3 @@ def merged_attention(theirs: Any) -> nn.Module:
         if "out_proj.lora_B" in name:
             parameter.data /= 2
     return theirs.merge_and_unload()
-
-
-@pytest.mark.parametrize("folder", NOT_YET, ids=lambda folder: folder.name)
-def test_a_method_that_is_not_there_yet_is_an_error_that_names_it(folder: Path) -> None:
-    with pytest.raises(ValueError, match=f"peft_type='{kind_of(folder)}', which this version of peftfn does not read"):
-        pf.load(folder)

@@ -32,7 +32,7 @@ def gain(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_new_method_has_every_function_of_the_library(gain: Any, tmp_path: Path) -> None:
-    model, x = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 4, bias=False)), torch.randn(4, 6)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(4, 6)
     config = gain.GainConfig(target_modules=["0", "2"])
     fresh = pf.init(model, config)
     before = snapshot(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import oracle
@@ -14,11 +15,13 @@ import torch
 import transformers
 from bases import BASES, EXPERTS_ARE_PARAMETERS
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import constants
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 from torch import nn
 
 import peftfn as pf
 from peftfn import keys, matching, renamed
+from peftfn.methods import adalora_targets, ia3_targets
 from peftfn.methods.lora_targets import TARGETS
 
 
@@ -62,6 +65,7 @@ MODELS = {
 QUERY = "bert.encoder.layer.1.attention.self.query"
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
+ADALORA = {"kind": "AdaLoraConfig", "total_step": 9}
 CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("nested", {"target_modules": ["q_proj"]}),
     ("nested", {"target_modules": ["q_proj", "head"]}),
@@ -85,6 +89,14 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("nested", {"target_modules": ["q_proj", "head"], "modules_to_save": ["head"]}),
     ("nested", {"target_modules": ["pre_q_proj"], "bias": "all"}),
     ("nested", {"target_modules": ["q_proj"], "bias": "lora_only"}),
+    ("nested", {"kind": "IA3Config", "target_modules": ["q_proj", "w"], "feedforward_modules": ["w"]}),
+    ("nested", {"kind": "IA3Config", "target_modules": r".*proj", "feedforward_modules": r".*\.h\..*"}),
+    ("nested", {"kind": "IA3Config", "target_modules": ["q_proj"], "feedforward_modules": ["q_proj"]}),
+    ("bert", {"kind": "IA3Config"}),
+    ("albert", {"kind": "IA3Config", "target_modules": ["query", "ffn"], "feedforward_modules": ["ffn"]}),
+    ("nested", ADALORA | {"target_modules": ["q_proj", "w"], "layers_to_transform": 1}),
+    ("nested", ADALORA | {"target_modules": "all-linear", "exclude_modules": ["w"]}),
+    ("albert", ADALORA | {"target_modules": ["query", "value"]}),
     ("bert", {}),
     ("bert", {"task_type": "SEQ_CLS"}),
     ("bert", {"target_modules": "all-linear"}),
@@ -149,8 +161,9 @@ def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 def test_the_same_config_adapts_and_trains_what_peft_does(model: str, options: dict[str, Any]) -> None:
     skip_where_peft_differs(options)
     base = MODELS[model]()
-    ours = pf.init(base, oracle.config_of(pf, {"r": 4, **options}))
-    theirs = oracle.made(base, {"r": 4, **options})
+    options = options if "kind" in options else {"r": 4, **options}
+    ours = pf.init(base, oracle.config_of(pf, options))
+    theirs = oracle.made(base, options)
     assert shapes(keys.to_keys(ours)) == shapes(oracle.file_of(theirs))
     # With bias="all" peft also marks the bias of a module that a trained copy has taken the place of.
     trained = [p for name, p in oracle.trained(theirs).items() if ".original_module." not in name]
@@ -178,9 +191,28 @@ def test_default_targets_are_pefts(model_type: str) -> None:
     assert shapes(keys.to_keys(ours)) == shapes(oracle.file_of(oracle.made(model, {"r": 1, **options})))
 
 
-def test_the_table_of_default_targets_has_all_of_pefts() -> None:
-    as_list = {name: found if isinstance(found, str) else list(found) for name, found in TARGETS.items()}
-    assert {name: as_list.get(name) for name in DEFAULTS} == DEFAULTS
+@pytest.mark.parametrize("model_type", ["t5", "mt5", "gpt2", "bloom", "opt", "bart", "llama", "roberta", "gpt_neox"])
+@pytest.mark.parametrize("options", [{"kind": "IA3Config"}, ADALORA], ids=["ia3", "adalora"])
+def test_default_targets_of_other_methods_are_pefts(options: dict[str, Any], model_type: str) -> None:
+    model = tiny(model_type)
+    ours = pf.init(model, oracle.config_of(pf, options))
+    assert shapes(keys.to_keys(ours)) == shapes(oracle.file_of(oracle.made(model, options)))
+
+
+TABLES: dict[str, Mapping[str, Sequence[str] | str]] = {
+    "LORA_TARGET": TARGETS,
+    "ADALORA_TARGET": adalora_targets.TARGETS,
+    "IA3_TARGET": ia3_targets.TARGETS,
+    "IA3_FEEDFORWARD": ia3_targets.FEEDFORWARD,
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_table_of_default_targets_has_all_of_pefts(name: str) -> None:
+    theirs = getattr(constants, f"TRANSFORMERS_MODELS_TO_{name}_MODULES_MAPPING")
+    ours = {kind: found if isinstance(found, str) else list(found) for kind, found in TABLES[name].items()}
+    assert {kind: ours.get(kind) for kind in theirs} == theirs
+    assert oracle.IS_OLD or name == "LORA_TARGET" or ours.keys() == theirs.keys()
 
 
 NAMES = ["q", "v", "qq", "a_q", "layer", "layers", "h", "0", "1", "2", "10", "head"]

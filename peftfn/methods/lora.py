@@ -11,13 +11,11 @@ experts) the delta is computed in the dtype of A and B, added, and the sum is ca
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfn import layers, matching, targets
@@ -26,7 +24,7 @@ from peftfn.layers import Place, Site
 from peftfn.methods import lora_combine, lowrank, ranks
 from peftfn.methods.lora_config import LoraConfig
 from peftfn.methods.lora_targets import TARGETS
-from peftfn.methods.method import Method, dtype_over
+from peftfn.methods.method import Method, like_weight
 
 
 def resolve(model: nn.Module, config: LoraConfig) -> LoraConfig:
@@ -69,14 +67,12 @@ def init(
             f"{site.path}: lora_dropout={config.lora_dropout} has no meaning for a bare parameter, which sees no "
             "input; set it to 0 or leave target_parameters out."
         )
-    dtype = dtype or dtype_over(weight)
     shape = weight.shape if site.rows is None else _of_rows(weight.shape, site.kind, len(site.rows))
     shape_a, shape_b = lowrank.TABLE[site.kind].shapes(site.layer, shape, r)
     a, b = _draw(config, site.kind, shape_a, shape_b, r, generator)
-    device = "cpu" if weight.is_meta else weight.device
-    first, second = _names(site.kind)
-    leaf = {first: a.to(device, dtype), second: b.to(device, dtype)}
-    part = {} if site.rows is None else part_of(site.rows.to(device), weight.shape[_outputs(site.kind)])
+    a, b = like_weight(a, weight, dtype), like_weight(b, weight, dtype)
+    leaf = dict(zip(_names(site.kind), (a, b), strict=True))
+    part = {} if site.rows is None else part_of(site.rows.to(a.device), weight.shape[_outputs(site.kind)])
     return leaf, {**buffers(config, path, leaf), **part}
 
 
@@ -144,10 +140,7 @@ def forward(config: LoraConfig, leaf: Mapping[str, Tensor], site: Site, x: Tenso
     """W x + s·B·A·dropout(x), in the dtype of W x."""
     y = site(x, *args, **kwargs)
     a, b = _factors(leaf, site.kind)
-    if x.is_floating_point():
-        x = x.to(a.dtype)
-        if config.lora_dropout and site.training:
-            x = F.dropout(x, config.lora_dropout, training=True)
+    x = lowrank.dropped(x, a.dtype, config.lora_dropout, site)
     add, rows = lowrank.TABLE[site.kind].add, leaf.get("rows")
     if rows is None:
         return add(site, a, b, leaf["scaling"], x, y).to(y.dtype)
@@ -155,24 +148,16 @@ def forward(config: LoraConfig, leaf: Mapping[str, Tensor], site: Site, x: Tenso
     return y.index_copy(-1, rows, add(site, a, b, leaf["scaling"], x, part).to(y.dtype))
 
 
-def merge(config: LoraConfig, leaf: Mapping[str, Tensor], kind: str, weight: Tensor) -> Tensor:
-    """W + s·B·A, in the dtype of W."""
+def merge(
+    config: LoraConfig, leaf: Mapping[str, Tensor], kind: str, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """W + s·B·A, in the dtype of W; the bias stays."""
     a, b = _factors(leaf, kind)
-    if a.device.type == "cpu" and a.dtype in (torch.float16, torch.bfloat16):
-        # Half-precision products are slow on CPU, and rounded once more: as PEFT, compute in float32.
-        a, b = a.float(), b.float()
-    rows, whole = leaf.get("rows"), weight
-    if rows is not None:
-        weight = whole.index_select(_outputs(kind), rows)
-    with _without_autocast(weight.device.type):  # a weight is not rounded to what products run in
-        delta = lowrank.TABLE[kind].delta(a, b, weight.shape)
-    merged = (weight + lowrank.scaled(delta, leaf["scaling"])).to(weight.dtype)
-    return merged if rows is None else whole.index_copy(_outputs(kind), rows, merged)
-
-
-def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    known = torch.amp.is_autocast_available(device)  # the meta device is not
-    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
+    rows, weight = leaf.get("rows"), tensors["weight"]
+    if rows is None:
+        return {"weight": lowrank.merged(kind, a, b, leaf["scaling"], weight)}
+    part = lowrank.merged(kind, a, b, leaf["scaling"], weight.index_select(_outputs(kind), rows))
+    return {"weight": weight.index_copy(_outputs(kind), rows, part)}
 
 
 def check(leaf: Mapping[str, Tensor], site: Site) -> str | None:

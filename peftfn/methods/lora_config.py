@@ -1,4 +1,4 @@
-"""LoRA's config."""
+"""LoRA's config, and what AdaLoRA's has in common with it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,53 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from peftfn.config import ANY, OFF, TargetedConfig
+from peftfn.config import ANY, OFF, LayeredConfig
 
 
-def _help(text: str) -> dict[str, str]:
+def described(text: str) -> dict[str, str]:
+    """The metadata of a field that the command line shows with this text."""
     return {"help": text}
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig(TargetedConfig):
+class LowRankConfig(LayeredConfig):
+    """The fields that PEFT's configs of LoRA and AdaLoRA share."""
+
+    inactive: ClassVar[Mapping[str, Any]] = {
+        **dict.fromkeys(("megatron_config", "trainable_token_indices", "loftq_config", "eva_config"), OFF),
+        **dict.fromkeys(("corda_config", "lora_ga_config", "use_dora", "velora_config", "use_qalora"), OFF),
+        **dict.fromkeys(("alora_invocation_tokens", "monteclora_config", "layer_replication", "lora_bias"), OFF),
+        **dict.fromkeys(("use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"), OFF),
+        **dict.fromkeys(("megatron_core", "qalora_group_size"), ANY),
+    }
+
+    r: int = dataclasses.field(default=8, metadata=described("Rank of the update."))
+    lora_alpha: float = dataclasses.field(default=8, metadata=described("Scaling is lora_alpha / r."))
+    lora_dropout: float = dataclasses.field(default=0.0, metadata=described("Dropout on the input of A in training."))
+    fan_in_fan_out: bool = dataclasses.field(
+        default=False, metadata=described("Whether weights are stored (in, out); found out by itself.")
+    )
+    bias: str = dataclasses.field(default="none", metadata=described("Biases to train: none, all or lora_only."))
+    use_rslora: bool = dataclasses.field(default=False, metadata=described("Scaling is lora_alpha / sqrt(r)."))
+    init_lora_weights: bool | str = dataclasses.field(
+        default=True, metadata=described("True (B = 0), gaussian (A normal, B = 0), or False (not the identity).")
+    )
+    alpha_pattern: Mapping[str, float] | None = dataclasses.field(
+        default_factory=dict[str, float], metadata=described("Other alphas, by module name or regex.")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("r", self.r)
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout!r}; expected a probability of at least 0 and below 1.")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"bias={self.bias!r}; expected 'none', 'all' or 'lora_only'.")
+        _check_init(self.init_lora_weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig(LowRankConfig):
     """LoRA's config, with PEFT's fields and defaults.
 
     Example:
@@ -24,43 +62,21 @@ class LoraConfig(TargetedConfig):
     """
 
     peft_type: ClassVar[str] = "LORA"
-    inactive: ClassVar[Mapping[str, Any]] = {
-        **dict.fromkeys(("megatron_config", "trainable_token_indices", "loftq_config", "eva_config"), OFF),
-        **dict.fromkeys(("corda_config", "lora_ga_config", "use_dora", "velora_config", "use_qalora"), OFF),
-        **dict.fromkeys(("alora_invocation_tokens", "monteclora_config", "layer_replication", "lora_bias"), OFF),
-        **dict.fromkeys(("use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"), OFF),
-        **dict.fromkeys(("megatron_core", "qalora_group_size"), ANY),
-    }
 
-    r: int = dataclasses.field(default=8, metadata=_help("Rank of the update."))
-    lora_alpha: float = dataclasses.field(default=8, metadata=_help("Scaling is lora_alpha / r."))
-    lora_dropout: float = dataclasses.field(default=0.0, metadata=_help("Dropout on the input of A in training."))
-    fan_in_fan_out: bool = dataclasses.field(
-        default=False, metadata=_help("Whether weights are stored (in, out); found out by itself.")
-    )
-    bias: str = dataclasses.field(default="none", metadata=_help("Biases to train: none, all or lora_only."))
-    use_rslora: bool = dataclasses.field(default=False, metadata=_help("Scaling is lora_alpha / sqrt(r)."))
-    init_lora_weights: bool | str = dataclasses.field(
-        default=True, metadata=_help("True (B = 0), gaussian (A normal, B = 0), or False (not the identity).")
-    )
     rank_pattern: Mapping[str, int] | None = dataclasses.field(
-        default_factory=dict[str, int], metadata=_help("Other ranks, by module name or regex.")
-    )
-    alpha_pattern: Mapping[str, float] | None = dataclasses.field(
-        default_factory=dict[str, float], metadata=_help("Other alphas, by module name or regex.")
+        default_factory=dict[str, int], metadata=described("Other ranks, by module name or regex.")
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given: list[Any] = [self.r, *(self.rank_pattern or {}).values()]
-        for rank in given:
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"r={rank!r}; expected a positive integer.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout!r}; expected a probability of at least 0 and below 1.")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ValueError(f"bias={self.bias!r}; expected 'none', 'all' or 'lora_only'.")
-        _check_init(self.init_lora_weights)
+        for rank in (self.rank_pattern or {}).values():
+            check_positive("r", rank)
+
+
+def check_positive(field: str, value: Any) -> None:
+    """A `ValueError` if a value is not a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{field}={value!r}; expected a positive integer.")
 
 
 def _check_init(init: bool | str) -> None:

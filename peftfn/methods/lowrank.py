@@ -6,8 +6,9 @@ tuple of functions of (A, B); scaling and dtype are the caller's.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,29 @@ class LowRank(NamedTuple):
 def scaled(tensor: Tensor, scaling: Tensor) -> Tensor:
     """`scaling * tensor` in the dtype of the tensor; the scaling itself is never rounded to a half."""
     return (tensor.to(scaling.dtype) * scaling).to(tensor.dtype)
+
+
+def dropped(x: Tensor, dtype: torch.dtype, dropout: float, site: Site) -> Tensor:
+    """What the factors see of a layer's input: in their dtype, with dropout in training. Token ids stay as they are."""
+    if not x.is_floating_point():
+        return x
+    x = x.to(dtype)
+    return F.dropout(x, dropout, training=True) if dropout and site.training else x
+
+
+def merged(kind: str, a: Tensor, b: Tensor, scaling: Tensor, weight: Tensor) -> Tensor:
+    """W + s·B·A, in the dtype of W."""
+    if a.device.type == "cpu" and a.dtype in (torch.float16, torch.bfloat16):
+        # Half-precision products are slow on CPU, and rounded once more: as PEFT, compute in float32.
+        a, b = a.float(), b.float()
+    with _without_autocast(weight.device.type):  # a weight is not rounded to what products run in
+        delta = TABLE[kind].delta(a, b, weight.shape)
+    return (weight + scaled(delta, scaling)).to(weight.dtype)
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    known = torch.amp.is_autocast_available(device)  # the meta device is not
+    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
 
 
 # --- linear layers: W is (out, in), or (in, out) in transformers' Conv1D ---------------------------------------------
@@ -135,8 +159,8 @@ def _convolution_delta(a: Tensor, b: Tensor, weight: torch.Size) -> Tensor:
             "train it with peftfn, whose lora_A follows the groups."
         )
     groups = a.shape[0] if a.dim() > b.dim() else 1
-    left = b.reshape(groups, -1, b.shape[1])  # (g, out/g, r/g)
-    right = a.reshape(groups, b.shape[1], -1)  # (g, r/g, in/g * k)
+    left = b.reshape(groups, weight[0] // groups, b.shape[1])  # (g, out/g, r/g)
+    right = a.reshape(groups, b.shape[1], weight[1:].numel())  # (g, r/g, in/g * k)
     return (left @ right).reshape(weight)
 
 

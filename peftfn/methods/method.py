@@ -15,6 +15,24 @@ from peftfn.layers import Place, Site
 from peftfn.mixing import Recipe
 
 
+def like_weight(tensor: Tensor, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The tensor where the weight is; without `dtype`, as float64 where that is so, else as float32."""
+    dtype = dtype or (weight.dtype if weight.dtype == torch.float64 else torch.float32)
+    return tensor.to("cpu" if weight.is_meta else weight.device, dtype)
+
+
+def refuse_other_kinds(name: str, site: Site, kinds: Sequence[str]) -> None:
+    """A `ValueError` if a method cannot act on a site."""
+    what = f"this {site.kind}" if site.kind not in kinds else "a part of a fused projection"
+    if site.kind in layers.WEIGHT_KINDS:
+        what = f"a weight that the base reads itself ({type(site.layer).__name__})"
+    if site.kind not in kinds or site.rows is not None:
+        raise ValueError(
+            f"{site.path}: {name} cannot act on {what}, in peft neither; expected {' or '.join(kinds)}. Leave it out: "
+            f"exclude_modules=[{site.path!r}]."
+        )
+
+
 def _resolve(model: nn.Module, config: Any) -> Any:
     return targets.resolved(model, config, {})
 
@@ -54,6 +72,10 @@ def _same_config(config: Any, adapters: Sequence[Adapter], params: Tree) -> Any:
     return config
 
 
+def _as_given(adapter: Adapter) -> Any:
+    return adapter.config
+
+
 def _same(leaf: Leaf) -> Leaf:
     return leaf
 
@@ -62,12 +84,9 @@ def _itself(model: nn.Module) -> Sequence[str]:
     return ("",)
 
 
-def dtype_over(weight: Tensor | None) -> torch.dtype:
-    """The dtype of new tensors over a weight: double over double, float32 over all others, as PEFT's."""
-    return torch.float64 if weight is not None and weight.dtype == torch.float64 else torch.float32
-
-
-def refuse_merge(config: Any, leaf: Mapping[str, Tensor], kind: str, weight: Tensor) -> Tensor:
+def refuse_merge(
+    config: Any, leaf: Mapping[str, Tensor], kind: str, tensors: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
     """For methods that change what a module is given, not a weight."""
     raise ValueError(
         f"{type(config).__name__}: this method changes what the model is given, not its weights, so it cannot be "
@@ -88,7 +107,8 @@ class Method(NamedTuple):
         names: leaf name -> the ending of its key in PEFT's files (`lora_A` -> `lora_A.weight`).
         init: `(config, path, site, generator, dtype) -> (params leaf, buffers leaf)`; patterns match `path`.
         forward: `(config, leaf, site, x) -> y`; `leaf` maps the names of params and buffers to tensors.
-        merge: `(config, leaf, kind, weight) -> weight`: the adapted weight, a new dense tensor.
+        merge: `(config, leaf, kind, tensors) -> tensors`: of the layer's `weight` (dense) and, where it has one, its
+            `bias`, those that change. A tensor that the base reads itself comes alone, as the `weight`.
         silence: `(leaf, keep) -> leaf` that does nothing where `keep` is 0 (routing's index -1).
         held: names of the method's buffers (LoRA: `scaling`).
         resolve: `(model, config) -> config` with what the model decides filled in (default targets, ...).
@@ -97,12 +117,13 @@ class Method(NamedTuple):
         check: `(leaf, site) -> what is wrong with the leaf's names or shapes`, or `None`.
         check_file: `(config, path, leaf) -> None`, or a `KeyError` or `ValueError` that says what a file's leaf has.
         kinds: `(leaf, weight shape) -> kinds` of layer that the leaf fits, judged by shapes alone.
-        pad: `(configs, path, leaves) -> leaves` of one shape, zeros added so that nothing changes; `None` is an
-            adapter without this site.
+        pad: `(configs, path, leaves) -> leaves` (params and buffers together) of one shape, filled up so that nothing
+            changes; `None` is an adapter without this site.
         trim: `(config, configs, path, leaf) -> leaf`, the inverse of `pad` for one of them.
         combine: `(recipe, configs, path, leaves) -> (params leaf, buffers leaf)`, the weighted combination at one site;
             `None` is an adapter without this site.
         combined: `(config, adapters, params) -> config` of their combination, from one that has their targets already.
+        file_config: `(adapter) -> config` for a file, where the adapter's tensors say a part of it.
         to_file: `(leaf) -> leaf` in PEFT's shapes, and `from_file` back, where they differ from ours.
         kind: of a method that acts on whole modules, `layers.ATTENTION` or `layers.MODEL`; `None` acts on layers, which
             have kinds of their own. Whole modules have no weight, so there is nothing to merge.
@@ -114,7 +135,7 @@ class Method(NamedTuple):
     names: Mapping[str, str]
     init: Callable[[Any, str, Site, torch.Generator, torch.dtype | None], tuple[Leaf, Leaf]]
     forward: Callable[..., Any]
-    merge: Callable[[Any, Mapping[str, Tensor], str, Tensor], Tensor]
+    merge: Callable[[Any, Mapping[str, Tensor], str, Mapping[str, Tensor]], Mapping[str, Tensor]]
     silence: Callable[[Mapping[str, Tensor], Tensor], Mapping[str, Tensor]]
     held: frozenset[str] = frozenset()
     resolve: Callable[[nn.Module, Any], Any] = _resolve
@@ -127,6 +148,7 @@ class Method(NamedTuple):
     trim: Callable[[Any, Sequence[Any], str, Leaf], Leaf] = _as_it_is
     combine: Callable[[Recipe, Sequence[Any], str, Sequence[Leaf | None]], tuple[Leaf, Leaf]] = _no_combination
     combined: Callable[[Any, Sequence[Adapter], Tree], Any] = _same_config
+    file_config: Callable[[Adapter], Any] = _as_given
     to_file: Callable[[Leaf], Leaf] = _same
     from_file: Callable[[Leaf], Leaf] = _same
     kind: str | None = None

@@ -19,7 +19,7 @@ from peftfn.adapter import Leaf
 from peftfn.calls import Call
 from peftfn.layers import Site
 from peftfn.methods import prompt_config, prompt_tuning
-from peftfn.methods.method import Method, dtype_over, refuse_merge, refuse_silence
+from peftfn.methods.method import Method, like_weight, refuse_merge, refuse_silence
 from peftfn.methods.prompt_config import PromptLearningConfig
 
 _MOST_LAYERS = 16  # of the LSTM: the table of names is a finite one
@@ -62,8 +62,6 @@ def init(
     """The encoder's input, (tokens, dim), and its weights, drawn as torch's layers draw them."""
     assert config.token_dim is not None, "resolve has filled it in"
     dim, hidden = config.token_dim, config.encoder_hidden_size or config.token_dim
-    weight: Tensor | None = getattr(prompt_config.input_embedding(site.layer), "weight", None)
-    device = None if weight is None or weight.is_meta else weight.device
     leaf = {"embedding": torch.randn(config.rows, dim, generator=generator)}
     if config.encoder_reparameterization_type == "LSTM":
         leaf |= _lstm(config.encoder_num_layers, dim, hidden, generator)
@@ -73,7 +71,8 @@ def init(
         leaf |= _linear("mlp_head_0", dim, hidden, generator)
         leaf |= _linear("mlp_head_2", hidden, hidden, generator)
         leaf |= _linear("mlp_head_4", hidden, dim, generator)
-    return {name: tensor.to(device, dtype or dtype_over(weight)) for name, tensor in leaf.items()}, {}
+    weight = prompt_config.table(site.layer)
+    return {name: like_weight(tensor, weight, dtype) for name, tensor in leaf.items()}, {}
 
 
 def _linear(name: str, inputs: int, outputs: int, generator: torch.Generator) -> Leaf:

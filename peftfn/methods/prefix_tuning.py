@@ -19,7 +19,7 @@ from peftfn.adapter import Leaf
 from peftfn.calls import Call
 from peftfn.layers import Site
 from peftfn.methods import prompt_config
-from peftfn.methods.method import Method, dtype_over, refuse_merge, refuse_silence
+from peftfn.methods.method import Method, like_weight, refuse_merge, refuse_silence
 from peftfn.methods.prompt_config import PromptLearningConfig
 
 
@@ -104,9 +104,8 @@ def init(
         }
     else:
         leaf = {"prompt_embeddings": scale * torch.randn(tokens, whole, generator=generator)}
-    weight = next(site.layer.parameters())
-    device = None if weight.is_meta else weight.device
-    return {name: tensor.to(device, dtype or dtype_over(weight)) for name, tensor in leaf.items()}, {}
+    weight = prompt_config.table(site.layer)
+    return {name: like_weight(tensor, weight, dtype) for name, tensor in leaf.items()}, {}
 
 
 def encode(leaf: Mapping[str, Tensor]) -> Tensor:

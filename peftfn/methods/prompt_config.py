@@ -155,6 +155,12 @@ def input_embedding(model: nn.Module) -> nn.Module:
     return found
 
 
+def table(model: nn.Module) -> Tensor:
+    """The input embedding's weight, or else the model's first one: new tensors go where it is."""
+    weight = getattr(input_embedding(model), "weight", None)
+    return weight if isinstance(weight, Tensor) else next(model.parameters())
+
+
 def check_rows(config: PromptLearningConfig, path: str, leaf: Leaf) -> None:
     """Refuse a file's prompt that has another length than its config says."""
     rows = leaf["prompt_embeddings"].shape[0]

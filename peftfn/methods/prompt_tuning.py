@@ -14,7 +14,7 @@ from peftfn.adapter import Leaf
 from peftfn.calls import Call
 from peftfn.layers import Site
 from peftfn.methods import prompt_config
-from peftfn.methods.method import Method, dtype_over, refuse_merge, refuse_silence
+from peftfn.methods.method import Method, like_weight, refuse_merge, refuse_silence
 from peftfn.methods.prompt_config import PromptLearningConfig
 
 
@@ -54,7 +54,7 @@ def init(
     config: PromptTuningConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None
 ) -> tuple[Leaf, Leaf]:
     """The prompt, (tokens, dim), in float32 unless `dtype` says otherwise."""
-    weight: Any = getattr(prompt_config.input_embedding(site.layer), "weight", None)
+    weight = prompt_config.table(site.layer)
     assert config.token_dim is not None, "resolve has filled it in"
     if config.prompt_tuning_init == "RANDOM":
         prompt = torch.randn(config.rows, config.token_dim, generator=generator)
@@ -63,8 +63,7 @@ def init(
         prompt = _rows_of(site.layer, ids)
     else:
         prompt = _rows_of(site.layer, _text_ids(config))
-    device = None if weight is None or weight.is_meta else weight.device
-    return {"prompt_embeddings": prompt.to(device, dtype or dtype_over(weight))}, {}
+    return {"prompt_embeddings": like_weight(prompt, weight, dtype)}, {}
 
 
 def _rows_of(model: nn.Module, ids: Tensor) -> Tensor:

@@ -1,0 +1,219 @@
+"""(IA)³: a learned vector that scales what a layer puts out, or what it takes in (Liu et al. 2022).
+
+y = l ∘ (W x + b), or y = W (l ∘ x) + b in the layers that `feedforward_modules` names
+(https://arxiv.org/abs/2205.05638, section 3.3). Which of the two a site is stands in its buffers: the ones of a
+feedforward site have a `feedforward` there, whose presence is all that counts. So adapters that differ in it are never
+stacked, and nothing matches a pattern while a call runs.
+
+PEFT has linear layers, transformers' `Conv1D`, `nn.Conv2d` and `nn.Conv3d`; `nn.Conv1d` is ours alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftfn import layers, targets
+from peftfn.adapter import Leaf
+from peftfn.config import TargetedConfig
+from peftfn.layers import Site
+from peftfn.methods import method
+from peftfn.methods.ia3_targets import FEEDFORWARD, TARGETS
+from peftfn.methods.method import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class IA3Config(TargetedConfig):
+    """The config of (IA)³, with PEFT's fields and defaults.
+
+    Example:
+        >>> config = IA3Config(target_modules=["k", "v", "wo"], feedforward_modules=["wo"])
+        >>> config.feedforward_modules
+        ('wo',)
+    """
+
+    peft_type: ClassVar[str] = "IA3"
+
+    feedforward_modules: Sequence[str] | str | None = dataclasses.field(
+        default=None, metadata={"help": "Names (a path's ending) or a regex of targets whose input is scaled."}
+    )
+    fan_in_fan_out: bool = dataclasses.field(
+        default=False, metadata={"help": "Whether weights are stored (in, out); found out by itself."}
+    )
+    init_ia3_weights: bool = dataclasses.field(
+        default=True, metadata={"help": "True (ones), or False (normal numbers, not the identity)."}
+    )
+
+
+def resolve(model: nn.Module, config: IA3Config) -> IA3Config:
+    """The config with the targets and feedforward modules that the model decides, and its heads, filled in.
+
+    PEFT reads a config only if its feedforward modules are among its targets, name by name: they are made to be.
+    """
+    resolved = targets.resolved(model, config, TARGETS)
+    given, named = config.feedforward_modules, resolved.target_modules
+    names = FEEDFORWARD.get(targets.model_type(model) or "") if given is None else given
+    if names is None:
+        raise ValueError(
+            f"feedforward_modules is not given and there is no default for a {type(model).__name__}; pass those of "
+            "target_modules whose input is to be scaled, or [] for none."
+        )
+    names = targets.in_present_names(model, names) or ()
+    if not isinstance(names, str):
+        found = targets.sites(model, resolved)
+        lost = [name for name in names if not any(path.endswith(name) for path in found)]
+        if lost and given is not None:
+            raise ValueError(
+                f"feedforward_modules={list(names)}: {lost} are none of the {len(found)} sites that target_modules "
+                "names; name them there too."
+            )
+        names = tuple(name for name in names if name not in lost)
+        if not isinstance(named, str):
+            named, names = _nested(named or (), names)
+    return dataclasses.replace(resolved, target_modules=named, feedforward_modules=names)
+
+
+def _nested(named: Sequence[str], feedforward: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """The same two sets of sites in names of which the second are some of the first."""
+    wanted: list[str] = []
+    for name in feedforward:
+        if name in named or any(name.endswith(f".{one}") for one in named):
+            wanted.append(name)
+        else:  # the targets are more of the path
+            wanted += [one for one in named if one.endswith(name)]
+    return tuple(dict.fromkeys((*named, *wanted))), tuple(dict.fromkeys(wanted))
+
+
+def is_feedforward(config: IA3Config, path: str) -> bool:
+    """Whether the input of the layer at `path` is scaled, and not its output: by PEFT's rule, any ending counts."""
+    names = config.feedforward_modules or ()
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path.endswith(name) for name in names)
+
+
+_KINDS = (layers.LINEAR, layers.TRANSPOSED, layers.CONVOLUTION)
+
+
+def init(
+    config: IA3Config, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None
+) -> tuple[Leaf, Leaf]:
+    """The vector of one site, ones by default, and which side it scales."""
+    method.refuse_other_kinds("(IA)³", site, _KINDS)
+    shape = _shape(site, is_feedforward(config, site.path))
+    vector = torch.ones(shape) if config.init_ia3_weights else torch.randn(shape, generator=generator)
+    leaf = {"ia3_l": method.like_weight(vector, site.weight, dtype)}
+    return leaf, buffers(config, site.path, leaf)
+
+
+def _shape(site: Site, feedforward: bool) -> tuple[int, ...]:
+    """PEFT's shape of the vector: (out, 1) or (1, in) for a linear layer, (1, channels, 1, ...) for a convolution."""
+    weight = site.weight.shape
+    if site.kind == layers.CONVOLUTION:
+        channels = weight[1] * int(getattr(site.layer, "groups", 1)) if feedforward else weight[0]
+        return (1, channels, *(1 for _ in weight[2:]))
+    outputs, inputs = weight if site.kind == layers.LINEAR else weight[::-1]
+    return (1, inputs) if feedforward else (outputs, 1)
+
+
+def buffers(config: IA3Config, path: str, leaf: Leaf) -> Leaf:
+    """`feedforward`, for a site whose input is scaled."""
+    device = leaf["ia3_l"].device
+    return {"feedforward": torch.tensor(True, device=device)} if is_feedforward(config, path) else {}
+
+
+def forward(config: IA3Config, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """l ∘ (W x + b), or W (l ∘ x) + b, in the dtype that the layer has without the method."""
+    vector = leaf["ia3_l"]
+    if site.kind != layers.CONVOLUTION:
+        vector = vector.flatten()
+    if "feedforward" in leaf:
+        return site((x.to(vector.dtype) * vector).to(x.dtype), *args, **kwargs)
+    y = site(x, *args, **kwargs)
+    return (y * vector).to(y.dtype)
+
+
+def merge(config: IA3Config, leaf: Mapping[str, Tensor], kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """W and b with their outputs scaled, or W with its inputs scaled."""
+    vector, weight = leaf["ia3_l"], tensors["weight"]
+    if "feedforward" in leaf:
+        return {"weight": _inputs_scaled(weight, vector, kind).to(weight.dtype)}
+    rows = vector.T if kind == layers.TRANSPOSED else vector.flatten().view(-1, *(1 for _ in weight.shape[1:]))
+    changed = {"weight": (weight * rows).to(weight.dtype)}
+    if "bias" in tensors:
+        changed["bias"] = (tensors["bias"] * vector.flatten()).to(tensors["bias"].dtype)
+    return changed
+
+
+def _inputs_scaled(weight: Tensor, vector: Tensor, kind: str) -> Tensor:
+    if kind != layers.CONVOLUTION:
+        return weight * (vector.T if kind == layers.TRANSPOSED else vector)
+    groups = vector.shape[1] // weight.shape[1]
+    split = weight.reshape(groups, -1, *weight.shape[1:])  # (g, out/g, in/g, *k)
+    return (split * vector.view(groups, 1, -1, *vector.shape[2:])).reshape(weight.shape)
+
+
+def silence(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+    """The leaf with ones where `keep` is 0."""
+    return {**leaf, "ia3_l": torch.where(keep.bool(), leaf["ia3_l"], 1.0)}
+
+
+def check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
+    """What is wrong with a leaf for this site, or `None`."""
+    if site.kind not in _KINDS:
+        return f"cannot act on this {site.kind}, expected one of {', '.join(_KINDS)}"
+    expected = _shape(site, "feedforward" in leaf)
+    return None if tuple(leaf["ia3_l"].shape) == expected else f"has {tuple(leaf['ia3_l'].shape)}, expected {expected}"
+
+
+def check_file(config: IA3Config, path: str, leaf: Leaf) -> None:
+    """Refuse a vector on the other side of a linear layer than the config has it."""
+    if config.feedforward_modules is None:
+        raise ValueError("no feedforward_modules in its config, which say what a vector scales,")
+    shape = tuple(leaf["ia3_l"].shape)
+    side = 0 if is_feedforward(config, path) else 1
+    if len(shape) == 2 and shape[side] != 1:
+        is_said = "is" if side == 0 else "is not"
+        raise ValueError(f"a vector of shape {shape}, and the config says that it {is_said} a feedforward module,")
+
+
+def kinds(leaf: Mapping[str, Tensor], weight: torch.Size) -> list[str]:
+    """The kinds of layer whose weight of this shape the leaf fits."""
+    vector = leaf["ia3_l"]
+    if vector.dim() > 2:
+        fits = vector.shape[1] % weight[1] == 0 if "feedforward" in leaf else vector.shape[1] == weight[0]
+        return [layers.CONVOLUTION] if len(weight) == vector.dim() and fits else []
+    if len(weight) != 2:
+        return []
+    axis = 1 if "feedforward" in leaf else 0  # of the weight of a linear layer
+    fitting = {layers.LINEAR: weight[axis], layers.TRANSPOSED: weight[1 - axis]}
+    return [kind for kind, size in fitting.items() if size == vector.numel()]
+
+
+def _pad(configs: Sequence[IA3Config], path: str, leaves: Sequence[Leaf | None]) -> list[Leaf]:
+    """The leaves, with ones for an adapter without this site."""
+    there = next(leaf for leaf in leaves if leaf is not None)
+    ones = {**there, "ia3_l": torch.ones_like(there["ia3_l"])}
+    return [ones if leaf is None else leaf for leaf in leaves]
+
+
+METHOD = Method(
+    config=IA3Config,
+    names={"ia3_l": "ia3_l"},
+    held=frozenset({"feedforward", "transposed"}),
+    resolve=resolve,
+    init=init,
+    buffers=buffers,
+    forward=forward,
+    merge=merge,
+    silence=silence,
+    check=check,
+    check_file=check_file,
+    kinds=kinds,
+    pad=_pad,
+)
