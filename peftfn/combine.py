@@ -43,8 +43,8 @@ def combine(
     | `ties`, `dare_linear`, `dare_ties`, `magnitude_prune` | as linear, of pruned factors | the same |
     | `ties_svd`, ... | pruned ΔW, then as svd | as svd |
 
-    Other methods have one combination, a weighted sum of their tensors. One adapter alone is combined as `linear`,
-    as in PEFT, unless `rank` is given. Weights may be negative. Adapters may differ in alpha, and in sites: one that
+    Methods other than LoRA combine as their own file says, or not at all. One adapter alone is combined as `linear`, as
+    in PEFT, unless `rank` is given. Weights may be negative. Adapters may differ in alpha, and in sites: one that
     lacks a site counts as zero there. With `linear` and `cat` the result is differentiable in adapters and weights
     (with `linear`, where no weight is zero); with `svd`, where the singular values are distinct.
 

@@ -52,3 +52,20 @@ def test_a_new_method_has_every_function_of_the_library(gain: Any, tmp_path: Pat
     assert again.config == one.config
     assert torch.equal(again.params["2"]["gain"], one.params["2"]["gain"])
     assert snapshot(model) == before
+
+
+def test_a_new_method_combines_once_it_says_how(gain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Linear(6, 8)), torch.randn(4, 6)
+    fresh = pf.init(model, gain.GainConfig(target_modules=["0"]))
+    one, other = trained(fresh, 1), trained(fresh, 2)
+    with pytest.raises(ValueError, match="GainConfig has no weighted combination"):
+        pf.combine([one, other], [0.7, -0.4])
+
+    def combine(recipe: Any, configs: Any, path: str, leaves: Any) -> Any:
+        return {"gain": sum(w * leaf["gain"] for w, leaf in zip(recipe.weights, leaves, strict=True))}, {}
+
+    able = gain.METHOD._replace(combine=combine)
+    monkeypatch.setattr(methods, "TABLE", (*methods.TABLE[:-1], able))
+    mixed = pf.combine([one, other], [0.7, -0.4])
+    expected = model(x) * (0.7 * one.params["0"]["gain"] - 0.4 * other.params["0"]["gain"])
+    torch.testing.assert_close(pf.apply(model, mixed, x), expected)
