@@ -27,7 +27,8 @@ def merge(
     `model.state_dict()` does, and call with `functional_call(..., tie_weights=False)`.
 
     Args:
-        params: base parameters by name, `dict(model.named_parameters())` or a state dict.
+        params: base parameters by name, `dict(model.named_parameters())` or a state dict. Give biases too: a method may
+            change them with their weights.
         adapter: one adapter or several, merged in order.
         model: needed only where shapes do not tell how a square weight is stored (transposed experts; a mix of
             `nn.Linear` and transformers' `Conv1D`); the error says so.

@@ -204,8 +204,26 @@ def test_allocation_is_a_pure_function_and_maps() -> None:
     assert not any(bool(t.any()) for leaf in state.sensitivity.values() for t in leaf.values())
 
 
+def test_adapters_of_unlike_rank_alpha_and_sites_stack() -> None:
+    adapters = [small(0, init_r=2, target_modules=["0"])[1], small(1, init_r=5, lora_alpha=20)[1]]
+    model, x = small()[0], torch.randn(4, 6)
+    stacked = pf.stack(adapters)
+    together = vmap(lambda adapter: pf.apply(model, adapter, x))(stacked)
+    routed = pf.apply(model, stacked, x, index=[1, -1, 0, 1])
+    for number, adapter in enumerate(adapters):
+        torch.testing.assert_close(together[number], pf.apply(model, adapter, x))
+    for row, number in enumerate([1, -1, 0, 1]):
+        torch.testing.assert_close(routed[row], (together[number] if number >= 0 else model(x))[row])
+    gradients = vmap(grad(lambda p, a: pf.apply(model, a.replace(params=p), x).square().sum()))(stacked.params, stacked)
+    for name, padding in {"lora_A": (0, slice(2, None)), "lora_E": (0, slice(2, None))}.items():
+        assert not gradients["0"][name][padding].any(), "padding is exact in training too"
+    assert not gradients["0"]["lora_B"][0, :, 2:].any()
+    for one, adapter in zip(pf.unstack(stacked), adapters, strict=True):
+        assert_same(one, adapter)
+
+
 def test_ranks_that_are_not_to_shrink_stay() -> None:
-    # peft raises here: it asks torch.kthvalue for the value of number 0.
+    # peft 0.21.2 raises here: it asks torch.kthvalue for the value of number 0.
     _, adapter = small(target_r=3)
     state, after = adalora.allocate(adalora.init_state(adapter), adapter, adapter.params, 4)
     torch.testing.assert_close(after.params, adapter.params, rtol=0, atol=0)

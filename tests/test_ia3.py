@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 import oracle
+import peft
 import pytest
 import torch
 from bases import BASES
@@ -15,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftfn as pf
 from peftfn import keys
+from peftfn.methods import ia3 as ia3_method
 
 ROUNDING = 1e-6  # as in test_against_peft.py
 
@@ -109,6 +112,24 @@ def test_the_same_layers_have_their_input_scaled_as_in_peft_and_peft_reads_the_f
     assert oracle.distance(ours, oracle.outputs(theirs(**batch))) < ROUNDING
     again = pf.load(tmp_path, model=base)
     assert oracle.distance(ours, oracle.outputs(pf.apply(base, again, batch))) == 0
+
+
+def test_on_random_names_the_side_is_pefts() -> None:
+    draw, seen = random.Random(0), {True: 0, False: 0}
+    names = ["q", "v", "qq", "a_q", "0", "layer"]
+
+    def some_path(longest: int) -> str:
+        return ".".join(draw.choices(names, k=draw.randint(1, longest)))
+
+    for _ in range(200):
+        side = draw.choice([r".*\.q", r"layer.*(q|v)", r"q", [some_path(2) for _ in range(draw.randint(0, 3))]])
+        ours = pf.IA3Config(target_modules=".*", feedforward_modules=side)
+        theirs = peft.IA3Config(target_modules=".*", feedforward_modules=side)
+        for path in {some_path(4) for _ in range(20)}:
+            expected = peft.IA3Model._check_target_module_feedforward(theirs, path)
+            assert ia3_method.is_feedforward(ours, path) == expected, (side, path)
+            seen[expected] += 1
+    assert min(seen.values()) > 300  # both answers came up
 
 
 class Bare(nn.Module):
