@@ -50,6 +50,7 @@ def init(
         {'0': ['lora_A', 'lora_B'], '2': ['bias', 'weight']}
     """
     method = methods.of(config)
+    targets.check_task(model, config.task_type)
     heads = matching.HEADS.get(config.task_type or "", ())
     resolved = method.resolve(model, config)
     generator = generator if generator is not None else torch.Generator().manual_seed(0)

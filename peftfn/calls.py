@@ -54,7 +54,8 @@ def run(forward: Callable[..., Any], names: Sequence[str], steps: Sequence[Step]
         *args: the call's.
         **kwargs: the call's.
     """
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = {name: value for name, value in named.items() if value is not None}
     call = Call(given, cached(given.get("past_key_values")) == 0)
     for step in reversed(steps):
         call = step(call)
@@ -84,6 +85,11 @@ def cached(cache: Any) -> int:
 def argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
     """The names of a class's positional arguments in `forward`, in order."""
     return _argument_names(cls)
+
+
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether the module's forward, or one that it may pass its arguments on to, names this argument."""
+    return any(name in _argument_names(cls) for cls in type(module).__mro__ if "forward" in vars(cls))
 
 
 @functools.cache

@@ -52,7 +52,7 @@ def resolve(model: nn.Module, config: PrefixTuningConfig) -> PrefixTuningConfig:
         ValueError: the layers' keys are of unlike shapes, or the model keeps no cache.
     """
     home = model.get_submodule(homes(model)[0])
-    if "past_key_values" not in calls.argument_names(type(home)):
+    if not calls.takes(home, "past_key_values"):
         raise ValueError(
             f"{type(home).__name__} takes no past_key_values, into which a prefix goes; use prompt tuning or P-tuning."
         )
