@@ -230,7 +230,7 @@ def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise ValueError(f"batch is an empty {given}; expected the model's inputs.")
 
 
-def _check_stacks(adapters: Sequence[Adapter], index: Any) -> Tensor | None:
+def _check_stacks(adapters: Sequence[Adapter], index: Any) -> routing.Rows | None:
     stacks = [adapter for adapter in adapters if isinstance(adapter.config, stacking.Stacked)]
     if index is None:
         for adapter in filter(stacking.is_whole, stacks):

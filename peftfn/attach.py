@@ -54,10 +54,10 @@ class Part(NamedTuple):
     leaf: Mapping[str, Tensor]
     replaced: Mapping[str, Tensor]
     fixed: frozenset[str]
-    rows: Tensor | None
+    rows: routing.Rows | None
 
 
-def parts(adapters: Sequence[Adapter], rows: Tensor | None = None) -> dict[str, list[Part]]:
+def parts(adapters: Sequence[Adapter], rows: routing.Rows | None = None) -> dict[str, list[Part]]:
     """What the adapters bring, by site path, in the adapters' order."""
     found: dict[str, list[Part]] = {}
     for adapter in adapters:
