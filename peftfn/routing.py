@@ -19,12 +19,12 @@ class Rows(NamedTuple):
     """Which adapter of a stack each row of the batch uses.
 
     Attributes:
-        index: (rows,), from 0; where `keep` is false it says nothing.
+        numbers: (rows,), from 0; where `keep` is false it says nothing.
         keep: (rows,), false where a row uses the bare base.
         in_order: whether it is known that row n uses adapter n, and every adapter has its row: then nothing is copied.
     """
 
-    index: Tensor
+    numbers: Tensor
     keep: Tensor
     in_order: bool
 
@@ -62,7 +62,7 @@ def step(
     inside = Site(site.path, site.kind, site.layer, site.weight_name, run)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if method.takes_rows(leaf, site.kind) and x.dim() > 1 and x.shape[0] % rows.index.shape[0] == 0:
+        if method.takes_rows(leaf, site.kind) and x.dim() > 1 and x.shape[0] % rows.numbers.shape[0] == 0:
             picked, keep = _pick(leaf, rows)
             return method.forward(config, method.silence(picked, keep), inside, x, *args, **kwargs)
         picked, keep = _pick(leaf, _rows_of(x, rows, site.path))
@@ -111,12 +111,12 @@ def refuse(path: str, twin: nn.Module) -> None:
 
 
 def _rows_of(x: Tensor, rows: Rows, path: str) -> Rows:
-    count = rows.index.shape[0]
+    count = rows.numbers.shape[0]
     if x.shape[0] == count:
         return rows
     if x.dim() == 2 and x.shape[0] % count == 0:  # (rows * tokens, features), as some blocks flatten it
         each = x.shape[0] // count
-        return Rows(rows.index.repeat_interleave(each), rows.keep.repeat_interleave(each), in_order=False)
+        return Rows(rows.numbers.repeat_interleave(each), rows.keep.repeat_interleave(each), in_order=False)
     raise ValueError(
         f"{path}: index has {count} rows and the input here has shape {tuple(x.shape)}; expected one index for "
         "each row of the batch, on the first axis."
@@ -127,4 +127,4 @@ def _pick(tensors: Mapping[str, Tensor], rows: Rows) -> tuple[dict[str, Tensor],
     if rows.in_order:
         return dict(tensors), rows.keep
     # index_select copies whole slices: eight times as fast as tensor[index] for a (32, 8, 512) one
-    return {name: tensor.index_select(0, rows.index) for name, tensor in tensors.items()}, rows.keep
+    return {name: tensor.index_select(0, rows.numbers) for name, tensor in tensors.items()}, rows.keep
