@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from peftfn import attach, copies, graft, guards, layers, plain, recompute, stacking
+from peftfn import attach, checkpoint, copies, graft, guards, layers, methods, plain, recompute, stacking
 from peftfn.adapter import Adapter, Tree, as_tuple, sorted_tree
 from peftfn.config import PeftConfig
 
@@ -74,7 +74,8 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter]) -> Any:
     The statistics that a BatchNorm of the base gathers in training stay in the bound module: `eval()` such layers.
 
     `bound.save_pretrained(folder)` writes a plain model with the adapter merged in, and so do `Trainer`'s
-    checkpoints; `pf.save(pf.unbind(bound), folder)` writes the adapter.
+    checkpoints; `pf.save(pf.unbind(bound), folder)` writes the adapter. A prompt or a prefix cannot be merged: there
+    `save_pretrained` writes the adapter, too.
 
     Raises:
         TypeError: the adapter is a stack, or the model is bound already.
@@ -260,11 +261,16 @@ def _suit_transformers(bound: nn.Module) -> None:
 
 
 def _save_pretrained(bound: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-    """Write a plain model folder, the adapter merged in, that `from_pretrained` loads with the same outputs."""
+    """Write a plain model folder, the adapter merged in, that `from_pretrained` loads with the same outputs.
+
+    A prompt changes no weight: then the folder is that of the adapter, as `pf.save` writes it.
+    """
     binding: Binding = bound.__dict__[_KEY]
     state = kwargs.pop("state_dict", None)  # given where the module itself holds only a part of it (FSDP)
     state = bound.state_dict() if state is None else state
     adapters = _taken(bound, dict(_named(bound)) | dict(state))
+    if len(adapters) == 1 and methods.of(adapters[0].config).kind is not None:
+        return checkpoint.save(adapters[0], save_directory)  # nothing to merge: the adapter is what there is to save
     weights, is_apart = plain.merged(bound, state, adapters, binding.tied)
     kept = {name: tensor for name, tensor in weights.items() if name not in binding.added}
     return plain.stand_in(bound, kept, is_apart).save_pretrained(save_directory, *args, **kwargs)

@@ -12,7 +12,7 @@ from bases import BASES
 from checkpoints import enable
 from prompts import Case
 from safetensors.torch import load_file, save_file
-from same import on_disk
+from same import assert_same, on_disk
 from torch import nn
 
 import peftfn as pf
@@ -92,14 +92,16 @@ def test_a_config_that_says_nonsense_is_one_clear_error(said: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["prompt tuning", "prefix", "adaption prompt"])
-def test_merge_says_that_there_is_no_weight_to_change(method: str) -> None:
+def test_merge_says_that_there_is_no_weight_to_change(method: str, tmp_path: Path) -> None:
     model = gpt2()
     adapter = pf.init(model, Case("gpt2", method).config(pf))
     with pytest.raises(ValueError, match=r"changes what the model is given, not its weights, so it cannot be merged"):
         pf.merge(dict(model.named_parameters()), adapter)
     with pytest.raises(ValueError, match=r"cannot be merged"):
-        pf.bind(model, adapter).save_pretrained("nowhere")
-    assert not Path("nowhere").exists()
+        pf.bind(model, (adapter, adapter)).save_pretrained(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+    pf.bind(model, adapter).save_pretrained(tmp_path)  # what can be saved is the adapter
+    assert_same(pf.load(tmp_path, model), adapter)
 
 
 @pytest.mark.parametrize("method", ["prompt tuning", "prefix", "adaption prompt"])
