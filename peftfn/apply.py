@@ -50,6 +50,7 @@ def init(
         {'0': ['lora_A', 'lora_B'], '2': ['bias', 'weight']}
     """
     method = methods.of(config)
+    targets.check_task(model, config.task_type)
     heads = matching.HEADS.get(config.task_type or "", ())
     resolved = method.resolve(model, config)
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
@@ -230,7 +231,7 @@ def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise ValueError(f"batch is an empty {given}; expected the model's inputs.")
 
 
-def _check_stacks(adapters: Sequence[Adapter], index: Any) -> Tensor | None:
+def _check_stacks(adapters: Sequence[Adapter], index: Any) -> routing.Rows | None:
     stacks = [adapter for adapter in adapters if isinstance(adapter.config, stacking.Stacked)]
     if index is None:
         for adapter in filter(stacking.is_whole, stacks):

@@ -54,10 +54,10 @@ class Part(NamedTuple):
     leaf: Mapping[str, Tensor]
     replaced: Mapping[str, Tensor]
     fixed: frozenset[str]
-    rows: Tensor | None
+    rows: routing.Rows | None
 
 
-def parts(adapters: Sequence[Adapter], rows: Tensor | None = None) -> dict[str, list[Part]]:
+def parts(adapters: Sequence[Adapter], rows: routing.Rows | None = None) -> dict[str, list[Part]]:
     """What the adapters bring, by site path, in the adapters' order."""
     found: dict[str, list[Part]] = {}
     for adapter in adapters:
@@ -137,10 +137,14 @@ def _adapt_model(root: nn.Module, by_path: Mapping[str, nn.Module], here: Sequen
             step = functools.partial(part.method.forward, part.config, part.leaf, site)
             steps.setdefault(home, []).append(step)
         tensors += part.leaf.values()
+    noted = [0]
+    if steps and "" not in steps and not torch.compiler.is_compiling():
+        run = graft.base_forward(graft.second(root) if how.apart else root)
+        graft.set_forward(root, functools.partial(calls.expecting, run, tuple(steps), noted))
     for home, several in steps.items():
         twin = by_path[home]
         run = graft.base_forward(graft.second(twin) if how.apart else twin)
-        run = functools.partial(calls.run, run, calls.argument_names(type(twin)), several)
+        run = functools.partial(calls.run, run, calls.argument_names(type(twin)), several, noted)
         graft.set_forward(
             twin, run if how.armed is None else functools.partial(_watched, run, how.armed, home, tensors)
         )

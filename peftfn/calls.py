@@ -32,10 +32,12 @@ class Call(NamedTuple):
         given: its arguments, by name.
         first: whether nothing is cached yet. Later calls of a generation bring new tokens only, and a cache that
             begins with the prompt.
+        past: how many tokens prefixes have in the cache, before everything else; `run` tells the arguments of them.
     """
 
     given: Mapping[str, Any]
     first: bool
+    past: int = 0
 
     def having(self, **changes: Any) -> Call:
         """This call with other arguments; `None` leaves one out."""
@@ -43,7 +45,14 @@ class Call(NamedTuple):
         return self._replace(given=given)
 
 
-def run(forward: Callable[..., Any], names: Sequence[str], steps: Sequence[Step], *args: Any, **kwargs: Any) -> Any:
+def run(
+    forward: Callable[..., Any],
+    names: Sequence[str],
+    steps: Sequence[Step],
+    noted: list[int],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """What the model returns for the call that the steps make of this one.
 
     Args:
@@ -51,16 +60,34 @@ def run(forward: Callable[..., Any], names: Sequence[str], steps: Sequence[Step]
         names: those of its positional arguments.
         steps: what each active adapter does to the call, in the adapters' order; the last one acts first, so that the
             first one's tokens come first.
+        noted: its number grows, for `expecting`.
         *args: the call's.
         **kwargs: the call's.
     """
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if not torch.compiler.is_compiling():
+        noted[0] += 1
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = {name: value for name, value in named.items() if value is not None}
     call = Call(given, cached(given.get("past_key_values")) == 0)
     for step in reversed(steps):
         call = step(call)
+    if call.past:
+        call = _with_cached(call, call.past, front=True)
     output = forward(**call.given)
     unasked = given.get("use_cache") is False and given.get("past_key_values") is None
     return _without_cache(output) if unasked else output
+
+
+def expecting(forward: Callable[..., Any], homes: Sequence[str], noted: list[int], *args: Any, **kwargs: Any) -> Any:
+    """What the model returns, unless it ran past the modules inside it whose call an adapter changes."""
+    before = noted[0]
+    output = forward(*args, **kwargs)
+    if noted[0] == before:
+        raise RuntimeError(
+            f"the model did not call {' or '.join(homes)}, where this adapter changes what is given: it would be lost. "
+            "Its forward goes another way than those of transformers; use a method that changes layers."
+        )
+    return output
 
 
 def _without_cache(output: Any) -> Any:
@@ -86,6 +113,11 @@ def argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
     return _argument_names(cls)
 
 
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether the module's forward, or one that it may pass its arguments on to, names this argument."""
+    return any(name in _argument_names(cls) for cls in type(module).__mro__ if "forward" in vars(cls))
+
+
 @functools.cache
 def _argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -106,7 +138,7 @@ def with_tokens(call: Call, tokens: Tensor, embed: Callable[[Tensor], Tensor], t
         ValueError: the call has no input, or an argument of which it is not known how it goes along with the input.
     """
     if not call.first:
-        return with_cached(call, tokens.shape[0])
+        return _with_cached(call, tokens.shape[0], front=False)
     embeds = call.given.get("inputs_embeds")
     ids = call.given.get("input_ids")
     if embeds is None:
@@ -134,7 +166,7 @@ def with_tokens(call: Call, tokens: Tensor, embed: Callable[[Tensor], Tensor], t
     return call.having(**changes)
 
 
-def with_cached(call: Call, count: int, *, front: bool = False) -> Call:
+def _with_cached(call: Call, count: int, *, front: bool) -> Call:
     """The call with `count` tokens more in its cache than its arguments know of.
 
     Args:

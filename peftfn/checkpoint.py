@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from peftfn import files, fused, hub, keys, methods, older, stacking
+from peftfn import encoders, files, fused, hub, keys, methods, older, stacking
 from peftfn.adapter import Adapter, is_traced
 from peftfn.config import PeftConfig
 
@@ -35,6 +35,9 @@ _POINTER = b"version https://git-lfs"
 
 def save(adapter: Adapter, folder: str | Path) -> Path:
     """Write the adapter into `folder` (made if missing) as PEFT's two files and a model card; the folder.
+
+    PEFT's files hold the prompt that P-tuning and projected prefixes make, not the network that makes it: that goes
+    into a file of its own beside them, so that training can go on.
 
     Args:
         adapter: a single adapter; tensors are written as they are, bit for bit.
@@ -65,7 +68,9 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
         _REPLACES_KEY: _digest(old.read_bytes()) if old.is_file() else "",
         _PARTS_KEY: fused.note(adapter),
     }
+    encoder = encoders.writes(adapter, plain, _plain)
     writes: dict[str, files.Write] = {
+        **encoder,
         files.WEIGHTS: lambda path: safetensors.torch.save_file(plain, path, metadata),
         files.CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
     }
@@ -73,6 +78,7 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
         writes[files.CARD] = lambda path: path.write_text(card(adapter), encoding="utf-8")
     files.write_together(folder, writes)
     (folder / files.PICKLE).unlink(missing_ok=True)  # an older file of the same adapter, which readers would find too
+    encoders.remove_others(folder, encoder)
     return folder
 
 
@@ -135,6 +141,7 @@ def load(
     note = metadata.get(_PARTS_KEY, "")
     ours = _CONFIG_KEY in metadata
     adapter = keys.from_keys(tensors, config, str(source), ordered=ours, model=model, parts=fused.noted(note))
+    adapter = encoders.restored(adapter, origin, device)
     if note:
         adapter = adapter.replace(config=fused.named_config(adapter, note))
     if model is not None:

@@ -198,7 +198,7 @@ def _union(configs: Sequence[Any], paths: Sequence[str], buffers: Mapping[str, L
     if len({getattr(config, "bias", "none") for config in configs}) > 1:
         raise ValueError(f"combine: the adapters have bias of {[config.bias for config in configs]}; expected one.")
     if hasattr(first, "target_modules"):
-        changes |= _targets(configs, paths, buffers, changes["target_parameters"])
+        changes |= _targets(configs, paths, buffers, changes.get("target_parameters"))
     made: Any = dataclasses.replace(first, **changes)
     both = [path for path in paths if made.modules_to_save and matching.is_excluded(made, path)]
     if both:
@@ -213,7 +213,8 @@ def _targets(
     configs: Sequence[Any], paths: Sequence[str], buffers: Mapping[str, Leaf], parameters: Sequence[str] | None
 ) -> dict[str, Any]:
     """`target_modules` of the union, or a regex of its paths where names and limits do not add up to it."""
-    alike = all(getattr(config, name) == getattr(configs[0], name) for config in configs for name in _LIMITS)
+    limits = dict.fromkeys(name for name in _LIMITS if hasattr(configs[0], name))
+    alike = all(getattr(config, name) == getattr(configs[0], name) for config in configs for name in limits)
     given = [config.target_modules for config in configs if config.target_modules is not None]
     if alike and len({*given}) <= 1:
         return {"target_modules": given[0] if given else None}
@@ -228,7 +229,6 @@ def _targets(
             "target_modules is a list; expected adapters that name their targets alike."
         )
     modules = [path for path in paths if not matching.ends_with(path, parameters or ())]
-    limits = dict.fromkeys(_LIMITS)
     return {"target_modules": "|".join(map(re.escape, modules)) or None, **limits}
 
 

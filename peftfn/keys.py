@@ -21,15 +21,13 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from peftfn import attach, layers, matching, methods, targets, twins
+from peftfn import attach, layers, matching, methods, prompt_keys, targets, twins
 from peftfn.adapter import Adapter, Leaf, Tree, sorted_tree
 from peftfn.config import PeftConfig
 from peftfn.methods import Method
 
 PREFIX = "base_model.model."
-_PROMPT_PREFIX = "base_model."  # of heads that are saved along with a prompt
 _BASE = ".base_layer"
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _METHODS = ("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "modules_to_save", "original_module")
 
 
@@ -41,11 +39,16 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
     """
     method = methods.of(adapter.config)
     if method.kind == layers.MODEL:
-        return _to_prompt_keys(method, adapter)
+        return prompt_keys.to_keys(method, adapter)
     found: list[tuple[str, Tensor]] = []
     adapted: list[str] = []
     for path, leaf in adapter.params.items():
         own = {name: tensor for name, tensor in leaf.items() if not method.replaces(name)}
+        if own and "." not in path and _is_parameter(adapter.config, path):
+            raise ValueError(
+                f"{path!r} is a parameter of the model itself, and PEFT's files have keys for those of modules inside "
+                "it only. Put the model into another module (torch.nn.Sequential(model)) and adapt that."
+            )
         if own:
             adapted += [path.rpartition(".")[0] if _is_parameter(adapter.config, path) else path]
             site = _site_key(adapter, path)
@@ -63,37 +66,6 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
             "same layer. Name it in one of them."
         )
     return keyed
-
-
-def _to_prompt_keys(method: Method, adapter: Adapter) -> dict[str, Tensor]:
-    """The keys of a method that acts on the model itself: PEFT wraps no layer for it, so they have no path."""
-    keyed = dict(method.to_file({**adapter.params.get("", {}), **adapter.buffers.get("", {})}))
-    for tree in (adapter.params, adapter.buffers):
-        for path in filter(None, tree):
-            keyed |= {f"{_PROMPT_PREFIX}{path}.{name}": tensor for name, tensor in tree[path].items()}
-    return keyed
-
-
-def _from_prompt_keys(method: Method, tensors: Mapping[str, Tensor], config: PeftConfig, source: str) -> Adapter:
-    own = {name: tensor for name, tensor in tensors.items() if name in method.names}
-    if "prompt_embeddings" not in own:
-        raise KeyError(f"{source} has {sorted(tensors)[:4]}; expected prompt_embeddings, as PEFT writes them.")
-    try:
-        method.check_file(config, "", own)
-    except ValueError as error:
-        raise ValueError(f"{source} has {error}; expected a whole adapter.") from None
-    params: Tree = {"": method.from_file(own)}
-    buffers: Tree = {}
-    for key in tensors.keys() - own.keys():
-        path, _, name = key.removeprefix(_PROMPT_PREFIX).rpartition(".")
-        if not key.startswith(_PROMPT_PREFIX) or not path:
-            raise KeyError(
-                f"{source} has the key {key!r}, which {method.config.__name__} does not know: the file is another "
-                "config's, or was not written by save_pretrained."
-            )
-        home = buffers if name in _STATISTICS else params
-        home.setdefault(path, {})[name] = tensors[key]
-    return Adapter(sorted_tree(params), sorted_tree(buffers), config)
 
 
 def _nested(adapter: Adapter, path: str) -> str:
@@ -150,7 +122,7 @@ def from_keys(
     if hasattr(config, "modules_to_save"):
         config = dataclasses.replace(config, modules_to_save=matching.with_heads(config))  # type: ignore[call-arg]
     if method.kind == layers.MODEL:
-        return _from_prompt_keys(method, tensors, config, source)
+        return prompt_keys.from_keys(method, tensors, config, source)
     if model is not None and _names(config):
         config = dataclasses.replace(config, target_parameters=targets.in_model_order(model, _names(config)))  # type: ignore[call-arg]
     own: Tree = {}
@@ -200,7 +172,7 @@ def _split(method: Method, key: str, source: str) -> tuple[str, str]:
 
 
 def _is_trained(config: Any, path: str, name: str, site: str) -> bool:
-    if name in _STATISTICS:
+    if name in prompt_keys.STATISTICS:
         return False
     if name.endswith("bias") and getattr(config, "bias", "none") != "none":
         return True

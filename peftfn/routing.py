@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,22 @@ from peftfn.layers import Site
 from peftfn.methods import Method
 
 
-def as_rows(index: Any, adapters: int) -> Tensor:
-    """`index` as a 1-D integer tensor with values from -1 (the bare base) up to the number of adapters.
+class Rows(NamedTuple):
+    """Which adapter of a stack each row of the batch uses.
+
+    Attributes:
+        numbers: (rows,), from 0; where `keep` is false it says nothing.
+        keep: (rows,), false where a row uses the bare base.
+        in_order: whether it is known that row n uses adapter n, and every adapter has its row: then nothing is copied.
+    """
+
+    numbers: Tensor
+    keep: Tensor
+    in_order: bool
+
+
+def as_rows(index: Any, adapters: int) -> Rows:
+    """`index`, a 1-D integer tensor with values from -1 (the bare base) up to the number of adapters, as rows.
 
     Raises:
         TypeError, ValueError: it is something else; values are looked at only outside transforms.
@@ -27,23 +41,30 @@ def as_rows(index: Any, adapters: int) -> Tensor:
             f"index has shape {tuple(rows.shape)} and dtype {rows.dtype}; expected one integer per row of the batch: "
             "the number of the adapter in the stack, or -1 for the bare base."
         )
+    known = rows.device.type == "cpu" and not is_traced(rows)
     if rows.numel() and not is_traced(rows) and not -1 <= int(rows.min()) <= int(rows.max()) < adapters:
         raise ValueError(
             f"index has values from {int(rows.min())} to {int(rows.max())}; this stack has adapters 0 to "
             f"{adapters - 1}, and -1 is the bare base."
         )
-    return rows
+    in_order = known and len(rows) == adapters and bool((rows == torch.arange(adapters)).all())
+    return Rows(rows.clamp(min=0), rows >= 0, in_order)
 
 
 def step(
-    method: Method, config: PeftConfig, leaf: Mapping[str, Tensor], rows: Tensor, run: Callable[..., Any], site: Site
+    method: Method, config: PeftConfig, leaf: Mapping[str, Tensor], rows: Rows, run: Callable[..., Any], site: Site
 ) -> Callable[..., Any]:
     """A site's forward in which row n is adapted by the leaf's slice `rows[n]`; axis 0 of x is the row.
 
-    What the site computes without the method is computed once, for all rows; only the method is mapped.
+    What the site computes without the method is computed once, for all rows; only the method is mapped: by its own
+    batched kernels where it has them, by `torch.vmap` otherwise.
     """
+    inside = Site(site.path, site.kind, site.layer, site.weight_name, run)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if method.takes_rows(leaf, site.kind) and x.dim() > 1 and x.shape[0] % rows.numbers.shape[0] == 0:
+            picked, keep = _pick(leaf, rows)
+            return method.forward(config, method.silence(picked, keep), inside, x, *args, **kwargs)
         picked, keep = _pick(leaf, _rows_of(x, rows, site.path))
         whole = run(x, *args, **kwargs)
 
@@ -61,7 +82,7 @@ def step(
     return forward
 
 
-def replaced(twin: nn.Module, path: str, tensors: Mapping[str, Tensor], rows: Tensor) -> Callable[..., Any]:
+def replaced(twin: nn.Module, path: str, tensors: Mapping[str, Tensor], rows: Rows) -> Callable[..., Any]:
     """A forward of the twin in which row n is computed with the slice `rows[n]` of each tensor."""
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -89,16 +110,21 @@ def refuse(path: str, twin: nn.Module) -> None:
     )
 
 
-def _rows_of(x: Tensor, rows: Tensor, path: str) -> Tensor:
-    if x.shape[0] == rows.shape[0]:
+def _rows_of(x: Tensor, rows: Rows, path: str) -> Rows:
+    count = rows.numbers.shape[0]
+    if x.shape[0] == count:
         return rows
-    if x.dim() == 2 and x.shape[0] % rows.shape[0] == 0:  # (rows * tokens, features), as some blocks flatten it
-        return rows.repeat_interleave(x.shape[0] // rows.shape[0])
+    if x.dim() == 2 and x.shape[0] % count == 0:  # (rows * tokens, features), as some blocks flatten it
+        each = x.shape[0] // count
+        return Rows(rows.numbers.repeat_interleave(each), rows.keep.repeat_interleave(each), in_order=False)
     raise ValueError(
-        f"{path}: index has {rows.shape[0]} rows and the input here has shape {tuple(x.shape)}; expected one index for "
+        f"{path}: index has {count} rows and the input here has shape {tuple(x.shape)}; expected one index for "
         "each row of the batch, on the first axis."
     )
 
 
-def _pick(tensors: Mapping[str, Tensor], rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    return {name: tensor[rows.clamp(min=0)] for name, tensor in tensors.items()}, rows >= 0
+def _pick(tensors: Mapping[str, Tensor], rows: Rows) -> tuple[dict[str, Tensor], Tensor]:
+    if rows.in_order:
+        return dict(tensors), rows.keep
+    # index_select copies whole slices: eight times as fast as tensor[index] for a (32, 8, 512) one
+    return {name: tensor.index_select(0, rows.numbers) for name, tensor in tensors.items()}, rows.keep

@@ -26,6 +26,16 @@ def model_type(model: nn.Module) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def check_task(model: nn.Module, task_type: str | None) -> None:
+    """Refuse a task for an encoder-decoder where transformers' config says that the model is none."""
+    is_one = getattr(getattr(model, "config", None), "is_encoder_decoder", None)
+    if task_type == "SEQ_2_SEQ_LM" and is_one is False:
+        raise ValueError(
+            f"task_type='SEQ_2_SEQ_LM' is for an encoder-decoder, and {type(model).__name__} is none; expected "
+            "'CAUSAL_LM' for a decoder."
+        )
+
+
 def default_targets(model: nn.Module, table: Mapping[str, Sequence[str] | str]) -> Sequence[str] | str:
     """The target modules that PEFT takes for this model type, or a `ValueError` that says to name them."""
     kind = model_type(model)

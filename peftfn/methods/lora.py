@@ -148,6 +148,11 @@ def forward(config: LoraConfig, leaf: Mapping[str, Tensor], site: Site, x: Tenso
     return y.index_copy(-1, rows, add(site, a, b, leaf["scaling"], x, part).to(y.dtype))
 
 
+def takes_rows(leaf: Mapping[str, Tensor], kind: str) -> bool:
+    """Whether `forward` takes a leaf of its own for each row: on linear layers, but for parts of fused ones."""
+    return kind in (layers.LINEAR, layers.TRANSPOSED) and "rows" not in leaf
+
+
 def merge(
     config: LoraConfig, leaf: Mapping[str, Tensor], kind: str, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -232,6 +237,7 @@ def silence(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
 
 METHOD = Method(
     config=LoraConfig,
+    takes_rows=takes_rows,
     held=frozenset({"scaling", "rows", "outputs", "transposed"}),
     names={
         "lora_A": "lora_A.weight",

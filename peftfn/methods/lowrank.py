@@ -76,11 +76,23 @@ def _transposed_shapes(layer: nn.Module, weight: torch.Size, r: int) -> Shapes:
 
 
 def _linear_add(site: Site, a: Tensor, b: Tensor, scaling: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    if a.dim() > 2:
+        return _linear_add_rows(a, b, scaling, x, y)
     h = scaled(F.linear(x, a), scaling)  # (..., r), scaled while it is narrow
     if y.dtype == h.dtype and y.dim() > 1:
         # One pass over y in place of two: see benchmarks/training_step.py.
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.T).view(y.shape)
     return y + F.linear(h, b)
+
+
+def _linear_add_rows(a: Tensor, b: Tensor, scaling: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The same with A (rows, r, in), B (rows, out, r) and s (rows,) of each row's own."""
+    rows = a.shape[0]
+    h = scaled(torch.bmm(x.view(rows, -1, x.shape[-1]), a.mT), scaling.view(rows, 1, 1))  # (rows, tokens, r)
+    flat = y.view(rows, -1, y.shape[-1])
+    if y.dtype == h.dtype:
+        return torch.baddbmm(flat, h, b.mT).view(y.shape)
+    return (flat + torch.bmm(h, b.mT)).view(y.shape)
 
 
 def _linear_delta(a: Tensor, b: Tensor, weight: torch.Size) -> Tensor:

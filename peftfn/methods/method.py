@@ -49,6 +49,10 @@ def _no_check_of_file(config: Any, path: str, leaf: Leaf) -> None:
     return None
 
 
+def _one_by_one(leaf: Mapping[str, Tensor], kind: str) -> bool:
+    return False
+
+
 def _linear(leaf: Mapping[str, Tensor], weight: torch.Size) -> list[str]:
     return [layers.LINEAR]
 
@@ -110,6 +114,8 @@ class Method(NamedTuple):
         merge: `(config, leaf, kind, tensors) -> tensors`: of the layer's `weight` (dense) and, where it has one, its
             `bias`, those that change. A tensor that the base reads itself comes alone, as the `weight`.
         silence: `(leaf, keep) -> leaf` that does nothing where `keep` is 0 (routing's index -1).
+        takes_rows: `(leaf, kind) -> whether forward takes a leaf of which each tensor has an axis for the rows of x
+            before the others`; where it does not, `torch.vmap` gives it one row at a time.
         held: names of the method's buffers (LoRA: `scaling`).
         resolve: `(model, config) -> config` with what the model decides filled in (default targets, ...).
         sites: `(model, config) -> {site path: Place}`.
@@ -137,6 +143,7 @@ class Method(NamedTuple):
     forward: Callable[..., Any]
     merge: Callable[[Any, Mapping[str, Tensor], str, Mapping[str, Tensor]], Mapping[str, Tensor]]
     silence: Callable[[Mapping[str, Tensor], Tensor], Mapping[str, Tensor]]
+    takes_rows: Callable[[Mapping[str, Tensor], str], bool] = _one_by_one
     held: frozenset[str] = frozenset()
     resolve: Callable[[nn.Module, Any], Any] = _resolve
     sites: Callable[[nn.Module, Any], dict[str, Place]] = targets.sites

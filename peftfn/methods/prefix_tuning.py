@@ -58,7 +58,7 @@ def resolve(model: nn.Module, config: PrefixTuningConfig) -> PrefixTuningConfig:
         ValueError: the layers' keys are of unlike shapes, or the model keeps no cache.
     """
     home = model.get_submodule(homes(model)[0])
-    if "past_key_values" not in calls.argument_names(type(home)):
+    if not calls.takes(home, "past_key_values"):
         raise ValueError(
             f"{type(home).__name__} takes no past_key_values, into which a prefix goes; use prompt tuning or P-tuning."
         )
@@ -74,17 +74,25 @@ def resolve(model: nn.Module, config: PrefixTuningConfig) -> PrefixTuningConfig:
 def _key_sizes(config: Any, heads: int, dim: int) -> tuple[int, int]:
     """How many heads have keys of their own, and how wide one is, by a model's config."""
     own = getattr(config, "num_key_value_heads", None)
+    if getattr(config, "new_decoder_architecture", None) is False and getattr(config, "multi_query", False):
+        own = 1  # Falcon
     if own is not None:
         return own, getattr(config, "head_dim", None) or dim // heads
     return heads, getattr(config, "d_kv", None) or dim // heads  # T5 and its kin: heads * d_kv need not be d_model
 
 
 def homes(model: nn.Module) -> Sequence[str]:
-    """The module that runs the layers with a cache: the model without its head, or its decoder."""
+    """The module that is given the cache: the model, or what is in it where its head knows none, or its decoder."""
     if prompt_config.is_encoder_decoder(model):
         return (prompt_config.path_of(model, prompt_config.decoder_of(model)),)
+    inner = _inner(model)
+    return ("",) if inner is model or calls.takes(model, "past_key_values") else (prompt_config.path_of(model, inner),)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model without its head."""
     inner = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
-    return (prompt_config.path_of(model, inner) if isinstance(inner, nn.Module) else "",)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def _width(config: PrefixTuningConfig) -> int:
@@ -127,7 +135,7 @@ def forward(config: PrefixTuningConfig, leaf: Mapping[str, Tensor], site: Site, 
     model: Any = site.layer
     prefix = encode(leaf)
     if not call.first:
-        return calls.with_cached(call, prefix.shape[0], front=True)
+        return call._replace(past=call.past + prefix.shape[0])
     if site.training and any(getattr(one, "gradient_checkpointing", False) for one in site.layer.modules()):
         raise ValueError(
             "prefix tuning and activation checkpointing do not go together: checkpointed layers get no cache, and so "
@@ -138,23 +146,32 @@ def forward(config: PrefixTuningConfig, leaf: Mapping[str, Tensor], site: Site, 
     if tokens is None:
         raise ValueError(f"the batch has {sorted(call.given)}; expected input_ids or inputs_embeds, for the prefix.")
     cache = _filled(config, _past(prefix, config, getattr(model, "dtype", prefix.dtype)), model, tokens.shape[0], call)
-    call = call.having(past_key_values=cache)
-    return calls.with_cached(_with_positions(call, tokens, model), prefix.shape[0], front=True)
+    call = _with_positions(call, tokens, model).having(past_key_values=cache)
+    return call._replace(past=call.past + prefix.shape[0])
 
 
 def _with_positions(call: Call, tokens: Tensor, model: Any) -> Call:
-    """The call with position ids that start at each row's first token, for rotary embeddings.
+    """The call of a decoder with position ids that start at each row's first token.
 
-    A prefix has no rotation, so how far a token is from it is the token's own position: padding must not count.
+    A prefix has no position, so how far a token is from it is the token's own: padding must not count.
     """
     mask = call.given.get("attention_mask")
     if call.given.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.dim() != 2:
         return call
-    if not any(hasattr(model.get_submodule(path), "rotary_emb") for path in homes(model)):
+    if not _counts(model):
         return call
     lead = (mask.cumsum(1) == 0).sum(1, keepdim=True)
     ids = torch.arange(tokens.shape[1], device=mask.device) - lead
     return call.having(position_ids=ids.clamp(min=0))
+
+
+def _counts(model: Any) -> bool:
+    """Whether the model counts positions from 0 in each row: decoders do, encoders may start elsewhere."""
+    if prompt_config.is_encoder_decoder(model):
+        return False
+    writes = getattr(model, "can_generate", None)
+    is_decoder = (callable(writes) and bool(writes())) or hasattr(_inner(model), "rotary_emb")
+    return is_decoder and calls.takes(model.get_submodule(homes(model)[0]), "position_ids")
 
 
 def _past(prefix: Tensor, config: PrefixTuningConfig, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:

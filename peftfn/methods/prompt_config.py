@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from peftfn import layers, matching
+from peftfn import calls, layers, matching
 from peftfn.adapter import Leaf
 from peftfn.config import PeftConfig
 from peftfn.layers import Place, Site
@@ -91,6 +91,12 @@ def size(model: nn.Module, field: str) -> int | None:
 
 def resolve_input(model: nn.Module, config: Config) -> Config:
     """The same for tokens before the input: in some models the input embedding is not as wide as the layers."""
+    for home in input_homes(model)[:1]:
+        if not calls.takes(model.get_submodule(home), "inputs_embeds"):
+            raise ValueError(
+                f"{type(model).__name__} takes no inputs_embeds, which is how a prompt gets before its input; use a "
+                "method that changes layers."
+            )
     if config.token_dim is None:
         width = getattr(input_embedding(model), "embedding_dim", None)
         config = dataclasses.replace(config, token_dim=width)

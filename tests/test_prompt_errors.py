@@ -1,0 +1,202 @@
+"""Prompt methods asked for what cannot be: one clear error, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bases import BASES
+from checkpoints import enable
+from prompts import Case
+from safetensors.torch import load_file, save_file
+from same import on_disk
+from torch import nn
+
+import peftfn as pf
+
+TOKENS = {"num_virtual_tokens": 3}
+PROMPT = pf.PromptTuningConfig(**TOKENS)
+
+
+def vit() -> nn.Module:
+    return BASES["vit"].make()
+
+
+def gpt2() -> nn.Module:
+    return BASES["gpt2"].make()
+
+
+def checkpointed(use_reentrant: bool, build: Callable[[], nn.Module] = gpt2) -> nn.Module:
+    """The model with checkpoints on, in training, without dropout."""
+    model = enable(build(), use_reentrant)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.train()
+
+
+IDS = {"input_ids": torch.randint(0, 40, (2, 4))}
+
+INITS: dict[str, tuple[Callable[[], nn.Module], pf.PeftConfig]] = {
+    "num_virtual_tokens is None; expected a positive integer": (gpt2, pf.PromptTuningConfig()),
+    "adapter_len is None": (gpt2, pf.AdaptionPromptConfig(adapter_layers=1)),
+    "adapter_layers=9, and GPT2LMHeadModel has 2 such layers": (
+        gpt2,
+        pf.AdaptionPromptConfig(adapter_len=2, adapter_layers=9),
+    ),
+    "is of model type 't5'; LLaMA-Adapter knows gpt2, llama, mistral": (
+        BASES["t5"].make,
+        pf.AdaptionPromptConfig(adapter_len=2, adapter_layers=1),
+    ),
+    "ViTModel takes no past_key_values": (vit, pf.PrefixTuningConfig(**TOKENS)),
+    "Sequential takes no inputs_embeds": (BASES["mlp"].make, PROMPT),
+    "takes no inputs_embeds": (vit, PROMPT),
+    "task_type='SEQ_2_SEQ_LM' is for an encoder-decoder, and GPT2LMHeadModel is none": (
+        gpt2,
+        pf.PromptTuningConfig(**TOKENS, task_type="SEQ_2_SEQ_LM"),
+    ),
+}
+"""What `init` says, by model and config."""
+
+
+@pytest.mark.parametrize("said", INITS)
+def test_a_model_or_a_config_that_does_not_fit_is_one_clear_error(said: str) -> None:
+    build, config = INITS[said]
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  # what it says is asserted below
+        pf.init(build(), config)
+    assert said in str(caught.value)
+
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "num_virtual_tokens=0): expected a positive integer": lambda: pf.PromptTuningConfig(num_virtual_tokens=0),
+    "prompt_tuning_init='WORDS'; expected 'RANDOM'": lambda: pf.PromptTuningConfig(prompt_tuning_init="WORDS"),
+    "prompt_tuning_init='TEXT' needs tokenizer_name_or_path": lambda: pf.PromptTuningConfig(prompt_tuning_init="TEXT"),
+    "tokenizer_kwargs are for prompt_tuning_init='TEXT'": lambda: pf.PromptTuningConfig(tokenizer_kwargs={"a": 1}),
+    "encoder_reparameterization_type='GRU'; expected 'MLP' or 'LSTM'": lambda: pf.PromptEncoderConfig(
+        encoder_reparameterization_type="GRU"
+    ),
+    "encoder_num_layers=0": lambda: pf.PromptEncoderConfig(encoder_num_layers=0),
+    "init_weights='one'; expected None or 'zero'": lambda: pf.PrefixTuningConfig(init_weights="one"),
+    "AdaptionPromptConfig(adapter_len=-1)": lambda: pf.AdaptionPromptConfig(adapter_len=-1),
+}
+
+
+@pytest.mark.parametrize("said", CONFIGS)
+def test_a_config_that_says_nonsense_is_one_clear_error(said: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  # what it says is asserted below
+        CONFIGS[said]()
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["prompt tuning", "prefix", "adaption prompt"])
+def test_merge_says_that_there_is_no_weight_to_change(method: str) -> None:
+    model = gpt2()
+    adapter = pf.init(model, Case("gpt2", method).config(pf))
+    with pytest.raises(ValueError, match=r"changes what the model is given, not its weights, so it cannot be merged"):
+        pf.merge(dict(model.named_parameters()), adapter)
+    with pytest.raises(ValueError, match=r"cannot be merged"):
+        pf.bind(model, adapter).save_pretrained("nowhere")
+    assert not Path("nowhere").exists()
+
+
+@pytest.mark.parametrize("method", ["prompt tuning", "prefix", "adaption prompt"])
+def test_routing_says_that_it_cannot_be_yet(method: str) -> None:
+    model = gpt2()
+    stacked = pf.stack([pf.init(model, Case("gpt2", method).config(pf))] * 2)
+    with pytest.raises(ValueError, match=r"cannot differ from row to row yet"):
+        pf.apply(model, stacked, IDS, index=[0, 1])
+
+
+def test_a_prefix_and_checkpointing_are_one_clear_error() -> None:
+    model = checkpointed(use_reentrant=False)
+    adapter = pf.init(model, Case("gpt2", "prefix").config(pf))
+    for run in (lambda: pf.apply(model, adapter, IDS), lambda: pf.bind(model, adapter)(**IDS)):
+        with pytest.raises(ValueError, match=r"prefix tuning and activation checkpointing do not go together"):
+            run()
+
+
+@pytest.mark.parametrize("kind", ["prompt tuning", "p-tuning", "adaption prompt"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_others_train_through_checkpointing(kind: str, reentrant: bool) -> None:
+    case = Case("gpt2", kind)
+    grads: list[list[torch.Tensor | None]] = []
+    for checkpointing in (False, True):
+        model: Any = checkpointed(reentrant, case.model)
+        model.train(checkpointing)
+        adapter = pf.init(model, case.config(pf))
+        pf.leaves(adapter)
+        pf.apply(model, adapter, IDS).logits.square().mean().backward()
+        grads.append([tensor.grad for tensor in pf.leaves(adapter)])
+    assert all(torch.allclose(one, other, atol=1e-7) for one, other in zip(*grads, strict=True))
+
+
+def test_a_batch_without_tokens_is_one_clear_error() -> None:
+    model = gpt2()
+    for method in ("prompt tuning", "prefix"):
+        with pytest.raises(ValueError, match="expected input_ids or inputs_embeds"):
+            pf.apply(model, pf.init(model, Case("gpt2", method).config(pf)), {"labels": IDS["input_ids"]})
+
+
+def test_an_argument_per_token_that_nobody_knows_is_an_error_and_not_dropped() -> None:
+    class Coloured(type(gpt2())):
+        def forward(self, input_ids: Any = None, colours: Any = None, inputs_embeds: Any = None, **rest: Any) -> Any:
+            return super().forward(input_ids, inputs_embeds=inputs_embeds, **rest)
+
+    model = Coloured(gpt2().config)
+    with pytest.raises(ValueError, match=r"the batch has colours of shape \(2, 4\), one for each token"):
+        pf.apply(model, pf.init(model, PROMPT), {**IDS, "colours": IDS["input_ids"]})
+
+
+def test_a_prompt_for_another_width_is_one_clear_error() -> None:
+    adapter = pf.init(gpt2(), PROMPT)
+    wide = adapter.replace(params={"": {"prompt_embeddings": torch.zeros(3, 99)}})
+    with pytest.raises(ValueError, match=r"has prompt_embeddings \(3, 99\), expected \(tokens, 16\)"):
+        pf.apply(gpt2(), wide, IDS)
+    prefix = pf.init(gpt2(), pf.PrefixTuningConfig(**TOKENS))
+    with pytest.raises(ValueError, match=r"has a prefix of width 64, expected 32"):
+        pf.apply(BASES["llama"].make(), prefix, IDS)
+
+
+@pytest.mark.parametrize("fault", ["shorter", "unknown key", "no prompt"])
+def test_a_file_that_is_not_whole_is_one_clear_error(fault: str, tmp_path: Path) -> None:
+    folder = pf.save(pf.init(gpt2(), PROMPT), tmp_path)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    said = {
+        "shorter": ("prompt_embeddings of 2 rows, and its config says 3", {k: t[:2] for k, t in tensors.items()}),
+        "unknown key": ("has the key 'colour'", tensors | {"colour": torch.zeros(1)}),
+        "no prompt": ("expected prompt_embeddings", {"base_model.classifier.weight": torch.zeros(1)}),
+    }
+    save_file({key: t.contiguous() for key, t in said[fault][1].items()}, file)
+    before = on_disk(tmp_path)
+    with pytest.raises((KeyError, ValueError)) as caught:
+        pf.load(folder)
+    assert said[fault][0] in str(caught.value)
+    assert on_disk(tmp_path) == before
+
+
+def test_two_kinds_at_once_work_in_apply_bind_and_files(tmp_path: Path) -> None:
+    model = BASES["llama"].make()
+    configs = {
+        "prompt": pf.PromptTuningConfig(**TOKENS, task_type="CAUSAL_LM"),
+        "lora": pf.LoraConfig(r=2),
+        "ia3": pf.IA3Config(),
+        "encoder": pf.PromptEncoderConfig(**TOKENS, task_type="CAUSAL_LM"),
+        "adaption": pf.AdaptionPromptConfig(adapter_len=2, adapter_layers=1),
+    }
+    made = {name: pf.init(model, config) for name, config in configs.items()}
+    batch = BASES["llama"].inputs()
+    for pair in (("lora", "prompt"), ("ia3", "lora"), ("prompt", "encoder"), ("adaption", "prompt")):
+        adapters = tuple(made[name] for name in pair)
+        kept = tuple(pf.load(pf.save(made[name], tmp_path / name), model) for name in pair)
+        expected = pf.apply(model, adapters, batch).logits
+        bound = pf.bind(model, adapters)
+        assert torch.equal(bound(**batch).logits, expected)
+        assert torch.allclose(pf.apply(model, kept, batch).logits, expected, atol=1e-6)
+        trained = [p for p in bound.parameters() if p.requires_grad]
+        assert len(trained) == sum(len(leaf) for one in adapters for leaf in one.params.values())
+        bound(**batch).logits.square().mean().backward()
+        assert all(parameter.grad is not None for parameter in trained)
