@@ -25,7 +25,7 @@ INSTALL += --no-warn-conflicts
 PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format doctest bench smollm2 docs notebooks test-transformers4 test-peft050 clean
+.PHONY: help demo test lint format doctest bench smollm2 transforms docs notebooks test-transformers4 test-peft050 clean
 
 help:  ## list the commands
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 22
@@ -50,6 +50,9 @@ doctest: $(VENV)/dev.stamp  ## run the examples in the docstrings
 
 bench: $(VENV)/dev.stamp  ## time a training step against peft and the bare base
 	$(PY) benchmarks/training_step.py $(ARGS)
+
+transforms: $(VENV)/dev.stamp  ## write docs/transforms.md: every method under every transform, run
+	$(PY) -W ignore benchmarks/transforms.py $(ARGS)
 
 smollm2: $(VENV)/dev.stamp  ## train SmolLM2-135M with each method, and write what comes of it to benchmarks/results/
 	$(PY) benchmarks/smollm2.py $(ARGS)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import attach, graft, layers, matching, methods, routing, stacking, targets, twins
+from peftfn import attach, graft, layers, masks, matching, methods, routing, stacking, targets, twins
 from peftfn.adapter import Adapter, Tree, as_tuple, sorted_tree
 from peftfn.config import PeftConfig
 
@@ -166,6 +166,7 @@ def apply(
     tracing = torch.compiler.is_compiling()
     for table in made.tables:
         graft.keep_norms(table)
+    masks.suit(made.by_path.values(), keywords)
     how = attach.How(
         hold=_put,
         armed=_always if torch.is_grad_enabled() and not tracing else None,

@@ -17,7 +17,8 @@ OTHER = ("the", "a", "day", "was", "full", "of", "and", "in", "my", "garden")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>")
 
 
-def _tokenizer(folder: Path, closed: bool) -> None:
+def words(folder: Path, closed: bool) -> None:
+    """Write a tokenizer of the words below; a closed one puts special tokens around a text."""
     vocabulary = {word: i for i, word in enumerate((*SPECIAL, *GOOD, *BAD, *OTHER))}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -42,7 +43,7 @@ def bert(folder: Path) -> Path:
         max_position_embeddings=64, initializer_range=0.3,
     )  # fmt: skip
     transformers.BertModel(config).save_pretrained(folder)
-    _tokenizer(folder, closed=True)
+    words(folder, closed=True)
     return folder
 
 
@@ -54,7 +55,7 @@ def llama(folder: Path) -> Path:
         intermediate_size=32, max_position_embeddings=64, bos_token_id=2, eos_token_id=4, initializer_range=0.5,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    _tokenizer(folder, closed=False)
+    words(folder, closed=False)
     return folder
 
 

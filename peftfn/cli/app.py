@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 import peftfn as pf
+from peftfn import methods
 from peftfn.cli import options
 from peftfn.cli.errors import one_sentence
 from peftfn.cli.settings import EvalOptions, TrainSettings
@@ -21,7 +22,14 @@ app: Any = typer.Typer(
 )
 
 # Fields of the config that the command fills itself, or that only carry over from PEFT's files.
-FILLED = ("task_type", "base_model_name_or_path", "auto_mapping", "inference_mode", "peft_version")
+FILLED = (
+    *("task_type", "base_model_name_or_path", "auto_mapping", "inference_mode", "peft_version"),
+    # The run says how many steps it has, files say which ranks are left, and the other three do nothing in AdaLoRA.
+    *("adalora.total_step", "adalora.rank_pattern", "adalora.r", "adalora.use_rslora", "adalora.alpha_pattern"),
+)
+
+METHODS = {method.config.peft_type.lower().replace("_", "-"): method.config for method in methods.TABLE}
+"""Every method's config, by the name that --method takes."""
 
 AdapterArgument = Annotated[
     str, typer.Argument(metavar="ADAPTER", help="Adapter folder or hub id.", show_default=False)
@@ -33,14 +41,19 @@ ModelOption = Annotated[
 ]
 
 
-def train(settings: TrainSettings, config: pf.LoraConfig) -> None:
+def train(settings: TrainSettings, config: pf.PeftConfig) -> None:
     """Train an adapter on a CSV, TSV, JSONL file or a `datasets` name.
 
     The base model stays as it is, to the bit. Into --output go the adapter, in PEFT's two files, a picture of
     the loss, and a line of numbers for each step. Killed and started again, the same command goes on where it
     was.
 
+    Each method has its options in a panel of its own, beside those that it shares with the ones above it.
+
     Example: `peftfn train --model MODEL --data train.csv --eval-data test.csv --output out --r 8`
+
+    Another: `peftfn train --method prompt-tuning --num-virtual-tokens 20 --lr 0.03 --model MODEL --data train.csv
+    --output out`
     """
     from peftfn.cli.bases import quiet  # transformers takes seconds to import: not before --help
     from peftfn.cli.training import describe, fit, prepare
@@ -54,7 +67,10 @@ def train(settings: TrainSettings, config: pf.LoraConfig) -> None:
 app.command("train")(
     one_sentence(
         options.command(
-            train, {TrainSettings: "Run", pf.LoraConfig: "Adapter (the fields of LoraConfig)"}, fixed=FILLED
+            train,
+            {TrainSettings: "Run"},
+            fixed=FILLED,
+            one_of=options.OneOf("method", METHODS, "What to train; its options are in the panels below."),
         )
     )
 )

@@ -10,7 +10,7 @@ import torch
 import peftfn as pf
 from peftfn.cli import batches
 from peftfn.cli.bases import Base, mode
-from peftfn.cli.tasks import TASKS, Examples
+from peftfn.cli.tasks import TASKS, Examples, suited
 
 
 class Score(NamedTuple):
@@ -41,7 +41,7 @@ def evaluate(base: Base, task: str, examples: Examples, adapter: pf.Adapter | No
     losses, terms, right = 0.0, 0, 0
     with mode(base.model, training=False), torch.no_grad():
         for chosen in batches.in_order([len(ids) for ids in examples.ids], batch_size):
-            batch = how.batch(examples, chosen, base.pad)
+            batch = suited(how.batch(examples, chosen, base.pad), base.model, adapter)
             weight = how.weight(batch)
             batch = {name: tensor.to(base.model.device) for name, tensor in batch.items()}
             output = pf.apply(base.model, adapter if adapter is not None else (), batch)

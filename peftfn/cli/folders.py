@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import peftfn as pf
+from peftfn import methods
 from peftfn.cli import state
 from peftfn.cli.bases import from_pretrained, load_model, quiet
 from peftfn.cli.errors import UserError
@@ -82,6 +83,11 @@ def merge(source: str, output: str, model: str | None, dtype: str, device: torch
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{output} is there already; give a folder that is new or empty")
     adapter = pf.load(source)
+    if methods.of(adapter.config).kind is not None:
+        raise UserError(
+            f"{source} is a {adapter.config.peft_type} adapter, which changes what the model is given and none of its "
+            "weights, so there is nothing to merge; run it with peftfn.apply or peftfn.bind"
+        )
     quiet()
     base, new = load_base_of(adapter, source, model, dtype, device)
     if left := untrained(new, adapter):
@@ -136,7 +142,7 @@ def changed_fields(config: Any) -> dict[str, Any]:
 def _rows(adapter: pf.Adapter) -> list[tuple[str, str, str, str]]:
     return [
         (
-            site if first else "",
+            (site or "(the model)") if first else "",
             name,
             "×".join(map(str, tensor.shape)) or "1",
             str(tensor.dtype).removeprefix("torch."),

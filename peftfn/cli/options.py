@@ -7,7 +7,7 @@ import inspect
 import json
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -121,10 +121,10 @@ def _read(name: str, hint: Any, typed: Any) -> Any:
         raise typer.BadParameter(str(error), param_hint=f"--{name.replace('_', '-')}") from None
 
 
-def parameter(field: dataclasses.Field[Any], hint: Any, panel: str) -> inspect.Parameter:
-    """The typer parameter of one dataclass field: `--its-name`, with the field's type, default and help."""
+def parameter(field: dataclasses.Field[Any], hint: Any, panel: str, more: str = "") -> inspect.Parameter:
+    """The typer parameter of one dataclass field: `--its-name`, with the field's type, default and help, and `more`."""
     default = _default(field)
-    text = field.metadata.get("help", "")
+    text = field.metadata.get("help", "") + more
     if _sequence(hint) is not None and str in kinds(hint):
         text += " Write a regex as regex:PATTERN."
     shared: dict[str, Any] = {"help": text.strip(), "rich_help_panel": panel}
@@ -148,35 +148,122 @@ def _shown(default: Any) -> Any:
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 
+class OneOf(NamedTuple):
+    """Dataclasses of which a command gets one: the one that an option names.
+
+    Attributes:
+        option: the field name of that option, such as `method`.
+        kinds: by what is typed; the first one is the default.
+        text: the option's help.
+    """
+
+    option: str
+    kinds: Mapping[str, type]
+    text: str
+
+    def named(self, typed: str) -> str:
+        """What was typed, if it is one of them."""
+        if typed not in self.kinds:
+            raise typer.BadParameter(
+                f"{typed!r} is none of {', '.join(self.kinds)}", param_hint=f"--{self.option.replace('_', '-')}"
+            )
+        return typed
+
+
+_Hints = dict[str, Any]
+_Parameters = dict[str, inspect.Parameter]
+
+
 def command(
     run: Callable[..., None],
     panels: Mapping[type, str],
     fixed: Collection[str] = (),
+    one_of: OneOf | None = None,
 ) -> Callable[..., None]:
-    """A typer command whose options are the fields of the dataclasses in `panels`, in order.
+    """A typer command whose options are the fields of the dataclasses in `panels`, in order, and of those of `one_of`.
 
-    `run` is called with one value of each class; `fixed` names fields that `run` fills itself.
+    `run` is called with one value of each class. `fixed` names fields that `run` fills itself, of one class of `one_of`
+    alone as `name.field`. A field that several classes of `one_of` have is one option.
     """
-    chosen: dict[type, dict[str, Any]] = {}
-    parameters: dict[str, inspect.Parameter] = {}
+    chosen: dict[type, _Hints] = {}
+    parameters: _Parameters = {}
     for kind, panel in panels.items():
-        hints = get_type_hints(kind)
-        fields = [f for f in dataclasses.fields(kind) if f.init and f.name not in fixed]
-        fields.sort(key=lambda field: _default(field) is not dataclasses.MISSING)  # what has to be given comes first
-        chosen[kind] = {field.name: hints[field.name] for field in fields}
-        for field in fields:
-            if field.name in parameters:
-                raise TypeError(f"{kind.__name__}.{field.name} would hide another option of that name")
-            parameters[field.name] = parameter(field, hints[field.name], panel)
+        chosen[kind] = _fields(kind, panel, fixed, parameters)
+    choices = _choices(one_of, fixed, parameters) if one_of else {}
 
-    def typed(**values: Any) -> None:
+    def typed(context: typer.Context, **values: Any) -> None:
         given = {name: value for name, value in values.items() if value not in (None, [])}
-        read = {
-            kind: {n: _read(n, h, given[n]) for n, h in hints.items() if n in given} for kind, hints in chosen.items()
-        }
-        run(*(kind(**fields) for kind, fields in read.items()))
+        made = [
+            kind(**{n: _read(n, h, given[n]) for n, h in hints.items() if n in given}) for kind, hints in chosen.items()
+        ]
+        if one_of:
+            name = one_of.named(given[one_of.option])
+            written = {n: v for n, v in given.items() if _is_written(context, n)}
+            _refuse_others(one_of, name, choices, written)
+            hints = choices[name]
+            fields = {n: _read(n, hints[n], v) for n, v in written.items() if n in hints}
+            made.append(one_of.kinds[name](**fields))
+        run(*made)
 
     typed.__name__, typed.__doc__ = run.__name__, run.__doc__
     # typer reads a command's options from its signature
-    typed.__signature__ = inspect.Signature(list(parameters.values()))
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    typed.__signature__ = inspect.Signature([context, *parameters.values()])
     return typed
+
+
+def _fields(kind: type, panel: str, fixed: Collection[str], parameters: _Parameters) -> _Hints:
+    """The types of one class's fields by name, each of them a new parameter."""
+    hints = get_type_hints(kind)
+    fields = [f for f in dataclasses.fields(kind) if f.init and f.name not in fixed]
+    fields.sort(key=lambda field: _default(field) is not dataclasses.MISSING)  # what has to be given comes first
+    for field in fields:
+        if field.name in parameters:
+            raise TypeError(f"{kind.__name__}.{field.name} would hide another option of that name")
+        parameters[field.name] = parameter(field, hints[field.name], panel)
+    return {field.name: hints[field.name] for field in fields}
+
+
+def _choices(one_of: OneOf, fixed: Collection[str], parameters: _Parameters) -> dict[str, _Hints]:
+    """The same for each class of `one_of`; the first that has a field shows it, and says which others have it."""
+    flag, first = one_of.option.replace("_", "-"), next(iter(one_of.kinds))
+    option: Any = typer.Option(help=one_of.text, metavar="|".join(one_of.kinds), rich_help_panel="Adapter")
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    annotation = Annotated[str, option]
+    parameters[one_of.option] = inspect.Parameter(one_of.option, keyword, default=first, annotation=annotation)
+    taken = set(parameters)
+    found: dict[str, _Hints] = {}
+    for name, kind in one_of.kinds.items():
+        own = [f for f in dataclasses.fields(kind) if f.name not in fixed and f"{name}.{f.name}" not in fixed]
+        found[name] = {field.name: get_type_hints(kind)[field.name] for field in own}
+    for name, kind in one_of.kinds.items():
+        new = [f for f in dataclasses.fields(kind) if f.name in found[name] and f.name not in parameters]
+        if hidden := taken & set(found[name]):
+            raise TypeError(f"{kind.__name__}.{min(hidden)} would hide another option of that name")
+        for field in new:
+            others = [other for other, hints in found.items() if field.name in hints and other != name]
+            made = parameter(field, found[name][field.name], f"Adapter: --{flag} {name}", _also(others, len(found)))
+            parameters[field.name] = made
+    return found
+
+
+def _also(others: Sequence[str], count: int) -> str:
+    if len(others) == count - 1:
+        return " Of every method."
+    return f" Of {', '.join(others)} too." if others else ""
+
+
+def _is_written(context: typer.Context, name: str) -> bool:
+    """Whether an option was typed: what was not has the chosen class's own default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _refuse_others(one_of: OneOf, name: str, choices: Mapping[str, _Hints], written: Collection[str]) -> None:
+    every = {field for hints in choices.values() for field in hints}
+    for field in written:
+        if field in every and field not in choices[name]:
+            own = ", ".join(f"--{one.replace('_', '-')}" for one in choices[name])
+            raise typer.BadParameter(
+                f"no option of --{one_of.option} {name}; it has {own}", param_hint=f"--{field.replace('_', '-')}"
+            )

@@ -60,7 +60,7 @@ class TrainSettings(DataSettings):
     epochs: float = option("Passes over the data.", 3.0)
     max_steps: int | None = option("Optimizer steps; replaces --epochs.", None)
     grad_accumulation: int = option("Forward passes in one optimizer step.", 1)
-    lr: float = option("Highest learning rate of AdamW.", 2e-4)
+    lr: float = option("Highest learning rate of AdamW; prompts and (IA)³ want a larger one, such as 0.01.", 2e-4)
     weight_decay: float = option("Weight decay of AdamW.", 0.0)
     warmup: float = option("Steps of linear warm-up, or their share of all steps if below 1.", 0.06)
     max_grad_norm: float = option("Gradients are scaled down to this norm; 0 for never.", 1.0)

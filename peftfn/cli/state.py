@@ -7,10 +7,9 @@ import pickle
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
 
 import peftfn as pf
 from peftfn import files
@@ -25,12 +24,13 @@ RUN = "training.json"
 
 
 class State(NamedTuple):
-    """Where a run stands after `step` optimizer steps."""
+    """Where a run stands after `step` optimizer steps; `ranks` is AdaLoRA's state of allocation, of others None."""
 
     step: int
     adapter: pf.Adapter
     optimizer: dict[str, Any]
     rng: dict[str, torch.Tensor]
+    ranks: pf.adalora.State | None = None
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -58,12 +58,22 @@ def write(output: Path, state: State) -> None:
     temporary.mkdir(parents=True)
     try:
         pf.save(state.adapter, temporary)
-        rest = {"step": state.step, "optimizer": state.optimizer, "rng": state.rng}
+        # As they are trained: an adapter's files have the ranks that are left, and not those that may come back.
+        rest: dict[str, Any] = {"step": state.step, "optimizer": state.optimizer, "rng": state.rng}
+        rest |= _detached({"params": state.adapter.params, "buffers": state.adapter.buffers})
+        rest["ranks"] = tuple(state.ranks) if state.ranks is not None else None
         files.write_atomic(temporary / STATE, lambda path: torch.save(rest, path))
         temporary.replace(final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _remove_all_but(folder, final)
+
+
+def _detached(tree: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _detached(cast("dict[str, Any]", value)) if isinstance(value, dict) else value.detach()
+        for name, value in tree.items()
+    }
 
 
 def _remove_all_but(folder: Path, kept: Path) -> None:
@@ -77,15 +87,24 @@ def newest(output: Path) -> Path | None:
     return max((output / FOLDER).glob("step-*"), default=None)
 
 
-def read(checkpoint: Path, model: nn.Module, device: torch.device) -> State:
-    """The state in a checkpoint, its adapter checked against `model` and on `device`."""
+def read(checkpoint: Path, fresh: pf.Adapter, device: torch.device) -> State:
+    """The state in a checkpoint, on `device`; `fresh` is the run's adapter as it began."""
     try:
         # weights_only: tensors and plain containers, no code
         rest = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu")
-        adapter = pf.load(checkpoint, model=model, device=device)
-        return State(int(rest["step"]), adapter, rest["optimizer"], rest["rng"])
+        trees = {name: _like(rest[name], getattr(fresh, name), device) for name in ("params", "buffers")}
+        ranks = rest["ranks"] and pf.adalora.State(*(_like(tree, tree, device) for tree in rest["ranks"]))
+        return State(int(rest["step"]), fresh.replace(**trees), rest["optimizer"], rest["rng"], ranks)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"the checkpoint {checkpoint} cannot be read ({error}); start over with --no-resume") from error
+
+
+def _like(found: Any, fresh: Any, device: torch.device) -> Any:
+    """The tensors that were saved, on `device`, with the names and shapes of the fresh ones."""
+    shapes = [{path: {n: t.shape for n, t in leaf.items()} for path, leaf in tree.items()} for tree in (found, fresh)]
+    if shapes[0] != shapes[1]:
+        raise ValueError("its tensors are not those of this run")
+    return {path: {name: tensor.to(device) for name, tensor in leaf.items()} for path, leaf in found.items()}
 
 
 def remove(output: Path) -> None:

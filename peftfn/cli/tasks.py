@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import peftfn as pf
+from peftfn import calls
 from peftfn.cli import tables
 from peftfn.cli.errors import UserError
 from peftfn.cli.settings import DataSettings
@@ -116,6 +118,23 @@ TASKS = {
     ),
     "causal_lm": Task("AutoModelForCausalLM", "tokens", _encode_text, _text_batch, _targets),
 }
+
+
+def suited(batch: dict[str, Tensor], model: nn.Module, adapter: pf.Adapter | None) -> dict[str, Tensor]:
+    """The batch, padded on the left where a decoder classifies a row by its last token and the adapter embeds it.
+
+    Such a model finds a row's last token by its id, and is given none where a prompt is put before the embeddings:
+    then it takes the last position. Position ids count a row's own tokens, as with padding on the right.
+    """
+    embeds = adapter is not None and isinstance(adapter.config, (pf.PromptTuningConfig, pf.PromptEncoderConfig))
+    if not embeds or not hasattr(model, "score"):
+        return batch
+    mask = batch["attention_mask"]
+    order = torch.sort(mask, dim=1, stable=True).indices  # padding first, the rest as it was
+    moved = {name: batch[name].gather(1, order) for name in ("input_ids", "attention_mask")}
+    if "position_ids" in calls.argument_names(type(model)):
+        moved["position_ids"] = (moved["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return {**batch, **moved}
 
 
 def choose(table: tables.Table, settings: DataSettings) -> tuple[str, Columns]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 import peftfn as pf
 from peftfn import files, matching
-from peftfn.cli import batches, progress, records, state, tables, tasks
+from peftfn.cli import batches, progress, ranks, records, state, tables, tasks
 from peftfn.cli.bases import Base, in_base_order, load_base, mode
 from peftfn.cli.errors import UserError, need
 from peftfn.cli.evaluation import evaluate
@@ -34,14 +34,17 @@ class Job(NamedTuple):
     @property
     def total(self) -> int:
         """Optimizer steps of the whole run."""
-        s = self.settings
-        per_epoch = batches.steps_per_epoch(len(self.examples.ids), s.batch_size, s.grad_accumulation)
-        return s.max_steps or max(1, round(s.epochs * per_epoch))
+        return _total(self.settings, self.examples)
+
+
+def _total(s: TrainSettings, examples: tasks.Examples) -> int:
+    per_epoch = batches.steps_per_epoch(len(examples.ids), s.batch_size, s.grad_accumulation)
+    return s.max_steps or max(1, round(s.epochs * per_epoch))
 
 
 def prepare(
     settings: TrainSettings,
-    config: pf.LoraConfig,
+    config: pf.PeftConfig,
     table: tables.Table | None = None,
     held_out: tables.Table | None = None,
 ) -> Job:
@@ -59,19 +62,27 @@ def prepare(
     settings = dataclasses.replace(settings, max_length=min(settings.max_length, base.longest))
     examples, *others = (tasks.TASKS[task].encode(t, columns, base.tokenizer, settings) for t in (table, held_out) if t)
     config = _completed(config, base, settings.model, task)
+    config = ranks.with_steps(config, _total(settings, examples))
     adapter = pf.init(base.model, config, generator=torch.Generator().manual_seed(settings.seed))
     return Job(settings, base, task, columns, examples, others[0] if others else None, adapter)
 
 
-def _completed(config: pf.LoraConfig, base: Base, name: str, task: str) -> pf.LoraConfig:
+def _completed(config: pf.PeftConfig, base: Base, name: str, task: str) -> pf.PeftConfig:
     """The config with what the command knows: base, task, and modules that are new and so must be trained."""
-    saved = [*(config.modules_to_save or ())]
-    covered = {*saved, *matching.HEADS.get(task.upper(), ())}
+    known: dict[str, Any] = {"task_type": task.upper(), "base_model_name_or_path": name}
+    if not hasattr(config, "modules_to_save"):
+        if base.new:
+            raise UserError(
+                f"{', '.join(base.new)}: --model {name} lacks these weights, and {config.peft_type} trains no whole "
+                "modules; give a model that has them, or another --method"
+            )
+        return dataclasses.replace(config, **known)
+    given: Sequence[str] = getattr(config, "modules_to_save", None) or ()
+    covered = {*given, *matching.HEADS.get(task.upper(), ())}
     # a weight that is in neither the base's folder nor the adapter's could not be had again
-    saved += [module for module in base.new if not covered & set(module.split("."))]
-    return dataclasses.replace(
-        config, task_type=task.upper(), base_model_name_or_path=name, modules_to_save=saved or None
-    )
+    new = [module for module in base.new if not covered & set(module.split("."))]
+    known["modules_to_save"] = [*given, *new] or None
+    return dataclasses.replace(config, **known)
 
 
 def describe(job: Job) -> str:
@@ -103,7 +114,7 @@ def _begin(job: Job, output: Path) -> state.State:
                 f"--output {output} holds another run ({'; '.join(changed[:4])}); give another --output, or "
                 "--no-resume to replace it"
             )
-        return state.read(checkpoint, job.base.model, job.base.model.device)
+        return state.read(checkpoint, job.adapter, job.base.model.device)
     if job.settings.resume and any((output / name).exists() for name in (files.WEIGHTS, files.PICKLE)):
         raise UserError(
             f"--output {output} holds an adapter already; give another --output, or --no-resume to replace it"
@@ -121,13 +132,13 @@ def _begin(job: Job, output: Path) -> state.State:
         },
     )
     torch.manual_seed(job.settings.seed)
-    return state.State(0, job.adapter, {}, state.rng_state(job.base.model.device))
+    return state.State(0, job.adapter, {}, state.rng_state(job.base.model.device), ranks.begun(job.adapter))
 
 
 def _backward(job: Job, adapter: pf.Adapter, chosen: list[list[int]]) -> tuple[float, int]:
     """Mean loss of one optimizer step, and over how many terms; gradients are added to the leaves."""
     how, model = tasks.TASKS[job.task], job.base.model
-    parts = [how.batch(job.examples, one, job.base.pad) for one in chosen]
+    parts = [tasks.suited(how.batch(job.examples, one, job.base.pad), model, adapter) for one in chosen]
     weights = [how.weight(part) for part in parts]
     value = 0.0
     for part, weight in zip(parts, weights, strict=True):
@@ -136,6 +147,7 @@ def _backward(job: Job, adapter: pf.Adapter, chosen: list[list[int]]) -> tuple[f
         loss = pf.apply(model, adapter, on_device).loss * (weight / sum(weights))
         loss.backward()
         value += loss.item()
+    ranks.pull(adapter)
     return value, sum(weights)
 
 
@@ -148,7 +160,6 @@ def _update(job: Job, optimizer: torch.optim.Optimizer, step: int) -> float:
         if settings.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(group["params"], settings.max_grad_norm)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     return rate
 
 
@@ -163,7 +174,7 @@ def fit(job: Job, say: Callable[[str], None] = print) -> pf.Adapter:
     if begun.step:
         say(f"resumed  from step {begun.step} of {job.total}")
     metrics = records.keep_until(output / records.METRICS, begun.step) if begun.step else []
-    adapter = begun.adapter
+    adapter, left = begun.adapter, begun.ranks
     optimizer = torch.optim.AdamW(pf.leaves(adapter), lr=job.settings.lr, weight_decay=job.settings.weight_decay)
     if begun.optimizer:
         optimizer.load_state_dict(begun.optimizer)
@@ -174,11 +185,14 @@ def fit(job: Job, say: Callable[[str], None] = print) -> pf.Adapter:
             watch = progress.Watch()
             for step, chosen in _steps(job, begun.step):
                 record = _one_step(job, adapter, optimizer, step, chosen, watch)
+                left, adapter = ranks.allocated(left, adapter, step + 1)
+                optimizer.zero_grad(set_to_none=True)
+                record |= _held_out(job, adapter, step)
                 records.append(output / records.METRICS, record)
                 metrics.append(record)
                 progress.show(bar, tasks.TASKS[job.task].unit, metrics)
                 if (step + 1) % job.settings.save_every == 0 or step + 1 == job.total:
-                    now = state.State(step + 1, adapter, optimizer.state_dict(), state.rng_state(model.device))
+                    now = state.State(step + 1, adapter, optimizer.state_dict(), state.rng_state(model.device), left)
                     state.write(output, now)
                     saved = step + 1
     except KeyboardInterrupt:
@@ -216,6 +230,15 @@ def _one_step(
     speed = watch.add(terms, time.perf_counter() - started)
     record = {"step": step + 1, "epoch": round((step + 1) / per_epoch, 4), "loss": loss, "lr": rate}
     record[f"{how.unit}_per_second"] = round(speed, 2)
+    return record
+
+
+def _held_out(job: Job, adapter: pf.Adapter, step: int) -> records.Record:
+    """The score on held-out data where an epoch or the run ends, and how many ranks AdaLoRA has left."""
+    settings, record = job.settings, records.Record()
+    if isinstance(adapter.config, pf.AdaLoraConfig):
+        record["ranks"] = sum(pf.adalora.ranks(adapter).values())
+    per_epoch = batches.steps_per_epoch(len(job.examples.ids), settings.batch_size, settings.grad_accumulation)
     if job.held_out is not None and ((step + 1) % per_epoch == 0 or step + 1 == job.total):
         score = evaluate(job.base, job.task, job.held_out, adapter, settings.batch_size)
         record |= {f"eval_{name}": value for name, value in score.named.items()}

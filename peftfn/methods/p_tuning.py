@@ -38,10 +38,14 @@ class PromptEncoderConfig(PromptLearningConfig):
 
     peft_type: ClassVar[str] = "P_TUNING"
 
-    encoder_reparameterization_type: str = "MLP"
-    encoder_hidden_size: int | None = None
-    encoder_num_layers: int = 2
-    encoder_dropout: float = 0.0
+    encoder_reparameterization_type: str = dataclasses.field(
+        default="MLP", metadata={"help": "What makes the prompt: MLP or LSTM."}
+    )
+    encoder_hidden_size: int | None = dataclasses.field(
+        default=None, metadata={"help": "Width of the network that makes the prompt; the model's by default."}
+    )
+    encoder_num_layers: int = dataclasses.field(default=2, metadata={"help": "Layers of the LSTM."})
+    encoder_dropout: float = dataclasses.field(default=0.0, metadata={"help": "Dropout between them in training."})
 
     def __post_init__(self) -> None:
         kind = self.encoder_reparameterization_type

@@ -35,9 +35,15 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
 
-    encoder_hidden_size: int | None = None
-    prefix_projection: bool = False
-    init_weights: str | None = None
+    encoder_hidden_size: int | None = dataclasses.field(
+        default=None, metadata={"help": "Width of the projection; the model's by default."}
+    )
+    prefix_projection: bool = dataclasses.field(
+        default=False, metadata={"help": "Whether a network of two layers makes the prefix."}
+    )
+    init_weights: str | None = dataclasses.field(
+        default=None, metadata={"help": "zero: keys and values start at zero; else at random."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,9 +31,13 @@ class PromptLearningConfig(PeftConfig):
 
     num_virtual_tokens: int | None = dataclasses.field(default=None, metadata={"help": "How many virtual tokens."})
     token_dim: int | None = dataclasses.field(default=None, metadata={"help": "Their width; the model's by default."})
-    num_transformer_submodules: int | None = None
-    num_attention_heads: int | None = None
-    num_layers: int | None = None
+    num_transformer_submodules: int | None = dataclasses.field(
+        default=None, metadata={"help": "PEFT's number of copies; 2 for encoder-decoders."}
+    )
+    num_attention_heads: int | None = dataclasses.field(
+        default=None, metadata={"help": "Heads of keys and values; the model's by default."}
+    )
+    num_layers: int | None = dataclasses.field(default=None, metadata={"help": "Layers; the model's by default."})
     modules_to_save: Sequence[str] | None = dataclasses.field(
         default=None, metadata={"help": "Modules to train and save whole, such as a new head."}
     )

@@ -31,10 +31,18 @@ class PromptTuningConfig(PromptLearningConfig):
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
 
-    prompt_tuning_init: str = "RANDOM"
-    prompt_tuning_init_text: str | None = None
-    tokenizer_name_or_path: str | None = None
-    tokenizer_kwargs: Mapping[str, Any] | None = None
+    prompt_tuning_init: str = dataclasses.field(
+        default="RANDOM", metadata={"help": "RANDOM, SAMPLE_VOCAB (random tokens) or TEXT."}
+    )
+    prompt_tuning_init_text: str | None = dataclasses.field(
+        default=None, metadata={"help": "The text that a prompt of TEXT starts as."}
+    )
+    tokenizer_name_or_path: str | None = dataclasses.field(
+        default=None, metadata={"help": "Tokenizer of that text: a folder or hub id."}
+    )
+    tokenizer_kwargs: Mapping[str, Any] | None = dataclasses.field(
+        default=None, metadata={"help": "Arguments of its from_pretrained."}
+    )
 
     def __post_init__(self) -> None:
         init = self.prompt_tuning_init

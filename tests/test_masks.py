@@ -1,0 +1,75 @@
+"""Padding masks under `torch.vmap`: rows of unlike length, one by one and mapped."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from cases import BY_NAME, Case, loss, texts, trained
+from snapshot import snapshot
+from torch import Tensor
+from torch.func import grad, vmap
+
+import peftfn as pf
+
+# The same sums by another kernel, relative to the largest value.
+ROUNDING = 1e-5
+NAMES = ("llama", "gpt2", "albert", "ia3-llama", "adalora-gpt2", "prompt-bert", "prompt-t5", "p-tuning-lstm-gpt2")
+NAMES += ("prefix-llama", "prefix-bert", "prefix-t5", "adaption-llama", "adaption-gpt2")
+# transformers 4 decides for these when the model is built, and its decision looks at the mask.
+BUILT_IN = ("albert", "prompt-bert", "prefix-bert") if transformers.__version__ < "5" else ()
+on_texts = pytest.mark.parametrize(
+    "case", [BY_NAME[name] for name in NAMES if name not in BUILT_IN], ids=lambda case: case.name
+)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():  # torch says that attention falls back to a loop under vmap
+        warnings.filterwarnings("ignore", message=".*batching rule", category=UserWarning)
+        yield
+
+
+def padded(case: Case) -> dict[str, Tensor]:
+    """A batch whose first two rows are padded, right and left, and whose others are not."""
+    return {**case.batch(), "attention_mask": texts()["attention_mask"]}
+
+
+def alone(model: Any, adapter: pf.Adapter, params: Any, row: dict[str, Tensor]) -> Tensor:
+    return loss(pf.apply(model, adapter.replace(params=params), {name: tensor[None] for name, tensor in row.items()}))
+
+
+@on_texts
+def test_gradients_of_padded_rows_are_those_of_each_row_alone(case: Case) -> None:
+    model, batch = case.base(), padded(case)
+    adapter = trained(pf.init(model, case.config))
+    before, kind = snapshot(model), model.config._attn_implementation
+    one = grad(lambda params, row: alone(model, adapter, params, row))
+    together = vmap(one, in_dims=(None, 0))(adapter.params, batch)
+    assert snapshot(model) == before
+    assert model.config._attn_implementation == kind
+    for number in range(4):
+        expected = one(adapter.params, {name: tensor[number] for name, tensor in batch.items()})
+        for path, leaf in expected.items():
+            for name, tensor in leaf.items():
+                assert tensor.any() or name in ("lora_A", "ia3_l")  # a position's row of an embedding may be unused
+                difference = (together[path][name][number] - tensor).abs().max()
+                assert difference <= ROUNDING * tensor.abs().max() + 1e-9
+
+
+def test_a_mask_that_is_mapped_decides_what_is_seen() -> None:
+    case = BY_NAME["llama"]
+    model, batch = case.base(), padded(case)
+    adapter = trained(pf.init(model, case.config))
+    row = {"input_ids": batch["input_ids"][0]}
+    masks = torch.ones(3, 6, dtype=torch.long)
+    masks[1, 0] = masks[2, :3] = 0
+    mapped = vmap(lambda mask: alone(model, adapter, adapter.params, {**row, "attention_mask": mask}))(masks)
+    for mask, found in zip(masks, mapped, strict=True):
+        expected = alone(model, adapter, adapter.params, {**row, "attention_mask": mask})
+        torch.testing.assert_close(found, expected, rtol=ROUNDING, atol=0)
+    assert mapped.unique().numel() == 3
