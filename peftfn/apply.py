@@ -233,6 +233,12 @@ def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _check_stacks(adapters: Sequence[Adapter], index: Any) -> routing.Rows | None:
     stacks = [adapter for adapter in adapters if isinstance(adapter.config, stacking.Stacked)]
+    if any(map(stacking.is_half, stacks)):
+        raise ValueError(
+            "the stack's params are mapped by torch.vmap and its buffers are not (or the other way round); map over "
+            "all of it: torch.vmap(lambda a, batch: torch.func.grad(lambda p: loss(a.replace(params=p), batch))"
+            "(a.params))(stacked, batches)."
+        )
     if index is None:
         for adapter in filter(stacking.is_whole, stacks):
             raise ValueError(

@@ -24,12 +24,14 @@ class Stacked(PeftConfig):
     Attributes:
         configs: the adapters' configs.
         paths: each adapter's own site paths; elsewhere its slice of the stack is zero.
-        axes: how many axes the first tensor of the stack has; under `torch.vmap` it has one less.
+        axes: how many axes the first parameter of the stack has; under `torch.vmap` it has one less.
+        buffer_axes: the same of the first buffer.
     """
 
     configs: Sequence[Any] = ()
     paths: Sequence[Sequence[str]] = ()
     axes: int = 0
+    buffer_axes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """A stack has no file form."""
@@ -75,6 +77,7 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
         configs=configs,
         paths=[tuple(adapter.params) for adapter in adapters],
         axes=_first(sorted_tree(params)).dim(),
+        buffer_axes=_first(sorted_tree(buffers)).dim() if any(buffers.values()) else 0,
     )
     return Adapter(sorted_tree(params), sorted_tree(buffers), stacked)
 
@@ -98,6 +101,14 @@ def unstack(stacked: Adapter) -> list[Adapter]:
 def is_whole(adapter: Adapter) -> bool:
     """Whether this is a stack as `stack` made it, and not what `torch.vmap` shows of one."""
     return isinstance(adapter.config, Stacked) and _first(adapter.params).dim() == adapter.config.axes
+
+
+def is_half(adapter: Adapter) -> bool:
+    """Whether the parameters of a stack are mapped and its buffers are not, or the other way round."""
+    config = adapter.config
+    if not isinstance(config, Stacked) or not any(adapter.buffers.values()):
+        return False
+    return (_first(adapter.params).dim() == config.axes) != (_first(adapter.buffers).dim() == config.buffer_axes)
 
 
 def _first(tree: Tree) -> Tensor:

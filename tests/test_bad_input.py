@@ -238,3 +238,15 @@ def test_bad_input_is_one_clear_error_and_changes_nothing(said: str, run: Callab
     assert found == sorted(found), caught.value
     assert everything(world) == before
     assert torch.isfinite(apply(world)).all()  # and all of it still works
+
+
+def test_a_stack_of_which_only_the_params_are_mapped_is_one_clear_error() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    stacked = pf.stack([pf.init(model, pf.LoraConfig(r=2, target_modules=["0"]))] * 2)
+    x = torch.randn(2, 5, 4)
+
+    def value(params: Any, x: torch.Tensor) -> torch.Tensor:
+        return pf.apply(model, stacked.replace(params=params), x).sum()
+
+    with pytest.raises(ValueError, match=r"params are mapped by torch\.vmap and its buffers are not"):
+        torch.vmap(torch.func.grad(value))(stacked.params, x)

@@ -1,0 +1,225 @@
+"""Many adapters over one base in one pass, against peft, one adapter after the other.
+
+Groups: one token for 32 rows with an adapter each, and with adapters in another order; a training step of 32 adapters
+on 32 sequences; an ensemble of 8; the adapter gradients of each sample. Each checks that both sides compute the same
+before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import harness
+import peft
+import setting
+import torch
+import torch.nn.functional as F
+from harness import FLOOR, PEFT, Row
+from torch import Tensor
+from torch.func import grad, vmap
+
+import peftfn as pf
+
+RESULTS = Path(__file__).parent / "results"
+TOLERANCE = 1e-5
+SMALL = setting.Sizes(layers=4, hidden=384, intermediate=1024, rows=32, tokens=1)
+WIDE = setting.Sizes(layers=6, hidden=512, intermediate=1376, rows=1, tokens=1)
+
+
+class Crowd(NamedTuple):
+    """A base, adapters for it, the same in one stack, and in a peft model."""
+
+    base: Any
+    adapters: list[pf.Adapter]
+    stacked: pf.Adapter
+    theirs: Any
+
+
+def crowd(sizes: setting.Sizes, count: int, targets: Any = setting.LINEAR) -> Crowd:
+    """Adapters as they are after some training, in both libraries."""
+    base = setting.llama(sizes).eval()
+    adapters: list[pf.Adapter] = []
+    for number in range(count):
+        noise = torch.Generator().manual_seed(number)
+        adapter = pf.init(base, pf.LoraConfig(r=sizes.r, target_modules=targets, task_type="CAUSAL_LM"), noise)
+        for leaf in adapter.params.values():
+            leaf["lora_B"].normal_(0, 0.02, generator=noise)
+        adapters.append(adapter)
+    theirs: Any = None
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft 0.21 with transformers 5.23: about names inside it
+        for number, adapter in enumerate(adapters):
+            place = str(pf.save(adapter, Path(folder) / str(number)))
+            if theirs is None:
+                theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), place, str(number), is_trainable=True)
+            else:
+                theirs.load_adapter(place, str(number), is_trainable=True)
+    return Crowd(base, adapters, pf.stack(adapters), theirs.eval())
+
+
+def ids(rows: int, tokens: int) -> Tensor:
+    return torch.randint(0, setting.VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def routed(made: Crowd, order: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """One token for each row, with the adapter that `order` says."""
+    batch, names = {"input_ids": ids(len(order), 1)}, [str(number) for number in order.tolist()]
+    return {
+        FLOOR: torch.no_grad()(lambda: made.base(**batch).logits),
+        PEFT: torch.no_grad()(lambda: made.theirs(**batch, adapter_names=names).logits),
+        "apply(index=)": torch.no_grad()(lambda: pf.apply(made.base, made.stacked, batch, index=order).logits),
+    }
+
+
+def ensemble(made: Crowd, count: int, rows: int, tokens: int) -> dict[str, Callable[[], Tensor]]:
+    """The logits of `count` members, (members, rows, tokens, words)."""
+    batch = {"input_ids": ids(rows, tokens)}
+    members = pf.stack(made.adapters[:count])
+
+    def loop() -> Tensor:
+        found: list[Tensor] = []
+        for number in range(count):
+            made.theirs.set_adapter(str(number))
+            found.append(made.theirs(**batch).logits)
+        return torch.stack(found)
+
+    def mapped() -> Tensor:
+        return vmap(lambda one: pf.apply(made.base, one, batch).logits)(members)
+
+    def folded() -> Tensor:
+        index = torch.arange(count).repeat_interleave(rows)
+        logits = pf.apply(made.base, members, {"input_ids": batch["input_ids"].repeat(count, 1)}, index=index).logits
+        return logits.view(count, rows, tokens, -1)
+
+    cases = {FLOOR: lambda: made.base(**batch).logits, PEFT: loop, "vmap": mapped, "apply(index=)": folded}
+    return {name: torch.no_grad()(case) for name, case in cases.items()}
+
+
+def training(made: Crowd, count: int, tokens: int) -> dict[str, Callable[[], Tensor]]:
+    """The gradients of `count` adapters, each on a sequence of its own, flat."""
+    text, order = ids(count, tokens), torch.arange(count)
+    members = pf.stack(made.adapters[:count])
+    leaves = pf.leaves(members)
+    names = [str(number) for number in range(count)]
+
+    def floor() -> Tensor:
+        embedded = made.base.get_input_embeddings()(text).detach().requires_grad_()
+        _loss(made.base(inputs_embeds=embedded).logits, text).backward()
+        return embedded
+
+    def loop() -> Tensor:
+        found: list[Tensor] = []
+        for number, name in enumerate(names):
+            made.theirs.set_adapter(name)
+            trained = [p for p in made.theirs.parameters() if p.requires_grad]
+            for parameter in trained:
+                parameter.grad = None
+            _loss(made.theirs(input_ids=text[number : number + 1]).logits, text[number : number + 1]).backward()
+            found.append(torch.cat([p.grad.flatten() for p in trained if p.grad is not None]))
+        return torch.stack(found)
+
+    def routed() -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        _loss(pf.apply(made.base, members, {"input_ids": text}, index=order).logits, text).backward()
+        return _flat({leaf.data_ptr(): leaf.grad for leaf in leaves}, members)
+
+    def gradient(member: pf.Adapter, row: Tensor) -> Any:
+        def value(params: Any) -> Tensor:
+            return _loss(pf.apply(made.base, member.replace(params=params), {"input_ids": row}).logits, row)
+
+        return grad(value)(member.params)
+
+    def mapped() -> Tensor:
+        grads = vmap(gradient)(members, text[:, None])
+        found = {t.data_ptr(): grads[p][n] for p, leaf in members.params.items() for n, t in leaf.items()}
+        return _flat(found, members)
+
+    return {FLOOR: floor, PEFT: loop, "apply(index=)": routed, "vmap(grad)": mapped}
+
+
+def per_sample(made: Crowd, rows: int, tokens: int) -> dict[str, Callable[[], Tensor]]:
+    """One batched gradient in peft's place, and the gradient of each row."""
+    text, adapter = ids(rows, tokens), made.adapters[0]
+
+    def value(params: Any, batch: Tensor) -> Tensor:
+        return _loss(pf.apply(made.base, adapter.replace(params=params), {"input_ids": batch}).logits, batch)
+
+    def whole() -> Tensor:
+        return _flat_tree(grad(value)(adapter.params, text))
+
+    def each() -> Tensor:
+        grads = vmap(grad(lambda params, row: value(params, row[None])), in_dims=(None, 0))(adapter.params, text)
+        return torch.cat([tensor.sum(0).flatten() for leaf in grads.values() for tensor in leaf.values()])
+
+    return {FLOOR: whole, PEFT: whole, "each row": each}
+
+
+def _loss(logits: Tensor, text: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten(), reduction="sum")
+
+
+def _flat(grads: Mapping[int, Tensor | None], members: pf.Adapter) -> Tensor:
+    """(members, numbers): gradients in the order in which the layers run, A before B, as peft holds them."""
+    tensors = [tensor for path in _in_order(members) for _, tensor in sorted(members.params[path].items())]
+    found = [grads[tensor.data_ptr()] for tensor in tensors]
+    return torch.cat([tensor.flatten(1) for tensor in found if tensor is not None], 1)
+
+
+def _in_order(members: pf.Adapter) -> list[str]:
+    names = {name: number for number, name in enumerate(setting.LINEAR)}
+    return sorted(members.params, key=lambda path: (int(path.split(".")[2]), names[path.rpartition(".")[2]]))
+
+
+def _flat_tree(tree: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+    return torch.cat([tensor.flatten() for leaf in tree.values() for tensor in leaf.values()])
+
+
+def check(cases: Mapping[str, Callable[[], Tensor]]) -> None:
+    """Stop if a case does not compute what peft does."""
+    expected = cases[PEFT]()
+    for name, case in cases.items():
+        if name != FLOOR:
+            found = case()
+            apart = float((found - expected).abs().max() / expected.abs().max())
+            if not apart <= TOLERANCE:
+                raise SystemExit(f"{name} is not what peft computes: {apart:.1e} of the largest value apart")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few rounds; nothing is written")
+    given = parser.parse_args()
+    clock, repeats = harness.pin(1), 3 if given.quick else 9
+    rows: list[Row] = []
+
+    def timed(group: str, cases: Mapping[str, Callable[[], Tensor]], sizes: setting.Sizes, **more: int) -> None:
+        check(cases)
+        found = harness.measure(group, cases, clock, sizes._asdict() | more, repeats=repeats)
+        print(harness.table(found), end="\n\n", flush=True)
+        rows.extend(found)
+
+    made = crowd(SMALL, 32)
+    timed("one token, 32 rows, an adapter each", routed(made, torch.arange(32)), SMALL)
+    timed("one token, 32 rows, in another order", routed(made, torch.arange(32).flip(0)), SMALL)
+    timed("training 32 adapters, 16 tokens each", training(made, 32, 16), SMALL, tokens_each=16)
+    timed("training 8 adapters, 32 tokens each", training(made, 8, 32), SMALL, tokens_each=32)
+    timed("gradients of 8 rows of 32 tokens, each", per_sample(made, 8, 32), SMALL, tokens_each=32)
+    wide = crowd(WIDE, 32)
+    timed("ensemble of 8, one token, 32 in peft", ensemble(wide, 8, 1, 1), WIDE)
+    top = crowd(WIDE, 8, targets=r".*layers\.(5)\..*_proj")
+    timed("ensemble of 8, adapted at the top, 4×64 tokens", ensemble(top, 8, 4, 64), WIDE)
+    if not given.quick:
+        used = harness.versions("torch", "transformers", "peft", "peftfn")
+        harness.write(rows, RESULTS / "many.json", machine=harness.machine(1), versions=used)
+        harness.draw(rows, RESULTS / "many.png", f"many adapters at once, torch {used['torch']}, peft {used['peft']}")
+
+
+if __name__ == "__main__":
+    main()
