@@ -223,7 +223,7 @@ def test_the_gradient_of_a_step_is_the_mean_over_all_its_terms(tmp_path: Path) -
 def test_a_module_that_the_base_does_not_have_is_trained_and_saved_without_being_named(tmp_path: Path) -> None:
     config = transformers.DistilBertConfig(vocab_size=32, dim=16, n_layers=1, n_heads=2, hidden_dim=32)
     transformers.DistilBertModel(config).save_pretrained(tmp_path / "model")
-    small._tokenizer(tmp_path / "model", closed=True)
+    small.words(tmp_path / "model", closed=True)
     settings = TrainSettings(
         model=str(tmp_path / "model"), data=str(small.write_csv(tmp_path / "a.csv", small.rows(8))),
         output=str(tmp_path / "out"), max_steps=1, device="cpu",
@@ -253,7 +253,7 @@ def test_a_trained_classifier_keeps_its_own_order_of_labels(
         place / "bert", id2label={0: "good", 1: "bad"}, label2id={"good": 0, "bad": 1}
     )
     model.save_pretrained(tmp_path / "trained")
-    small._tokenizer(tmp_path / "trained", closed=True)
+    small.words(tmp_path / "trained", closed=True)
     job = training.prepare(dataclasses.replace(settings, model=str(tmp_path / "trained")), CONFIG)
     assert job.columns.labels == ["good", "bad"]
     assert job.base.new == []
