@@ -115,7 +115,12 @@ def argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
 
 def takes(module: nn.Module, name: str) -> bool:
     """Whether the module's forward, or one that it may pass its arguments on to, names this argument."""
-    return any(name in _argument_names(cls) for cls in type(module).__mro__ if "forward" in vars(cls))
+    return _takes(type(module), name)
+
+
+@torch.compiler.assume_constant_result
+def _takes(cls: type[nn.Module], name: str) -> bool:
+    return any(name in _argument_names(one) for one in cls.__mro__ if "forward" in vars(one))
 
 
 @functools.cache
