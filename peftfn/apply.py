@@ -72,7 +72,7 @@ def _mark_square(model: nn.Module, places: Mapping[str, layers.Place], buffers: 
     kinds = {layers.LINEAR, layers.TRANSPOSED}
     if kinds <= {place.kind for place in places.values()}:
         for path, place in places.items():
-            shape = model.get_parameter(place.name).shape if place.kind in kinds else (0, 1)
+            shape = layers.shape_of(model.get_submodule(place.owner), place.weight) if place.kind in kinds else (0, 1)
             if shape[0] == shape[1]:
                 buffers[path]["transposed"] = torch.tensor(place.kind == layers.TRANSPOSED)
 
@@ -163,6 +163,7 @@ def apply(
     rows = _check_stacks(adapters, index)
     made = twins.Twins(model, params)
     tracing = torch.compiler.is_compiling()
+    graft.run_packed(made.root)
     for table in made.tables:
         graft.keep_norms(table)
     how = attach.How(
