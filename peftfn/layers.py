@@ -110,6 +110,14 @@ def shape_of(module: nn.Module, name: str) -> torch.Size:
     return codecs.of(module).shape(module, name)
 
 
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path, or `None`."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
 def named_modules(model: nn.Module, remove_duplicate: bool = True) -> list[tuple[str, nn.Module]]:
     """`model.named_modules()`, with the types that torch leaves out."""
     return list(cast("Iterator[tuple[str, nn.Module]]", model.named_modules(remove_duplicate=remove_duplicate)))

@@ -83,8 +83,8 @@ def run(module: Any, x: Tensor) -> Tensor:
 
 
 def _scales(weight: Any, module: nn.Module | None) -> Any:
-    """SCB, wherever it is now, or `None`."""
-    homes = (getattr(module, "state", None), weight, module and module._parameters["weight"])
+    """SCB, wherever it is now, or `None`: a weight that has its own goes first, as in the module's own forward."""
+    homes = (weight, getattr(module, "state", None), module and module._parameters["weight"])
     return next((home.SCB for home in homes if getattr(home, "SCB", None) is not None), None)
 
 
@@ -131,27 +131,28 @@ def _kernel(tensors: Tensors, spec: Spec, x: Tensor, bias: Tensor | None, mapped
         # In the order of bitsandbytes' own product, which scales in place.
         weight = codes.to(x.dtype, copy=True).mul_(scales.unsqueeze(1).mul(1 / _LEVELS))
         return F.linear(x, weight, bias)
-    if mapped and spec.threshold:
-        y = _apart(tensors, spec, x.reshape(x.shape[:mapped].numel(), -1, x.shape[-1]), bias)
-    else:
-        y = _together(tensors, spec, x.reshape(-1, x.shape[-1]), bias)
+    # torch.compile knows neither the vmap rule of a Function nor sizes that depend on values: it gets one operator.
+    llm_int8 = torch.ops.peftfn.llm_int8 if torch.compiler.is_compiling() else _llm_int8
+    y = llm_int8(x.reshape(-1, x.shape[-1]), bias, *tensors, spec.threshold, x.shape[:mapped].numel())
     return y.view(*x.shape[:-1], spec.shape[0])
 
 
-def _together(tensors: Tensors, spec: Spec, x: Tensor, bias: Tensor | None) -> Tensor:
-    """LLM.int8() with one set of outlier columns for all rows."""
-    codes, scales = tensors
-    rounded, sizes, columns = _op("int8_vectorwise_quant")(x.half(), spec.threshold)
-    if spec.threshold:
+def _llm_int8(
+    x: Tensor, bias: Tensor | None, codes: Tensor, scales: Tensor, threshold: float, groups: int
+) -> Tensor:
+    """LLM.int8(), (rows, in) -> (rows, out), with columns of outliers that each group of rows has for itself."""
+    if threshold and groups > 1:
+        return _apart(x.view(groups, -1, x.shape[-1]), bias, codes, scales, threshold)
+    rounded, sizes, columns = _op("int8_vectorwise_quant")(x.half(), threshold)
+    if threshold:
         return _op("int8_mixed_scaled_mm")(x, rounded, codes, sizes, scales, columns, bias)[0]
     return _op("int8_scaled_mm")(rounded, codes, sizes, scales, bias=bias, dtype=x.dtype)
 
 
-def _apart(tensors: Tensors, spec: Spec, x: Tensor, bias: Tensor | None) -> Tensor:
-    """LLM.int8() with outlier columns for each of x's first axis, (K, rows, in) -> (K * rows, out)."""
-    codes, scales = tensors
+def _apart(x: Tensor, bias: Tensor | None, codes: Tensor, scales: Tensor, threshold: float) -> Tensor:
+    """The same for several groups in one product, (groups, rows, in) -> (groups * rows, out)."""
     half = x.half()
-    is_outlier = half.abs() >= spec.threshold
+    is_outlier = half.abs() >= threshold
     apart = is_outlier.any(1, keepdim=True)  # (K, 1, in)
     inside = half.masked_fill(is_outlier, 0)
     sizes = inside.abs().amax(-1).float()  # (K, rows)
@@ -163,6 +164,25 @@ def _apart(tensors: Tensors, spec: Spec, x: Tensor, bias: Tensor | None) -> Tens
     outliers = x.masked_fill(~apart, 0)[..., columns].flatten(0, 1)
     weight = _op("int8_vectorwise_dequant")(codes[:, columns].contiguous(), scales).to(x.dtype)
     return y.addmm(outliers, weight.T)
+
+
+@torch.library.custom_op("peftfn::llm_int8", mutates_args=())
+def _operator(
+    x: Tensor, bias: Tensor | None, codes: Tensor, scales: Tensor, threshold: float, groups: int
+) -> Tensor:
+    return _llm_int8(x, bias, codes, scales, threshold, groups)
+
+
+@_operator.register_fake
+def _(x: Tensor, bias: Tensor | None, codes: Tensor, scales: Tensor, threshold: float, groups: int) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0])
+
+
+@_operator.register_vmap
+def _(info: Any, in_dims: Any, x: Tensor, bias: Any, codes: Any, scales: Any, threshold: Any, groups: Any) -> Any:
+    x = x.movedim(in_dims[0], 0)
+    y = torch.ops.peftfn.llm_int8(x.flatten(0, 1), bias, codes, scales, threshold, groups * x.shape[0])
+    return y.unflatten(0, x.shape[:2]), 0
 
 
 def _op(name: str) -> Any:
@@ -181,16 +201,15 @@ def find(params: Mapping[str, Tensor], name: str, module: nn.Module | None) -> E
     if weight.dtype != torch.int8 or (module is not None and not matches(module)):
         return None
     prefix = name.removesuffix("weight")
-    companions = tuple(prefix + part for part in ("SCB", "weight_format") if prefix + part in params)
-    scales = params[prefix + "SCB"] if companions else _scales(weight, module)
+    kept = {prefix + part: params[prefix + part] for part in ("SCB", "weight_format") if prefix + part in params}
+    scales = kept[prefix + "SCB"] if kept else _scales(weight, module)
 
     def pack(dense: Tensor) -> dict[str, Any]:
         from bitsandbytes.nn import Int8Params
 
         made: Any = Int8Params(dense.detach(), requires_grad=False).to(dense.device)
-        if not companions:
+        if not kept:
             return {name: made}
-        kept = {key: params[key] for key in companions}
         return {**kept, name: made.data, prefix + "SCB": made.SCB}
 
-    return Entry(unpacked(weight, scales, name), companions, pack)
+    return Entry(unpacked(weight, scales, name), tuple(kept), pack)

@@ -93,13 +93,15 @@ class _What(NamedTuple):
 
 
 def _multiplied(what: _What, x: Tensor, bias: Tensor | None, tensors: Sequence[Any]) -> Tensor:
-    # torch.compile traces no Function with a jvp, and has no forward mode that would need one.
+    # torch.compile traces no Function with a jvp or a vmap rule of its own.
     function: Any = _Traced if torch.compiler.is_compiling() else _Product
     return function.apply(x, bias, what, *tensors, *(None for _ in range(_SLOTS - len(tensors))))
 
 
 class _Traced(torch.autograd.Function):
     """One of the three products; the tangent's gradient is the gradient's product, and the other way round."""
+
+    generate_vmap_rule = True  # torch.compile knows no other
 
     @staticmethod
     def forward(x: Tensor, bias: Any, what: _What, one: Any, two: Any, three: Any, four: Any, five: Any) -> Any:
@@ -134,6 +136,12 @@ class _Traced(torch.autograd.Function):
             b_grad = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.b_dtype)
         return x_grad, b_grad, None, *(None for _ in range(_SLOTS))
 
+
+class _Product(_Traced):
+    """The same in forward mode too, and for a mapped axis, which is folded into the rows: one kernel call."""
+
+    generate_vmap_rule = False
+
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, bias: Any, what: _What, *tensors: Any) -> Any:
         if any(dim is not None for dim in in_dims[3:]):
@@ -145,10 +153,6 @@ class _Traced(torch.autograd.Function):
         y = _multiplied(what, x, None, tensors)
         bias = bias.movedim(in_dims[1], 0)  # (K, out)
         return y + bias.view(bias.shape[0], *(1 for _ in y.shape[2:]), bias.shape[-1]).to(y.dtype), 0
-
-
-class _Product(_Traced):
-    """The same, in forward mode too."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
