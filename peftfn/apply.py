@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import attach, graft, layers, matching, methods, routing, stacking, targets, twins
+from peftfn import attach, codecs, graft, layers, matching, methods, routing, stacking, targets, twins
 from peftfn.adapter import Adapter, Tree, as_tuple, sorted_tree
 from peftfn.config import PeftConfig
 
@@ -93,7 +93,7 @@ def _add_replaced(
     names = cast("Sequence[str]", getattr(config, "modules_to_save", None) or ())
     for path, module in targets.saved_modules(model, names, optional=heads).items():
         persistent = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
-        params.setdefault(path, {}).update(_copies(module._parameters))
+        params.setdefault(path, {}).update(_copies({**module._parameters, **_dense(module)}))
         buffers.setdefault(path, {}).update(_copies(persistent))
     bias = getattr(config, "bias", "none")
     paths = {"all": [path for path, _ in layers.named_modules(model)], "lora_only": list(places)}.get(bias, [])
@@ -101,6 +101,12 @@ def _add_replaced(
         owner = model.get_submodule(places[path].owner) if path in places else model.get_submodule(path)
         at = places[path].owner if path in places else path
         params.setdefault(at, {}).update(_copies({"bias": owner._parameters.get("bias")}))
+
+
+def _dense(module: nn.Module) -> dict[str, Tensor]:
+    """The weight of a module that holds it packed, which cannot be trained as it is."""
+    codec = codecs.of(module)
+    return {} if codec is codecs.DENSE else {"weight": codec.read(module, "weight")}
 
 
 def _copies(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
@@ -163,7 +169,7 @@ def apply(
     rows = _check_stacks(adapters, index)
     made = twins.Twins(model, params)
     tracing = torch.compiler.is_compiling()
-    graft.run_packed(made.root)
+    graft.run_packed(made.root, apart=not tracing)
     for table in made.tables:
         graft.keep_norms(table)
     how = attach.How(

@@ -137,9 +137,7 @@ def _kernel(tensors: Tensors, spec: Spec, x: Tensor, bias: Tensor | None, mapped
     return y.view(*x.shape[:-1], spec.shape[0])
 
 
-def _llm_int8(
-    x: Tensor, bias: Tensor | None, codes: Tensor, scales: Tensor, threshold: float, groups: int
-) -> Tensor:
+def _llm_int8(x: Tensor, bias: Tensor | None, codes: Tensor, scales: Tensor, threshold: float, groups: int) -> Tensor:
     """LLM.int8(), (rows, in) -> (rows, out), with columns of outliers that each group of rows has for itself."""
     if threshold and groups > 1:
         return _apart(x.view(groups, -1, x.shape[-1]), bias, codes, scales, threshold)
@@ -167,9 +165,7 @@ def _apart(x: Tensor, bias: Tensor | None, codes: Tensor, scales: Tensor, thresh
 
 
 @torch.library.custom_op("peftfn::llm_int8", mutates_args=())
-def _operator(
-    x: Tensor, bias: Tensor | None, codes: Tensor, scales: Tensor, threshold: float, groups: int
-) -> Tensor:
+def _operator(x: Tensor, bias: Tensor | None, codes: Tensor, scales: Tensor, threshold: float, groups: int) -> Tensor:
     return _llm_int8(x, bias, codes, scales, threshold, groups)
 
 

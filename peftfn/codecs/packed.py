@@ -93,9 +93,12 @@ class _What(NamedTuple):
 
 
 def _multiplied(what: _What, x: Tensor, bias: Tensor | None, tensors: Sequence[Any]) -> Tensor:
-    # torch.compile traces no Function with a jvp or a vmap rule of its own.
-    function: Any = _Traced if torch.compiler.is_compiling() else _Product
-    return function.apply(x, bias, what, *tensors, *(None for _ in range(_SLOTS - len(tensors))))
+    given = (x, bias, what, *tensors, *(None for _ in range(_SLOTS - len(tensors))))
+    if not torch.compiler.is_compiling():
+        return cast("Any", _Product).apply(*given)
+    # torch.compile traces no Function with a jvp or a vmap rule of its own, and warns of one that nothing goes through.
+    is_needed = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    return cast("Any", _Traced).apply(*given) if is_needed else _Traced.forward(*given)
 
 
 class _Traced(torch.autograd.Function):
