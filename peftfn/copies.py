@@ -48,7 +48,7 @@ def hooks(module: nn.Module) -> list[Any]:
 
 
 def _alias(parameter: nn.Parameter) -> nn.Parameter:
-    if type(parameter) is not nn.Parameter:
+    if type(parameter) is not nn.Parameter and not (parameter.requires_grad and parameter.is_floating_point()):
         return parameter  # a packed one (bitsandbytes' Params4bit) loses its class when detached
     alias = nn.Parameter(parameter.detach(), requires_grad=False)
     cast("Any", alias).__dict__.update(

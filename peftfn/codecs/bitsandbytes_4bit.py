@@ -223,7 +223,8 @@ def find(params: Mapping[str, Tensor], name: str, module: nn.Module | None) -> E
     said = any(_SAYS in key for key in apart)
     if module is not None and not matches(module):
         return None
-    if not (said or is_a(type(weight), "bitsandbytes", "Params4bit") or (module is not None and not _is_dense(weight))):
+    looks = module is not None or (weight.dtype == torch.uint8 and weight.dim() == 2 and weight.shape[1] == 1)
+    if not (said or is_a(type(weight), "bitsandbytes", "Params4bit") or (looks and not _is_dense(weight))):
         return None
     if said:
         state = _from_dict({short: params[key] for short, key in apart.items()}, weight, name)
