@@ -41,8 +41,8 @@ def merge(
             change them with their weights.
         adapter: one adapter or several, merged in order.
         model: needed only where shapes do not tell how a square weight is stored (transposed experts; a mix of
-            `nn.Linear` and transformers' `Conv1D`), and for packed weights that cannot be read without their module; the
-            error says so.
+            `nn.Linear` and transformers' `Conv1D`), and for packed weights that cannot be read without their module;
+            the error says so.
         requantize: whether packed weights are packed again.
 
     Raises:

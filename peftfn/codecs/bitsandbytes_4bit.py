@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peftfn.codecs import packed
 from peftfn.codecs.packed import Format, Packed, Tensors
-from peftfn.codecs.stored import Entry, is_a
+from peftfn.codecs.stored import Entry, is_a, library
 
 _NIBBLES = 2  # values in a byte
 _NESTED = 256  # blocksize of the double quantization that bitsandbytes' kernel takes
@@ -99,7 +99,7 @@ def _state(weight: Any, module: nn.Module | None) -> Any:
     if state is not None:
         return state
     where = type(module).__name__ if module is not None else "the weight"
-    if is_a(type(weight), "bitsandbytes", "Params4bit") and not weight.is_meta:
+    if is_a(type(cast("object", weight)), "bitsandbytes", "Params4bit") and not weight.is_meta:
         raise ValueError(f"{where} is not quantized yet: move the model to its device, model.to('cpu'), first.")
     if not weight.is_floating_point():
         raise ValueError(
@@ -109,7 +109,7 @@ def _state(weight: Any, module: nn.Module | None) -> Any:
     return None
 
 
-def _is_dense(weight: Tensor) -> bool:
+def _is_dense(weight: Any) -> bool:
     return weight.is_floating_point() and not (weight.dim() == 2 and weight.shape[1] == 1)
 
 
@@ -224,7 +224,9 @@ def find(params: Mapping[str, Tensor], name: str, module: nn.Module | None) -> E
     if module is not None and not matches(module):
         return None
     looks = module is not None or (weight.dtype == torch.uint8 and weight.dim() == 2 and weight.shape[1] == 1)
-    if not (said or is_a(type(weight), "bitsandbytes", "Params4bit") or (looks and not _is_dense(weight))):
+    if not (
+        said or is_a(type(cast("object", weight)), "bitsandbytes", "Params4bit") or (looks and not _is_dense(weight))
+    ):
         return None
     if said:
         state = _from_dict({short: params[key] for short, key in apart.items()}, weight, name)
@@ -234,14 +236,14 @@ def find(params: Mapping[str, Tensor], name: str, module: nn.Module | None) -> E
         return None
 
     def pack(dense: Tensor) -> dict[str, Any]:
-        from bitsandbytes.nn import Params4bit
-
         nested = bool(getattr(state, "original_nested", state.nested))
         storage = getattr(state, "original_storage_type", None) or weight.dtype
         options: dict[str, Any] = {"quant_type": state.quant_type, "quant_storage": storage}
-        made: Any = Params4bit(
-            dense.detach(), False, blocksize=state.blocksize, compress_statistics=nested, **options
-        ).to(dense.device)
+        made = (
+            library("bitsandbytes.nn")
+            .Params4bit(dense.detach(), False, blocksize=state.blocksize, compress_statistics=nested, **options)
+            .to(dense.device)
+        )
         if not said:
             return {name: made}
         extra = {apart[short]: tensor for short, tensor in made.quant_state.as_dict(packed=True).items()}
@@ -251,10 +253,8 @@ def find(params: Mapping[str, Tensor], name: str, module: nn.Module | None) -> E
 
 
 def _from_dict(tensors: dict[str, Any], weight: Tensor, name: str) -> Any:
-    from bitsandbytes.functional import QuantState
-
     try:
-        return QuantState.from_dict(tensors, device=weight.device)
+        return library("bitsandbytes.functional").QuantState.from_dict(tensors, device=weight.device)
     except (KeyError, ValueError, TypeError, AssertionError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{name}: the entries of its quant state ({', '.join(sorted(tensors))}) cannot be read: {error!r}. Give "

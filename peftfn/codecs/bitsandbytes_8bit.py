@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from peftfn.codecs import packed
 from peftfn.codecs.packed import Format, Packed, Tensors
-from peftfn.codecs.stored import Entry, is_a
+from peftfn.codecs.stored import Entry, is_a, library
 
 _LEVELS = 127.0
 
@@ -84,7 +84,8 @@ def run(module: Any, x: Tensor) -> Tensor:
 
 def _scales(weight: Any, module: nn.Module | None) -> Any:
     """SCB, wherever it is now, or `None`: a weight that has its own goes first, as in the module's own forward."""
-    homes = (weight, getattr(module, "state", None), module and module._parameters["weight"])
+    own: Any = None if module is None else module._parameters["weight"]
+    homes: tuple[Any, ...] = (weight, getattr(module, "state", None), own)
     return next((home.SCB for home in homes if getattr(home, "SCB", None) is not None), None)
 
 
@@ -132,7 +133,7 @@ def _kernel(tensors: Tensors, spec: Spec, x: Tensor, bias: Tensor | None, mapped
         weight = codes.to(x.dtype, copy=True).mul_(scales.unsqueeze(1).mul(1 / _LEVELS))
         return F.linear(x, weight, bias)
     # torch.compile knows neither the vmap rule of a Function nor sizes that depend on values: it gets one operator.
-    llm_int8 = torch.ops.peftfn.llm_int8 if torch.compiler.is_compiling() else _llm_int8
+    llm_int8: Any = torch.ops.peftfn.llm_int8 if torch.compiler.is_compiling() else _llm_int8
     y = llm_int8(x.reshape(-1, x.shape[-1]), bias, *tensors, spec.threshold, x.shape[:mapped].numel())
     return y.view(*x.shape[:-1], spec.shape[0])
 
@@ -175,10 +176,13 @@ def _(x: Tensor, bias: Tensor | None, codes: Tensor, scales: Tensor, threshold: 
 
 
 @_operator.register_vmap
-def _(info: Any, in_dims: Any, x: Tensor, bias: Any, codes: Any, scales: Any, threshold: Any, groups: Any) -> Any:
-    x = x.movedim(in_dims[0], 0)
-    y = torch.ops.peftfn.llm_int8(x.flatten(0, 1), bias, codes, scales, threshold, groups * x.shape[0])
-    return y.unflatten(0, x.shape[:2]), 0
+def _(info: Any, in_dims: Any, x: Tensor, bias: Any, *rest: Any) -> Any:
+    x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+    mapped = None if bias is None or in_dims[1] is None else bias.movedim(in_dims[1], 0)  # (K, out)
+    *packed_weight, threshold, groups = rest
+    given = (x.flatten(0, 1), bias if mapped is None else None, *packed_weight, threshold, groups * x.shape[0])
+    y = torch.ops.peftfn.llm_int8(*given).unflatten(0, x.shape[:2])
+    return y if mapped is None else y + mapped.unsqueeze(1).to(y.dtype), 0
 
 
 def _op(name: str) -> Any:
@@ -201,9 +205,7 @@ def find(params: Mapping[str, Tensor], name: str, module: nn.Module | None) -> E
     scales = kept[prefix + "SCB"] if kept else _scales(weight, module)
 
     def pack(dense: Tensor) -> dict[str, Any]:
-        from bitsandbytes.nn import Int8Params
-
-        made: Any = Int8Params(dense.detach(), requires_grad=False).to(dense.device)
+        made = library("bitsandbytes.nn").Int8Params(dense.detach(), requires_grad=False).to(dense.device)
         if not kept:
             return {name: made}
         return {**kept, name: made.data, prefix + "SCB": made.SCB}

@@ -93,12 +93,9 @@ class _What(NamedTuple):
 
 
 def _multiplied(what: _What, x: Tensor, bias: Tensor | None, tensors: Sequence[Any]) -> Tensor:
-    given = (x, bias, what, *tensors, *(None for _ in range(_SLOTS - len(tensors))))
-    if not torch.compiler.is_compiling():
-        return cast("Any", _Product).apply(*given)
-    # torch.compile traces no Function with a jvp or a vmap rule of its own, and warns of one that nothing goes through.
-    is_needed = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    return cast("Any", _Traced).apply(*given) if is_needed else _Traced.forward(*given)
+    # torch.compile traces no Function with a jvp or a vmap rule of its own.
+    function: Any = _Traced if torch.compiler.is_compiling() else _Product
+    return function.apply(x, bias, what, *tensors, *(None for _ in range(_SLOTS - len(tensors))))
 
 
 class _Traced(torch.autograd.Function):
@@ -107,7 +104,8 @@ class _Traced(torch.autograd.Function):
     generate_vmap_rule = True  # torch.compile knows no other
 
     @staticmethod
-    def forward(x: Tensor, bias: Any, what: _What, one: Any, two: Any, three: Any, four: Any, five: Any) -> Any:
+    # Each tensor by itself: torch.compile takes a Function of `*tensors` for one of the old kind, with a context first.
+    def forward(x: Tensor, bias: Any, what: _What, one: Any, two: Any, three: Any, four: Any, five: Any) -> Any:  # noqa: PLR0917
         outputs, inputs = what.spec.shape
         if x.numel() == 0 or outputs == 0:
             made = x.new_zeros(*x.shape[:-1], inputs if what.product == _GRADIENT else outputs)
@@ -146,7 +144,8 @@ class _Product(_Traced):
     generate_vmap_rule = False
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, bias: Any, what: _What, *tensors: Any) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        x, bias, what, *tensors = args
         if any(dim is not None for dim in in_dims[3:]):
             raise NotImplementedError("vmap over packed weights: their kernels take one weight. Map over adapters.")
         x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
@@ -175,21 +174,25 @@ class _Rows(torch.autograd.Function):
     """Rows of W by their numbers, which have no derivative."""
 
     @staticmethod
-    def forward(ids: Tensor, what: tuple[Any, ...], one: Any, two: Any, three: Any, four: Any, five: Any) -> Any:
+    def forward(ids: Tensor, what: tuple[Any, ...], one: Any, two: Any, three: Any, four: Any, five: Any) -> Any:  # noqa: PLR0917
         form, spec, dtype = what
         tensors = tuple(tensor for tensor in (one, two, three, four, five) if tensor is not None)
         return form.pick(tensors, spec, ids.reshape(-1), dtype).view(*ids.shape, spec.shape[1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        del inputs
         ctx.mark_non_differentiable(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        del grads
         return (None,) * len(ctx.needs_input_grad)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], ids: Tensor, *rest: Any) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        ids, *rest = args
+        del info
         return cast("Any", _Rows).apply(ids.movedim(in_dims[0], 0), *rest), 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +21,11 @@ class Entry(NamedTuple):
     dense: Tensor
     companions: tuple[str, ...]
     pack: Callable[[Tensor], dict[str, Any]]
+
+
+def library(name: str) -> Any:
+    """A module of a library that is there, since something of it is; without its types, which few have."""
+    return importlib.import_module(name)
 
 
 def is_a(cls: type, library: str, *names: str) -> bool:
