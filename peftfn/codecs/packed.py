@@ -8,6 +8,7 @@ of rows at a time; nothing of the weight's size is kept for the backward pass bu
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -83,13 +84,21 @@ _KERNEL, _TANGENT, _GRADIENT = "kernel", "tangent", "gradient"
 _SLOTS = 5  # a Function that torch.compile traces has a fixed number of arguments
 
 
-class _What(NamedTuple):
-    """Which of the three products, of what, and how many of x's leading axes are mapped."""
+@dataclasses.dataclass(frozen=True)
+class _What:
+    """Which of the three products, of what, and how many of x's leading axes are mapped.
+
+    No tuple: torch.func would look through it for tensors at each call.
+    """
 
     product: str
     mapped: int
     form: Format
     spec: Any
+
+
+def _product_of(what: _What, product: str) -> _What:
+    return _What(product, what.mapped, what.form, what.spec)
 
 
 def _multiplied(what: _What, x: Tensor, bias: Tensor | None, tensors: Sequence[Any]) -> Tensor:
@@ -132,7 +141,7 @@ class _Traced(torch.autograd.Function):
         x_grad = b_grad = None
         if ctx.needs_input_grad[0]:
             other = _TANGENT if ctx.what.product == _GRADIENT else _GRADIENT
-            x_grad = _multiplied(ctx.what._replace(product=other), grad, None, ctx.saved_tensors).to(ctx.x_dtype)
+            x_grad = _multiplied(_product_of(ctx.what, other), grad, None, ctx.saved_tensors).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             b_grad = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.b_dtype)
         return x_grad, b_grad, None, *(None for _ in range(_SLOTS))
@@ -149,7 +158,7 @@ class _Product(_Traced):
         if any(dim is not None for dim in in_dims[3:]):
             raise NotImplementedError("vmap over packed weights: their kernels take one weight. Map over adapters.")
         x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
-        what = what._replace(mapped=what.mapped + 1)
+        what = _What(what.product, what.mapped + 1, what.form, what.spec)
         if bias is None or in_dims[1] is None:
             return _multiplied(what, x, bias, tensors), 0
         y = _multiplied(what, x, None, tensors)
@@ -162,7 +171,7 @@ class _Product(_Traced):
         along = None
         if along_x is not None:
             product = _GRADIENT if ctx.what.product == _GRADIENT else _TANGENT
-            what = ctx.what._replace(product=product)
+            what = _product_of(ctx.what, product)
             along = _multiplied(what, along_x, None, ctx.saved_tensors).to(ctx.y_dtype)
         if along_b is not None:
             moved = along_b.to(ctx.y_dtype)
