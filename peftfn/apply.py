@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import attach, graft, layers, masks, matching, methods, routing, stacking, targets, twins
+from peftfn import attach, codecs, graft, layers, masks, matching, methods, routing, stacking, targets, twins
 from peftfn.adapter import Adapter, Tree, as_tuple, sorted_tree
 from peftfn.config import PeftConfig
 
@@ -73,7 +73,7 @@ def _mark_square(model: nn.Module, places: Mapping[str, layers.Place], buffers: 
     kinds = {layers.LINEAR, layers.TRANSPOSED}
     if kinds <= {place.kind for place in places.values()}:
         for path, place in places.items():
-            shape = model.get_parameter(place.name).shape if place.kind in kinds else (0, 1)
+            shape = layers.shape_of(model.get_submodule(place.owner), place.weight) if place.kind in kinds else (0, 1)
             if shape[0] == shape[1]:
                 buffers[path]["transposed"] = torch.tensor(place.kind == layers.TRANSPOSED)
 
@@ -94,7 +94,7 @@ def _add_replaced(
     names = cast("Sequence[str]", getattr(config, "modules_to_save", None) or ())
     for path, module in targets.saved_modules(model, names, optional=heads).items():
         persistent = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
-        params.setdefault(path, {}).update(_copies(module._parameters))
+        params.setdefault(path, {}).update(_copies({**module._parameters, **_dense(module)}))
         buffers.setdefault(path, {}).update(_copies(persistent))
     bias = getattr(config, "bias", "none")
     paths = {"all": [path for path, _ in layers.named_modules(model)], "lora_only": list(places)}.get(bias, [])
@@ -102,6 +102,12 @@ def _add_replaced(
         owner = model.get_submodule(places[path].owner) if path in places else model.get_submodule(path)
         at = places[path].owner if path in places else path
         params.setdefault(at, {}).update(_copies({"bias": owner._parameters.get("bias")}))
+
+
+def _dense(module: nn.Module) -> dict[str, Tensor]:
+    """The weight of a module that holds it packed, which cannot be trained as it is."""
+    codec = codecs.of(module)
+    return {} if codec is codecs.DENSE else {"weight": codec.read(module, "weight")}
 
 
 def _copies(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
@@ -164,6 +170,7 @@ def apply(
     rows = _check_stacks(adapters, index)
     made = twins.Twins(model, params)
     tracing = torch.compiler.is_compiling()
+    graft.run_packed(made.root, apart=not tracing)
     for table in made.tables:
         graft.keep_norms(table)
     masks.suit(made.by_path.values(), keywords)

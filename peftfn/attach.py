@@ -187,7 +187,7 @@ def _replace(twin: nn.Module, path: str, here: Sequence[Part], how: How) -> None
                 raise ValueError(f"two of the active adapters replace {path}.{name}; only one can. Apply them apart.")
             taken.add(name)
             home: dict[str, Any] = twin._parameters if name in twin._parameters else twin._buffers
-            _check_replacement(home.get(name), twin, f"{path}.{name}", tensor, part, name in part.fixed)
+            _check_replacement(_shape(home.get(name), twin, name), twin, f"{path}.{name}", tensor, part)
             if part.rows is None:
                 graft.put(twin, name, tensor)
         if part.rows is not None and part.replaced:
@@ -202,14 +202,20 @@ def _watch_replaced(twin: nn.Module, path: str, here: Sequence[Part], how: How) 
         graft.set_forward(twin, functools.partial(_watched, run, how.armed, path, trained))
 
 
-def _check_replacement(old: Tensor | None, twin: nn.Module, name: str, tensor: Tensor, part: Part, fixed: bool) -> None:
+def _shape(old: Tensor | None, twin: nn.Module, name: str) -> torch.Size | None:
+    is_weight = name == "weight" and name in twin._parameters and old is not None
+    return codecs.of(twin).shape(twin, name) if is_weight else getattr(old, "shape", None)
+
+
+def _check_replacement(old: torch.Size | None, twin: nn.Module, name: str, tensor: Tensor, part: Part) -> None:
+    fixed = name.rpartition(".")[2] in part.fixed
     if old is None:
         raise KeyError(f"the adapter replaces {name}, which this {type(twin).__name__} does not have.")
     shape = tensor.shape if part.rows is None else tensor.shape[1:]
-    if shape == old.shape or (fixed and shape[1:] == old.shape[1:]):
+    if shape == old or (fixed and shape[1:] == old[1:]):
         return
     raise ValueError(
-        f"{name}: the adapter has shape {tuple(shape)}, the model {tuple(old.shape)}; build the model as it was when "
+        f"{name}: the adapter has shape {tuple(shape)}, the model {tuple(old)}; build the model as it was when "
         "the adapter was made (num_labels, vocabulary size)."
     )
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from peftfn import attach, checkpoint, copies, graft, guards, layers, methods, plain, recompute, stacking
+from peftfn import attach, checkpoint, codecs, copies, graft, guards, layers, methods, plain, recompute, stacking
 from peftfn.adapter import Adapter, Tree, as_tuple, sorted_tree
 from peftfn.config import PeftConfig
 
@@ -93,7 +93,8 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter]) -> Any:
         raise TypeError("bind was given a stack; bind one of its adapters (peftfn.unstack), or use apply with index=.")
     if _KEY in model.__dict__:
         raise TypeError("bind was given a bound module; bind the base with a tuple of adapters instead.")
-    bound = copies.shared(model)
+    bound = copies.shared(model, codecs.shared(model))
+    graft.run_packed(bound)
     by_path = dict(layers.named_modules(bound, remove_duplicate=False))
     holder = _Holder(by_path, adapters, tuple(Slots(one.config, {}, {}) for one in adapters), {})
     held = {path: _hold(holder, path, here) for path, here in attach.parts(adapters).items()}

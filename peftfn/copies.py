@@ -17,15 +17,15 @@ Memo = dict[int, Any]
 _SMALL_CONTAINER = 256
 
 
-def shared(model: nn.Module, same: Iterable[Tensor] = ()) -> Any:
+def shared(model: nn.Module, same: Iterable[Any] = ()) -> Any:
     """The copy: a module of the same class and paths whose parameters alias the model's, and never require grad.
 
     Buffers, configs, hooks and other attributes are copied, and what leads back into the model (bound methods,
     closures, lists of layers) leads into the copy. An attribute that cannot be copied (a lock, a stream) is shared,
-    and so are the tensors of `same`.
+    and so are the objects of `same`.
     """
     memo: Memo = {id(parameter): _alias(parameter) for parameter in model.parameters()}
-    memo.update({id(tensor): tensor for tensor in same})
+    memo.update({id(one): one for one in same})
     # Classes with a __deepcopy__ of their own (TorchScript, torch.fx, parametrized layers) know better.
     modules = [module for module in model.modules() if not hasattr(type(module), "__deepcopy__")]
     for module in modules:
@@ -48,7 +48,7 @@ def hooks(module: nn.Module) -> list[Any]:
 
 
 def _alias(parameter: nn.Parameter) -> nn.Parameter:
-    if type(parameter) is not nn.Parameter:
+    if type(parameter) is not nn.Parameter and not (parameter.requires_grad and parameter.is_floating_point()):
         return parameter  # a packed one (bitsandbytes' Params4bit) loses its class when detached
     alias = nn.Parameter(parameter.detach(), requires_grad=False)
     cast("Any", alias).__dict__.update(

@@ -35,8 +35,7 @@ def parts(model: nn.Module, path: str) -> Parts:
     kind = layers.kind_of(module)
     if kind not in (layers.LINEAR, layers.TRANSPOSED):
         return {}
-    weight: Tensor = module.get_parameter("weight")
-    outputs = weight.shape[1 if kind == layers.TRANSPOSED else 0]
+    outputs = layers.shape_of(module, "weight")[1 if kind == layers.TRANSPOSED else 0]
     layout = _LAYOUTS.get(path.rpartition(".")[2])
     return layout(parent, outputs) if layout else {}
 

@@ -64,6 +64,17 @@ def base_forward(twin: nn.Module) -> Callable[..., Any]:
     return own if own is not None else functools.partial(codecs.of(twin).run, twin)
 
 
+def run_packed(root: nn.Module, apart: bool = False) -> None:
+    """Make the modules with a packed weight run from their codec: their own forward may write to the base's weight.
+
+    With `apart`, on second objects: a module that held a forward that held the module would be a cycle.
+    """
+    for module, codec in list(codecs.packed_modules(root)):
+        run = functools.partial(codec.run, second(module) if apart else module)
+        # accelerate's hooks set a forward of their own, that calls the old one.
+        module.__dict__["_old_forward" if "_old_forward" in module.__dict__ else "forward"] = run
+
+
 def set_forward(twin: nn.Module, forward: Callable[..., Any]) -> None:
     """Make the twin run `forward`; only this object changes, its class and its paths stay."""
     if isinstance(twin, nn.Embedding) and twin.max_norm is not None:

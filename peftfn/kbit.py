@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import copies, graft, guards
+from peftfn import codecs, copies, graft, guards
 
 # Formats whose kernels read half-precision parameters (scales, zeros): PEFT leaves these as they are, too.
 _AS_THEY_ARE = frozenset(("gptq", "aqlm", "eetq", "hqq", "torchao"))
@@ -41,7 +41,8 @@ def prepare_for_kbit_training(model: nn.Module) -> Any:
     """
     if not isinstance(cast("object", model), nn.Module):
         raise TypeError(f"prepare_for_kbit_training was given a {type(model).__name__}; expected the base, a module.")
-    view = copies.shared(model, [buffer for buffer in model.buffers() if _is_packed(buffer)])
+    view = copies.shared(model, [*codecs.shared(model), *(buffer for buffer in model.buffers() if _is_packed(buffer))])
+    graft.run_packed(view)
     wide: dict[int, nn.Parameter] = {}
     if _format(model) not in _AS_THEY_ARE:
         narrow = {id(p): p for p in view.parameters() if _is_narrow(p)}  # kept, so that no id is used again

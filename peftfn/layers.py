@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from peftfn import codecs
@@ -87,9 +88,34 @@ class Site:
         return codecs.of(self.layer).read(self.layer, self.weight_name)
 
     @property
+    def shape(self) -> torch.Size:
+        """The shape of that tensor, read without unpacking anything."""
+        return codecs.of(self.layer).shape(self.layer, self.weight_name)
+
+    @property
+    def stored(self) -> Tensor:
+        """A tensor of the layer as it is held, packed or not: it says on which device, and float64 from the rest."""
+        own = self.layer._parameters.get(self.weight_name)
+        own = getattr(self.layer, self.weight_name, None) if own is None else own
+        return own if isinstance(own, Tensor) else next(self.layer.buffers())
+
+    @property
     def training(self) -> bool:
         """Whether dropout is on."""
         return self.layer.training
+
+
+def shape_of(module: nn.Module, name: str) -> torch.Size:
+    """The shape of a module's weight as a dense tensor."""
+    return codecs.of(module).shape(module, name)
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path, or `None`."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def named_modules(model: nn.Module, remove_duplicate: bool = True) -> list[tuple[str, nn.Module]]:

@@ -8,20 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfn import layers, methods, stacking
+from peftfn import codecs, layers, methods, stacking
 from peftfn.adapter import Adapter, Leaf, as_tuple, is_traced
+from peftfn.codecs.stored import Entry
 from peftfn.layers import Place
 from peftfn.methods import Method
 
 
 def merge(
-    params: Mapping[str, Tensor], adapter: Adapter | Iterable[Adapter], *, model: nn.Module | None = None
+    params: Mapping[str, Tensor],
+    adapter: Adapter | Iterable[Adapter],
+    *,
+    model: nn.Module | None = None,
+    requantize: bool = False,
 ) -> dict[str, Tensor]:
     """A new dict of base parameters in which the adapter's sites hold adapted weights.
 
     `functional_call(model, merge(params, a), batch)` computes what `apply(model, a, batch)` does. Entries that the
     adapter does not touch are the same tensor objects; `params` itself is left as it is, so dropping the adapter is
     going on with the old dict. Differentiable in params and adapter.
+
+    Of a quantized model, the entries of the adapter's sites become dense tensors in the dtype that they had before they
+    were quantized (float32 from 8 bits), and entries that only served to read them go; `apply(..., params=merged)`
+    takes them, and so does a model of plain layers. With `requantize` they are quantized again, in the same format with
+    the same settings and under the same names: what is lost is the format's own rounding, of the sum.
 
     Weights that the model ties come apart where the adapter changes only one of them: give every name, as
     `model.state_dict()` does, and call with `functional_call(..., tie_weights=False)`.
@@ -31,11 +41,14 @@ def merge(
             change them with their weights.
         adapter: one adapter or several, merged in order.
         model: needed only where shapes do not tell how a square weight is stored (transposed experts; a mix of
-            `nn.Linear` and transformers' `Conv1D`); the error says so.
+            `nn.Linear` and transformers' `Conv1D`), and for packed weights that cannot be read without their module;
+            the error says so.
+        requantize: whether packed weights are packed again.
 
     Raises:
         KeyError: `params` lacks a weight that the adapter changes.
-        ValueError: a tensor does not fit, or the adapter holds NaN or infinity.
+        ValueError: a tensor does not fit, the adapter or a packed weight holds NaN or infinity, or what a packed weight
+            is read by does not fit it.
 
     Example:
         >>> import torch, peftfn as pf
@@ -46,6 +59,7 @@ def merge(
         (False, True)
     """
     merged = dict(params)
+    packed: dict[str, Entry] = {}
     for one in as_tuple(adapter):
         if isinstance(one.config, stacking.Stacked):
             raise TypeError(
@@ -54,7 +68,11 @@ def merge(
         _refuse_not_finite(one)
         method = methods.of(one.config)
         for path in sorted({**one.params, **one.buffers}):
+            packed.update(_unpack(merged, one, method, path, model))
             _merge_site(merged, method, one, path, model)
+    for name, entry in packed.items():
+        if requantize:
+            merged.update(entry.pack(merged[name]))
     if model is not None:
         _follow_shared_modules(merged, params, model)
     return merged
@@ -69,6 +87,26 @@ def _follow_shared_modules(merged: dict[str, Tensor], params: Mapping[str, Tenso
             here, there = (f"{at}.{name}" if at else name for at in (path, home))
             if here in merged and there in merged and merged[there] is not params[there]:
                 merged[here] = merged[there]
+
+
+def _unpack(
+    merged: dict[str, Tensor], adapter: Adapter, method: Method, path: str, model: nn.Module | None
+) -> dict[str, Entry]:
+    """Put a dense tensor in place of a site's packed weight, and say what was there."""
+    leaf = {**adapter.params.get(path, {}), **adapter.buffers.get(path, {})}
+    name = f"{path}.weight" if path else "weight"
+    if method.kind is not None or name not in merged or all(method.replaces(one) for one in leaf):
+        return {}
+    module = layers.module_at(model, path) if model is not None else None
+    entry = codecs.find(merged, name, module)
+    if entry is None:
+        return {}
+    if not entry.dense.is_meta and not is_traced(entry.dense) and not bool(torch.isfinite(entry.dense).all()):
+        raise ValueError(f"{name}: unpacked, it has values that are NaN or infinite; its scales are spoilt.")
+    merged[name] = entry.dense
+    for companion in entry.companions:
+        del merged[companion]
+    return {name: entry}
 
 
 def _merge_site(

@@ -31,7 +31,7 @@ def merged(
     }
     before = {**every, **state}
     with torch.no_grad():
-        after = merge(before, adapters, model=bound)
+        after = merge(before, adapters, model=bound, requantize=True)
     for names in _same_slot(bound):
         changed = [name for name in names if name in after and after[name] is not before[name]]
         after.update(dict.fromkeys(names, after[changed[0]]) if changed else {})

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftfn import codecs
 from peftfn.adapter import is_traced
 from peftfn.config import PeftConfig
 from peftfn.layers import Site
@@ -88,14 +89,14 @@ def replaced(twin: nn.Module, path: str, tensors: Mapping[str, Tensor], rows: Ro
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         picked, keep = _pick(tensors, _rows_of(x, rows, path))
         for name, tensor in picked.items():
-            own = getattr(twin, name)
+            own = codecs.of(twin).read(twin, name) if name == "weight" else getattr(twin, name)
             picked[name] = torch.where(keep.view(-1, *(1 for _ in own.shape)), tensor, own)
 
         def one(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
             inner: nn.Module = object.__new__(type(twin))
             inner.__dict__.update(twin.__dict__)
             inner.__dict__["_parameters"] = {**twin._parameters, **tensors}
-            return type(twin).forward(inner, x.unsqueeze(0), *args, **kwargs).squeeze(0)
+            return codecs.of(inner).run(inner, x.unsqueeze(0), *args, **kwargs).squeeze(0)
 
         return torch.vmap(one, randomness="different")(picked, x)
 

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import quantized
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -40,6 +41,8 @@ class Case:
         config: what to adapt.
         batch: makes a batch of 4 rows.
         exceptions: law -> why it has no meaning here.
+        pack: quantizes the base in place, and returns it.
+        rounding: by how much of its largest value the format's own rounding moves an output.
     """
 
     name: str
@@ -47,11 +50,14 @@ class Case:
     config: pf.PeftConfig
     batch: Callable[[], Any]
     exceptions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    pack: Callable[[nn.Module], nn.Module] | None = None
+    rounding: float = 0.0
 
     def base(self) -> nn.Module:
         """The base, in evaluation mode, with every parameter requiring grad as `from_pretrained` gives it."""
         torch.manual_seed(1)
-        return self.build().eval()
+        model = self.build().eval()
+        return self.pack(model) if self.pack else model
 
 
 def output(result: Any) -> Tensor:
@@ -362,6 +368,7 @@ CASES = [
     Case("p-tuning-mlp-gpt2", gpt2, p_tuning("MLP"), texts, PROMPT),
     Case("p-tuning-lstm-gpt2", gpt2, p_tuning("LSTM"), texts, PROMPT),
     Case("p-tuning-lstm-t5", t5, p_tuning("LSTM", "SEQ_2_SEQ_LM"), translations, PROMPT | {"slope": FLOAT32}),
+    Case("p-tuning-mlp-llama", llama, p_tuning("MLP"), texts, PROMPT | {"slope": FLOAT32}),
     Case("prefix-llama", llama, prefix("CAUSAL_LM"), texts, PROMPT | {"slope": FLOAT32}),
     Case("prefix-gpt2", gpt2, prefix("CAUSAL_LM"), texts, PROMPT),
     Case("prefix-bert", bert, prefix("SEQ_CLS"), texts, PROMPT),
@@ -449,6 +456,48 @@ CASES = [
     Case("adalora-gpt2", gpt2, adalora("c_attn", "c_proj"), lambda: {"input_ids": tokens()()}),
     Case("adalora-llama", llama, pf.AdaLoraConfig(), lambda: {"input_ids": tokens()()}, {"slope": FLOAT32}),
 ]
+
+STAIRS = {"slope": "the input is rounded to 8 bits, so the function is a staircase; its gradient is straight through"}
+DENSE_HEAD = {"identity": "a trained head is dense, and a dense layer does not round its input"}
+
+
+def on_quantized(*names: str) -> list[Case]:
+    """The cases of those names on each kind of quantized base."""
+    plain = {case.name: case for case in CASES}
+    return [
+        dataclasses.replace(
+            plain[name],
+            name=f"{name}-{kind}",
+            exceptions={
+                **plain[name].exceptions,
+                **(STAIRS if kind in quantized.ROUNDING else {}),
+                **(DENSE_HEAD if (name, kind) == ("linear-head", "8-bit") else {}),
+            },
+            pack=functools.partial(quantized.packed, kind=kind),
+            rounding=quantized.ROUNDING.get(kind, 0.0),
+        )
+        for name in names
+        for kind in quantized.KINDS
+    ]
+
+
+CASES += on_quantized(
+    "linear-3d",
+    "linear-head",
+    "linear-bias-all",
+    "llama",
+    "ia3-linear",
+    "ia3-llama",
+    "adalora-linear",
+    "adalora-llama",
+    "prompt-llama",
+    "prompt-t5",
+    "p-tuning-mlp-llama",
+    "p-tuning-lstm-t5",
+    "prefix-llama",
+    "prefix-bert",
+    "adaption-llama",
+)
 BY_NAME = {case.name: case for case in CASES}
 
 

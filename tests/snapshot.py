@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import quantized
 import torch
 from torch import nn
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """Objects, bits, gradients, flags, hooks, attributes and the global random state, to compare with `==`."""
-    seen: dict[str, Any] = {"rng": torch.get_rng_state().tolist()}
+    seen: dict[str, Any] = {"rng": torch.get_rng_state().tolist(), "packed": quantized.states(model)}
     for path, module in model.named_modules(remove_duplicate=False):
         own = module.__dict__
         seen[f"{path}: object"] = (id(module), type(module), sorted(own), module.training)

@@ -6,12 +6,14 @@ file here and one line in the table, and every method works on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
-from peftfn.codecs import dense
+from peftfn.codecs import bitsandbytes_4bit, bitsandbytes_8bit, dense
+from peftfn.codecs.stored import Entry
 
 
 class Codec(NamedTuple):
@@ -20,27 +22,56 @@ class Codec(NamedTuple):
     Attributes:
         matches: whether a module's weight is of this kind.
         is_linear: whether such a module is a linear layer although it is no `nn.Linear`.
-        run: `(module, *args) -> output`, the layer's own forward, that writes nothing to the module.
+        run: `(module, *args) -> output`, what the layer's own forward computes; writes nothing to the module.
+        shape: `(module, name) -> shape` of the weight as a dense tensor.
         read: `(module, name) -> tensor`, the weight as a dense tensor in the layer's own layout.
-        write: `(module, name, dense) -> tensor`, a dense tensor in the form in which the module holds it.
+        find: `(params, name, module or None) -> Entry`: the weight among parameters by name, or `None` where what has
+            that name is not of this kind.
+        shared: `(module) -> objects` that belong to the weight and are never copied.
     """
 
     matches: Callable[[nn.Module], bool]
     is_linear: bool
     run: Callable[..., Any]
+    shape: Callable[[nn.Module, str], torch.Size]
     read: Callable[[nn.Module, str], Tensor]
-    write: Callable[[nn.Module, str, Tensor], Tensor]
+    find: Callable[[Mapping[str, Tensor], str, nn.Module | None], Entry | None]
+    shared: Callable[[nn.Module], list[Any]]
 
 
-TABLE: tuple[Codec, ...] = (Codec(dense.matches, False, dense.run, dense.read, dense.write),)
+def _codec(of: Any, is_linear: bool = False) -> Codec:
+    return Codec(of.matches, is_linear, of.run, of.shape, of.read, of.find, of.shared)
 
 
-_BY_CLASS: dict[type[nn.Module], Codec] = {}
+DENSE = _codec(dense)
+TABLE: tuple[Codec, ...] = (_codec(bitsandbytes_4bit), _codec(bitsandbytes_8bit), DENSE)
+
+
+_BY_CLASS: dict[tuple[type, type], Codec] = {}
 
 
 def of(module: nn.Module) -> Codec:
-    """The codec of a module's weight: the first of the table that matches its class."""
-    cls = type(module)
+    """The codec of a module's weight: the first of the table that matches its class, and that of its weight."""
+    cls = type(module), type(cast("object", module._parameters.get("weight")))
     if cls not in _BY_CLASS:
         _BY_CLASS[cls] = next(codec for codec in TABLE if codec.matches(module))
     return _BY_CLASS[cls]
+
+
+def packed_modules(root: nn.Module) -> Iterator[tuple[nn.Module, Codec]]:
+    """The modules whose weight is packed, with their codecs."""
+    for module in root.modules():
+        codec = of(module)
+        if codec is not DENSE:
+            yield module, codec
+
+
+def shared(root: nn.Module) -> list[Any]:
+    """What a copy of a model that shares its weights shares with them."""
+    return [one for module, codec in packed_modules(root) for one in codec.shared(module)]
+
+
+def find(params: Mapping[str, Tensor], name: str, module: nn.Module | None = None) -> Entry | None:
+    """The packed weight of that name among parameters by name, or `None` for a dense one."""
+    found = (codec.find(params, name, module) for codec in TABLE)
+    return next((entry for entry in found if entry is not None), None)

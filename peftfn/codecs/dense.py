@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from peftfn.codecs.stored import Entry
 
 
 def matches(module: nn.Module) -> bool:
@@ -18,6 +22,11 @@ def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs)
 
 
+def shape(module: nn.Module, name: str) -> torch.Size:
+    """The weight's own."""
+    return read(module, name).shape
+
+
 def read(module: nn.Module, name: str) -> Tensor:
     """The weight itself."""
     # Past any property of that name: torch's parametrizations have one, and so has a bound module.
@@ -25,6 +34,11 @@ def read(module: nn.Module, name: str) -> Tensor:
     return getattr(module, name) if own is None else own
 
 
-def write(module: nn.Module, name: str, dense: Tensor) -> Tensor:
-    """The tensor in the dtype of the weight that it replaces."""
-    return dense.to(getattr(module, name).dtype)
+def find(params: Mapping[str, Tensor], name: str, module: nn.Module | None) -> Entry | None:
+    """Never: a dense weight needs no unpacking."""
+    return None
+
+
+def shared(module: nn.Module) -> list[Any]:
+    """Nothing."""
+    return []

@@ -65,18 +65,18 @@ def init(
             f"{site.path}: AdaLoRA has no convolutions with groups, in peft neither. Leave it out: "
             f"exclude_modules=[{site.path!r}]."
         )
-    weight, r = site.weight, config.init_r
+    stored, r = site.stored, config.init_r
     how = config.init_lora_weights
     size = 0.02 if how else 1.0
     a, b = (size * torch.randn(shape, generator=generator) for shape in _shapes(site, r))
     e = torch.zeros(r, 1) if how else torch.randn(r, 1, generator=generator)
-    leaf = {name: method.like_weight(tensor, weight, dtype) for name, tensor in zip(NAMES, (a, b, e), strict=True)}
+    leaf = {name: method.like_weight(tensor, stored, dtype) for name, tensor in zip(NAMES, (a, b, e), strict=True)}
     return leaf, buffers(config, path, leaf)
 
 
 def _shapes(site: Site, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """PEFT's shapes of Q and P: two axes each, also for a convolution."""
-    a, b = lowrank.TABLE[site.kind].shapes(site.layer, site.weight.shape, r)
+    a, b = lowrank.TABLE[site.kind].shapes(site.layer, site.shape, r)
     return (r, int(torch.Size(a[1:]).numel())), b[:2]
 
 
@@ -116,7 +116,7 @@ def forward(
 
 
 def _kernel(site: Site) -> torch.Size:
-    return site.weight.shape if site.kind == layers.CONVOLUTION else torch.Size()
+    return site.shape if site.kind == layers.CONVOLUTION else torch.Size()
 
 
 def merge(

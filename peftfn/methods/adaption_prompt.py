@@ -130,10 +130,13 @@ def sites(model: nn.Module, config: AdaptionPromptConfig) -> dict[str, Place]:
 def init(
     config: AdaptionPromptConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None
 ) -> tuple[Leaf, Leaf]:
-    """Normal prompts (1, tokens, hidden) and a gate of zero, in the dtype of the attention's weights."""
+    """Normal prompts (1, tokens, hidden) and a gate of zero, in the dtype of the attention's weights.
+
+    Where they are packed, in float32: as PEFT.
+    """
     attention: Any = site.layer
-    weight = next(p for p in attention.parameters() if p.is_floating_point())
-    dtype = dtype or weight.dtype
+    weight: Tensor = next(attention.parameters())
+    dtype = dtype or (weight.dtype if type(weight) is nn.Parameter and weight.is_floating_point() else torch.float32)
     device = "cpu" if weight.is_meta else weight.device
     prompt = torch.randn(1, config.adapter_len or 0, attention.config.hidden_size, generator=generator)
     return {

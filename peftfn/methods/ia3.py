@@ -108,13 +108,13 @@ def init(
     method.refuse_other_kinds("(IA)³", site, _KINDS)
     shape = _shape(site, is_feedforward(config, site.path))
     vector = torch.ones(shape) if config.init_ia3_weights else torch.randn(shape, generator=generator)
-    leaf = {"ia3_l": method.like_weight(vector, site.weight, dtype)}
+    leaf = {"ia3_l": method.like_weight(vector, site.stored, dtype)}
     return leaf, buffers(config, site.path, leaf)
 
 
 def _shape(site: Site, feedforward: bool) -> tuple[int, ...]:
     """PEFT's shape of the vector: (out, 1) or (1, in) for a linear layer, (1, channels, 1, ...) for a convolution."""
-    weight = site.weight.shape
+    weight = site.shape
     if site.kind == layers.CONVOLUTION:
         channels = weight[1] * int(getattr(site.layer, "groups", 1)) if feedforward else weight[0]
         return (1, channels, *(1 for _ in weight[2:]))

@@ -51,7 +51,7 @@ def init(
 
     Without `dtype` they take the weight's, but float32 where it is a half or a packed one.
     """
-    r, weight = _rank(config, path), site.weight
+    r, weight = _rank(config, path), site.shape
     groups = lowrank.weight_groups(site.layer)
     if r % groups:
         raise ValueError(
@@ -67,12 +67,12 @@ def init(
             f"{site.path}: lora_dropout={config.lora_dropout} has no meaning for a bare parameter, which sees no "
             "input; set it to 0 or leave target_parameters out."
         )
-    shape = weight.shape if site.rows is None else _of_rows(weight.shape, site.kind, len(site.rows))
+    shape = weight if site.rows is None else _of_rows(weight, site.kind, len(site.rows))
     shape_a, shape_b = lowrank.TABLE[site.kind].shapes(site.layer, shape, r)
     a, b = _draw(config, site.kind, shape_a, shape_b, r, generator)
-    a, b = like_weight(a, weight, dtype), like_weight(b, weight, dtype)
+    a, b = like_weight(a, site.stored, dtype), like_weight(b, site.stored, dtype)
     leaf = dict(zip(_names(site.kind), (a, b), strict=True))
-    part = {} if site.rows is None else part_of(site.rows.to(a.device), weight.shape[_outputs(site.kind)])
+    part = {} if site.rows is None else part_of(site.rows.to(a.device), weight[_outputs(site.kind)])
     return leaf, {**buffers(config, path, leaf), **part}
 
 
@@ -170,7 +170,7 @@ def check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
     first, second = _names(site.kind)
     if first not in leaf or second not in leaf:
         return f"has {sorted(leaf)}, expected {first} and {second} for a {site.kind}"
-    a, b, weight = leaf[first].shape, leaf[second].shape, site.weight.shape
+    a, b, weight = leaf[first].shape, leaf[second].shape, site.shape
     if "rows" in leaf:
         weight = _of_rows(weight, site.kind, leaf["rows"].shape[0])
     expected = lowrank.TABLE[site.kind].shapes(

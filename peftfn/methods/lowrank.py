@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peftfn import layers
 from peftfn.layers import Site
+from peftfn.methods import widening
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -40,11 +41,15 @@ def scaled(tensor: Tensor, scaling: Tensor) -> Tensor:
 
 
 def dropped(x: Tensor, dtype: torch.dtype, dropout: float, site: Site) -> Tensor:
-    """What the factors see of a layer's input: in their dtype, with dropout in training. Token ids stay as they are."""
-    if not x.is_floating_point():
+    """What the factors see of a layer's input: in their dtype, with dropout in training. Token ids stay as they are.
+
+    The product of a linear layer takes any dtype (`widening.linear`).
+    """
+    drops = bool(dropout) and site.training
+    if not x.is_floating_point() or (site.kind in (layers.LINEAR, layers.TRANSPOSED) and not drops):
         return x
     x = x.to(dtype)
-    return F.dropout(x, dropout, training=True) if dropout and site.training else x
+    return F.dropout(x, dropout, training=True) if drops else x
 
 
 def merged(kind: str, a: Tensor, b: Tensor, scaling: Tensor, weight: Tensor) -> Tensor:
@@ -77,8 +82,8 @@ def _transposed_shapes(layer: nn.Module, weight: torch.Size, r: int) -> Shapes:
 
 def _linear_add(site: Site, a: Tensor, b: Tensor, scaling: Tensor, x: Tensor, y: Tensor) -> Tensor:
     if a.dim() > 2:
-        return _linear_add_rows(a, b, scaling, x, y)
-    h = scaled(F.linear(x, a), scaling)  # (..., r), scaled while it is narrow
+        return _linear_add_rows(a, b, scaling, x.to(a.dtype), y)
+    h = scaled(widening.linear(x, a), scaling)  # (..., r), scaled while it is narrow
     if y.dtype == h.dtype and y.dim() > 1:
         # One pass over y in place of two: see benchmarks/training_step.py.
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.T).view(y.shape)

@@ -1,0 +1,173 @@
+"""A training step on a base in bitsandbytes' formats: its time, and what it saves for the backward pass.
+
+The same Llama of random weights as in training_step.py, its linear layers packed, LoRA on all of them. Saved is every
+tensor that autograd keeps and that is not the base's own, each storage once, as `saved_tensors_hooks` show it;
+bitsandbytes keeps the inputs of its 8-bit layers where no hook sees them, so only its 4-bit ones are compared.
+
+    python benchmarks/quantized.py --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import peft
+import torch
+from harness import FLOOR, PEFT, Row, machine, measure, pin, versions, write
+from setting import FULL, LINEAR, QUICK, Setting, Sizes, llama
+from torch import Tensor, nn
+from training_step import Step, backward, floor, shown
+
+import peftfn as pf
+
+# Gradients of a bfloat16 base are sums of rounded numbers, taken in another order in each library; measured: 0.02.
+TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 1e-4}
+RESULTS = Path(__file__).parent / "results"
+KINDS = {"nf4": (torch.bfloat16, torch.float32), "8-bit": (torch.float32,)}
+
+
+def pack(model: Any, kind: str, dtype: torch.dtype) -> Any:
+    """The model with its linear layers packed, in place."""
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and path.endswith(LINEAR):
+            sizes = (layer.in_features, layer.out_features, False)
+            made: Any = (
+                bitsandbytes.nn.LinearNF4(*sizes, compute_dtype=dtype)
+                if kind == "nf4"
+                else bitsandbytes.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+            )
+            made.load_state_dict(layer.state_dict())
+            owner, _, name = path.rpartition(".")
+            setattr(model.get_submodule(owner), name, made.to("cpu"))
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "nf4", kind == "8-bit"  # peft asks
+    return model.to(dtype).train()
+
+
+def build(sizes: Sizes, kind: str, dtype: torch.dtype, dropout: float) -> Setting:
+    """A packed base for each library, and an adapter as it is after some training."""
+    base, other = (pack(llama(sizes), kind, dtype) for _ in range(2))
+    config = pf.LoraConfig(r=sizes.r, target_modules=LINEAR, lora_dropout=dropout, task_type="CAUSAL_LM")
+    adapter = pf.init(base, config)
+    noise = torch.Generator().manual_seed(1)
+    for leaf in adapter.params.values():
+        leaf["lora_B"].normal_(0, 0.02, generator=noise)
+    with tempfile.TemporaryDirectory() as folder:
+        pf.save(adapter, folder)
+        theirs: Any = peft.PeftModel.from_pretrained(other, folder, is_trainable=True)
+    ids = torch.randint(0, base.config.vocab_size, (sizes.rows, sizes.tokens), generator=noise)
+    return Setting(base, theirs.train(), adapter, {"input_ids": ids, "labels": ids})
+
+
+def steps(given: Setting, bare: Any) -> dict[str, Step]:
+    """A training step of each kind; `bare` is another copy of the base."""
+    base, theirs, adapter, batch = given
+    paths = [(path, name) for path, leaf in adapter.params.items() for name in leaf]
+    leaves = [theirs.get_parameter(f"base_model.model.{path}.{name}.default.weight") for path, name in paths]
+
+    def functional() -> tuple[Tensor, list[Tensor]]:
+        def loss(params: Any) -> tuple[Tensor, Tensor]:
+            output = pf.apply(base, adapter.replace(params=params), batch)
+            return output.loss, output.logits
+
+        grads, logits = torch.func.grad(loss, has_aux=True)(adapter.params)
+        return logits, [grads[path][name] for path, name in paths]
+
+    own = adapter.replace(
+        params={path: {n: t.clone() for n, t in leaf.items()} for path, leaf in adapter.params.items()}
+    )
+    return {
+        FLOOR: floor(bare, batch),
+        PEFT: backward(lambda: theirs(**batch), leaves),
+        "apply + backward": backward(lambda: pf.apply(base, own, batch), pf.leaves(own)),
+        "torch.func.grad": functional,
+    }
+
+
+def check(cases: dict[str, Step], tolerance: float) -> None:
+    """Stop if a case does not compute what peft does."""
+    torch.manual_seed(0)
+    logits, grads = cases[PEFT]()
+    expected = [logits.clone(), *(grad.clone() for grad in grads)]
+    for name in cases.keys() - {FLOOR, PEFT}:
+        torch.manual_seed(0)  # the same dropout
+        logits, grads = cases[name]()
+        for ours, theirs in zip([logits, *grads], expected, strict=True):
+            apart = float((ours - theirs).abs().max() / theirs.abs().max())
+            if not apart <= tolerance:
+                raise SystemExit(f"{name} is not what peft computes: {apart:.1e} of the largest value apart")
+
+
+def of_the_base(model: nn.Module) -> Iterator[Tensor]:
+    """The base's own tensors, with what its packed weights are read by."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        for one in (state, getattr(state, "state2", None), parameter):
+            yield from (value for value in getattr(one, "__dict__", {}).values() if isinstance(value, Tensor))
+
+
+def saved(step: Step, model: nn.Module, adapter: Sequence[Tensor]) -> int:
+    """Bytes that autograd keeps between a step's forward and backward, without the base's own and the adapter's."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*of_the_base(model), *adapter)}
+    seen: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no address is used twice
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        step()
+    return sum(seen.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time a training step on packed bases, and count what it saves.")
+    parser.add_argument("--quick", action="store_true", help="a smaller model; nothing is written without --output")
+    parser.add_argument("--threads", type=int, default=1, help="threads (1); with one, CPU time is measured")
+    parser.add_argument("--repeats", type=int, default=9, help="samples of each case (9)")
+    parser.add_argument("--output", type=Path, help="folder for the JSON (results, beside this file)")
+    given = parser.parse_args()
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    clock, sizes = pin(given.threads), QUICK if given.quick else FULL
+    rows: list[Row] = []
+    kept: list[dict[str, Any]] = []
+    for kind, dtype, dropout in [(k, d, p) for k, types in KINDS.items() for d in types for p in (0.0, 0.1)]:
+        made = build(sizes, kind, dtype, dropout)
+        cases = steps(made, pack(llama(sizes), kind, dtype).requires_grad_(False))
+        check(cases, TOLERANCE[dtype])
+        group = f"{kind}, {str(dtype).removeprefix('torch.')}, dropout {dropout:g}"
+        rows += shown(measure(group, cases, clock, sizes._asdict(), repeats=given.repeats))
+        if kind == "nf4":
+            leaves = pf.leaves(made.adapter)
+            ours = saved(backward(lambda: pf.apply(made.base, made.adapter, made.batch), leaves), made.base, leaves)  # noqa: B023  # called at once
+            theirs = saved(cases[PEFT], made.theirs, [])
+            kept.append({"group": group, "saved": ours, "saved by peft": theirs, "ratio": round(ours / theirs, 3)})
+            print(
+                f"  saved: {ours / 2**20:.1f} MiB, by peft {theirs / 2**20:.1f} MiB: {ours / theirs:.3f}\n", flush=True
+            )
+    folder = given.output or (None if given.quick else RESULTS)
+    if folder is not None:
+        about = {
+            "machine": machine(given.threads),
+            "versions": versions("torch", "transformers", "peft", "bitsandbytes"),
+        }
+        write(rows, folder / "quantized.json", **about)
+        lines = ",\n".join(json.dumps(one | about) for one in kept)
+        (folder / "quantized_saved.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        print(f"written to {folder}")
+
+
+if __name__ == "__main__":
+    main()
