@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import attach, codecs, graft, layers, masks, matching, methods, routing, stacking, targets, twins
+from peftfn import attach, codecs, graft, layers, masks, matching, methods, parts, routing, stacking, targets, twins
 from peftfn.adapter import Adapter, Tree, as_tuple, sorted_tree
 from peftfn.config import PeftConfig
 
@@ -174,13 +174,13 @@ def apply(
     for table in made.tables:
         graft.keep_norms(table)
     masks.suit(made.by_path.values(), keywords)
-    how = attach.How(
+    how = parts.How(
         hold=_put,
         armed=_always if torch.is_grad_enabled() and not tracing else None,
         check=tracing or not _is_known(model, adapters),
         apart=not tracing,
     )
-    attach.attach(made.root, made.by_path, attach.parts(adapters, rows), how)
+    attach.attach(made.root, made.by_path, parts.of(adapters, rows), how)
     if made.checkpointing:
         graft.let_inputs_require_grad(made.root)
     try:

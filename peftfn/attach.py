@@ -5,73 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from peftfn import calls, codecs, graft, layers, methods, routing
-from peftfn.adapter import Adapter
-from peftfn.config import PeftConfig
+from peftfn import calls, codecs, graft, layers, routing
 from peftfn.layers import Place, Site
-from peftfn.methods import Method
-from peftfn.stacking import Stacked
-
-
-class How(NamedTuple):
-    """How to attach.
-
-    Attributes:
-        hold: how a weight that the base reads itself is put on its twin: `(twin, name, compute)`.
-        armed: says whether the caller wants gradients, so that a site that runs without them is looked at (`_watched`);
-            `None` where nobody does.
-        check: whether to hold names and shapes against the layers.
-        apart: whether a site runs on a second twin of its layer. A twin that held a forward that held the twin would be
-            a cycle, and keep its tensors until the garbage collector comes by.
-    """
-
-    hold: Callable[[nn.Module, str, Callable[[], Tensor]], None]
-    armed: Callable[[], bool] | None
-    check: bool = True
-    apart: bool = False
-
-
-class Part(NamedTuple):
-    """What one adapter brings to one site.
-
-    Attributes:
-        config: the adapter's config; of a stack, the first one's (they agree in what a forward reads).
-        method: its method.
-        leaf: the method's tensors, params and buffers together.
-        replaced: tensors that take the place of parameters and buffers of the layer.
-        fixed: names of `replaced` that are not trained (an embedding saved along, of any number of rows).
-        rows: which adapter of a stack each row of the batch uses, or `None`.
-    """
-
-    config: PeftConfig
-    method: Method
-    leaf: Mapping[str, Tensor]
-    replaced: Mapping[str, Tensor]
-    fixed: frozenset[str]
-    rows: routing.Rows | None
-
-
-def parts(adapters: Sequence[Adapter], rows: routing.Rows | None = None) -> dict[str, list[Part]]:
-    """What the adapters bring, by site path, in the adapters' order."""
-    found: dict[str, list[Part]] = {}
-    for adapter in adapters:
-        stacked = isinstance(adapter.config, Stacked)
-        config = adapter.config.configs[0] if isinstance(adapter.config, Stacked) else adapter.config
-        method = methods.of(config)
-        for path in {**adapter.params, **adapter.buffers}:
-            fixed = adapter.buffers.get(path, {})
-            both = {**adapter.params.get(path, {}), **fixed}
-            replaced = {name: tensor for name, tensor in both.items() if method.replaces(name)}
-            leaf = {name: tensor for name, tensor in both.items() if name not in replaced}
-            part = Part(config, method, leaf, replaced, frozenset(fixed), rows if stacked else None)
-            found.setdefault(path, []).append(part)
-    return found
+from peftfn.parts import How, Part
 
 
 def attach(root: nn.Module, by_path: Mapping[str, nn.Module], found: Mapping[str, Sequence[Part]], how: How) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from peftfn import attach, checkpoint, codecs, copies, graft, guards, layers, methods, plain, recompute, stacking
+from peftfn import attach, checkpoint, codecs, copies, graft, guards, layers, methods, parts, plain, recompute, stacking
 from peftfn.adapter import Adapter, Tree, as_tuple, sorted_tree
 from peftfn.config import PeftConfig
 
@@ -97,12 +97,12 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter]) -> Any:
     graft.run_packed(bound)
     by_path = dict(layers.named_modules(bound, remove_duplicate=False))
     holder = _Holder(by_path, adapters, tuple(Slots(one.config, {}, {}) for one in adapters), {})
-    held = {path: _hold(holder, path, here) for path, here in attach.parts(adapters).items()}
+    held = {path: _hold(holder, path, here) for path, here in parts.of(adapters).items()}
     for module in bound.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
             graft.keep_norms(module)
     attach.attach(
-        bound, by_path, held, attach.How(hold=_hold_weight, armed=functools.partial(recompute.wants_grad, bound))
+        bound, by_path, held, parts.How(hold=_hold_weight, armed=functools.partial(recompute.wants_grad, bound))
     )
     own = {name for name, _ in _named(model)}
     added = frozenset(name for one in holder.slots for name in _full_names(one)) - own
@@ -162,7 +162,7 @@ class _Holder(NamedTuple):
     made: dict[int, nn.Parameter]
 
 
-def _hold(holder: _Holder, path: str, here: list[attach.Part]) -> list[attach.Part]:
+def _hold(holder: _Holder, path: str, here: list[parts.Part]) -> list[parts.Part]:
     """Register the tensors of one site on its module, and give parts that read them from there."""
     owner = path if path in holder.by_path else path.rpartition(".")[0]
     module = holder.by_path.get(owner)
@@ -173,7 +173,7 @@ def _hold(holder: _Holder, path: str, here: list[attach.Part]) -> list[attach.Pa
             f"accelerate offloads {owner}: it puts its own tensors into the layer at each call, so bind cannot hold an "
             "adapter there. Load the model without offloading, or use apply."
         )
-    made: list[attach.Part] = []
+    made: list[parts.Part] = []
     numbers = [n for n, one in enumerate(holder.adapters) if path in one.params or path in one.buffers]
     for number, part in zip(numbers, here, strict=True):
         trained = holder.adapters[number].params.get(path, {})

@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from peftfn import attach, layers, matching, methods, prompt_keys, targets, twins
+from peftfn import attach, layers, matching, methods, parts, prompt_keys, targets, twins
 from peftfn.adapter import Adapter, Leaf, Tree, sorted_tree
 from peftfn.config import PeftConfig
 from peftfn.methods import Method
@@ -104,7 +104,7 @@ def from_keys(
     *,
     ordered: bool,
     model: nn.Module | None,
-    parts: Mapping[str, Leaf] | None = None,
+    pieces: Mapping[str, Leaf] | None = None,
 ) -> Adapter:
     """The adapter whose tensors have these keys, in the layout of any version of PEFT.
 
@@ -114,7 +114,7 @@ def from_keys(
         source: the file, for messages.
         ordered: whether the config's `target_parameters` are in the model's order, as this library writes them.
         model: settles that order otherwise.
-        parts: buffers of the sites that are parts of fused layers (`peftfn.fused.noted`).
+        pieces: buffers of the sites that are parts of fused layers (`peftfn.fused.noted`).
     """
     if not tensors:
         raise ValueError(f"{source} holds no tensor; it is not the weights of an adapter.")
@@ -143,7 +143,7 @@ def from_keys(
             method.check_file(config, at, leaf)
         except (KeyError, ValueError) as error:
             raise type(error)(f"{source} has {error.args[0]} for {paths[site]!r}; expected a whole adapter.") from None
-        part = (parts or {}).get(paths[site], {})
+        part = (pieces or {}).get(paths[site], {})
         params.setdefault(paths[site], {}).update(method.from_file({**leaf, **part}))
         buffers.setdefault(paths[site], {}).update({**method.buffers(config, at, leaf), **part})
     return Adapter(sorted_tree(params), sorted_tree(buffers), config)
@@ -240,7 +240,7 @@ def check_against(adapter: Adapter, model: nn.Module, source: str) -> None:
             f"{_few(unexpected)}. It was made for another architecture, or its config was changed."
         )
     made = twins.Twins(model)
-    attach.attach(made.root, made.by_path, attach.parts([adapter]), attach.How(hold=_hold_nothing, armed=None))
+    attach.attach(made.root, made.by_path, parts.of([adapter]), parts.How(hold=_hold_nothing, armed=None))
 
 
 def _without_patterns(config: PeftConfig) -> PeftConfig:
