@@ -8,6 +8,7 @@ from peftfn.bound import bind, unbind
 from peftfn.checkpoint import load, push_to_hub, save
 from peftfn.combine import combine
 from peftfn.config import PeftConfig
+from peftfn.ensemble import Ensemble, ensemble
 from peftfn.kbit import prepare_for_kbit_training
 from peftfn.merge import merge
 from peftfn.methods.adalora_config import AdaLoraConfig
@@ -27,6 +28,7 @@ __all__ = [
     "Adapter",
     "AdaptionPromptConfig",
     "Count",
+    "Ensemble",
     "IA3Config",
     "LoraConfig",
     "PeftConfig",
@@ -39,6 +41,7 @@ __all__ = [
     "bind",
     "combine",
     "count",
+    "ensemble",
     "init",
     "leaves",
     "load",
