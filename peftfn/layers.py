@@ -97,7 +97,7 @@ class Site:
         """A tensor of the layer as it is held, packed or not: it says on which device, and float64 from the rest."""
         own = self.layer._parameters.get(self.weight_name)
         own = getattr(self.layer, self.weight_name, None) if own is None else own
-        return own if isinstance(own, Tensor) else next(self.layer.buffers())
+        return own if isinstance(own, Tensor) else next(iter([*self.layer.parameters(), *self.layer.buffers()]))
 
     @property
     def training(self) -> bool:

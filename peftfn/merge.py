@@ -95,9 +95,10 @@ def _unpack(
     """Put a dense tensor in place of a site's packed weight, and say what was there."""
     leaf = {**adapter.params.get(path, {}), **adapter.buffers.get(path, {})}
     name = f"{path}.weight" if path else "weight"
-    if method.kind is not None or name not in merged or all(method.replaces(one) for one in leaf):
-        return {}
     module = layers.module_at(model, path) if model is not None else None
+    is_there = name in merged or (module is not None and codecs.of(module) is not codecs.DENSE)
+    if method.kind is not None or not is_there or all(method.replaces(one) for one in leaf):
+        return {}
     entry = codecs.find(merged, name, module)
     if entry is None:
         return {}

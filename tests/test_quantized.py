@@ -10,6 +10,7 @@ import bitsandbytes
 import pytest
 import quantized
 import torch
+import transformers
 from bases import llama
 from cases import trained
 from oracle import distance, file_of, furthest, gradients, loaded, loss, quiet_peft
@@ -329,3 +330,33 @@ def test_a_layer_that_is_not_quantized_yet_is_said() -> None:
     adapter = adapted(nn.Sequential(layer_of("nf4")))
     with pytest.raises(ValueError, match="is not quantized yet: move the model to its device"):
         pf.apply(model, adapter, inputs())
+
+
+# --- models that transformers loads ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["nf4", "8-bit"])
+def test_a_model_that_transformers_quantizes_runs_merges_and_is_saved(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    llama(vocab_size=64, hidden_size=64, intermediate_size=64)().save_pretrained(tmp_path / "plain")
+    options: dict[str, Any] = {"load_in_8bit": True} if kind == "8-bit" else {"load_in_4bit": True}
+    options |= {} if kind == "8-bit" else {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    how = transformers.BitsAndBytesConfig(**options)
+    base = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=how, dtype=torch.float32, device_map="cpu"
+    )
+    batch = {"input_ids": torch.randint(0, 64, (3, 7))}
+    adapter = trained(pf.init(base, METHODS["lora"]), size=0.05)
+    before = snapshot(base)
+    ours = pf.apply(base, adapter, batch).logits
+    bound = pf.bind(base, adapter)
+    assert bound(**batch).logits.equal(ours)
+    assert pf.apply(base, (), batch).logits.equal(copy.deepcopy(base)(**batch).logits)
+    merged = pf.merge(base.state_dict(), adapter, requantize=True)
+    bound.save_pretrained(tmp_path / "merged")
+    assert snapshot(base) == before
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged", device_map="cpu")
+    state = again.state_dict()
+    assert all(state[name].equal(merged[name]) for name in merged if name.endswith("q_proj.weight"))
+    # The sum of weight and update is rounded to the format once more.
+    assert distance(again(**batch).logits, ours) < (0.3 if kind == "nf4" else 0.06)

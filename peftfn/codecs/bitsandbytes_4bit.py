@@ -218,7 +218,9 @@ FORMAT = Format(_kernel, _rows, _step, _pick)
 
 def find(params: Mapping[str, Tensor], name: str, module: nn.Module | None) -> Entry | None:
     """The 4-bit entry of that name, or `None`."""
-    weight: Any = params[name]
+    weight: Any = params.get(name)
+    if weight is None:
+        return None
     apart = {key.removeprefix(f"{name}."): key for key in params if key.startswith(f"{name}.")}
     said = any(_SAYS in key for key in apart)
     if module is not None and not matches(module):

@@ -197,8 +197,8 @@ FORMAT = Format(_kernel, _rows, _step, _pick)
 
 def find(params: Mapping[str, Tensor], name: str, module: nn.Module | None) -> Entry | None:
     """The 8-bit entry of that name, or `None`."""
-    weight: Any = params[name]
-    if weight.dtype != torch.int8 or (module is not None and not matches(module)):
+    weight: Any = params.get(name)
+    if weight is None or weight.dtype != torch.int8 or (module is not None and not matches(module)):
         return None
     prefix = name.removesuffix("weight")
     kept = {prefix + part: params[prefix + part] for part in ("SCB", "weight_format") if prefix + part in params}

@@ -29,6 +29,7 @@ class Format(NamedTuple):
             axes are mapped by `vmap`: what a kernel decides from a whole batch, it decides for each of them apart.
         rows: `(tensors, spec, start, stop, dtype) -> W[start:stop]`, (stop - start, in), dense.
         step: `(spec) -> n`: `start` is a multiple of n.
+        axis: 0 where `rows` gives rows; 1 where it gives columns, W[:, start:stop], (out, stop - start).
         pick: `(tensors, spec, ids, dtype) -> W[ids]`, (n, in), dense, for embeddings; `None` where there are none.
     """
 
@@ -36,6 +37,7 @@ class Format(NamedTuple):
     rows: Callable[[Tensors, Any, int, int, torch.dtype], Tensor]
     step: Callable[[Any], int]
     pick: Callable[[Tensors, Any, Tensor, torch.dtype], Tensor] | None = None
+    axis: int = 0
 
 
 class Packed(NamedTuple):
@@ -69,15 +71,15 @@ def look_up(packed: Packed, ids: Tensor, dtype: torch.dtype) -> Tensor:
 def dense(packed: Packed, dtype: torch.dtype) -> Tensor:
     """W, (out, in)."""
     blocks = [packed.form.rows(packed.tensors, packed.spec, *at, dtype) for at in _blocks(packed.form, packed.spec)]
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, packed.form.axis)
 
 
 def _blocks(form: Format, spec: Any) -> Iterator[tuple[int, int]]:
-    outputs, inputs = spec.shape
+    length, width = spec.shape[form.axis], spec.shape[1 - form.axis]
     step = form.step(spec)
-    size = max(_BLOCK // max(inputs, 1) // step, 1) * step
-    for start in range(0, outputs, size):
-        yield start, min(start + size, outputs)
+    size = max(_BLOCK // max(width, 1) // step, 1) * step
+    for start in range(0, length, size):
+        yield start, min(start + size, length)
 
 
 _KERNEL, _TANGENT, _GRADIENT = "kernel", "tangent", "gradient"
@@ -207,23 +209,38 @@ class _Rows(torch.autograd.Function):
 
 def _tangent(packed: Packed, x: Tensor) -> Tensor:
     """x Wᵀ."""
-    form, tensors, spec = packed
-    dtype = x.dtype
-    parts = [F.linear(x, _rows(form, tensors, spec, at, dtype)) for at in _blocks(form, spec)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return _joined(x, packed) if packed.form.axis == 0 else _summed(x, packed)
 
 
 def _gradient(packed: Packed, y: Tensor) -> Tensor:
     """y W."""
+    return _summed(y, packed) if packed.form.axis == 0 else _joined(y, packed)
+
+
+def _joined(x: Tensor, packed: Packed) -> Tensor:
+    """The product with all of x and each block, side by side."""
+    form, tensors, spec = packed
+    parts = [_times(x, _rows(form, tensors, spec, at, x.dtype), form.axis == 0) for at in _blocks(form, spec)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _summed(x: Tensor, packed: Packed) -> Tensor:
+    """The sum of the products of each block with its part of x."""
     form, tensors, spec = packed
     blocks = list(_blocks(form, spec))
     if len(blocks) == 1:
-        return y @ _rows(form, tensors, spec, blocks[0], y.dtype)
+        return _times(x, _rows(form, tensors, spec, blocks[0], x.dtype), form.axis == 1)
     # Sums of halves are taken in float32, as one product would.
-    total = y.new_zeros(*y.shape[:-1], spec.shape[1], dtype=torch.promote_types(y.dtype, torch.float32))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = x.new_zeros(*x.shape[:-1], spec.shape[1 - form.axis], dtype=wide)
     for start, stop in blocks:
-        total = total + y[..., start:stop] @ _rows(form, tensors, spec, (start, stop), y.dtype)
-    return total.to(y.dtype)
+        weight = _rows(form, tensors, spec, (start, stop), x.dtype)
+        total = total + _times(x[..., start:stop], weight, form.axis == 1)
+    return total.to(x.dtype)
+
+
+def _times(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    return F.linear(x, weight) if transposed else x @ weight
 
 
 def _rows(form: Format, tensors: Tensors, spec: Any, at: tuple[int, int], dtype: torch.dtype) -> Tensor:
