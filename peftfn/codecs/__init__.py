@@ -52,6 +52,8 @@ _BY_CLASS: dict[tuple[type, type], Codec] = {}
 
 def of(module: nn.Module) -> Codec:
     """The codec of a module's weight: the first of the table that matches its class, and that of its weight."""
+    if torch.compiler.is_compiling():  # Dynamo would guard on what is in the dictionary, and compile again
+        return next(codec for codec in TABLE if codec.matches(module))
     cls = type(module), type(cast("object", module._parameters.get("weight")))
     if cls not in _BY_CLASS:
         _BY_CLASS[cls] = next(codec for codec in TABLE if codec.matches(module))
