@@ -111,10 +111,11 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt demo-requirements.txt
 	@$(PY) $(INSTALL) --no-deps --requirement demo-requirements.txt
 	@touch $@
 
-$(VENV)/dev.stamp: pyproject.toml constraints.txt demo-requirements.txt test-requirements.txt
+$(VENV)/dev.stamp: pyproject.toml constraints.txt demo-requirements.txt test-requirements.txt packed-requirements.txt
 	$(call environment,$(VENV),2 GB)
 	@$(PY) $(INSTALL) --editable '.[cli,dev]' --constraint constraints.txt
 	@$(PY) $(INSTALL) --no-deps --requirement test-requirements.txt
+	@$(PY) $(INSTALL) --no-deps --requirement packed-requirements.txt
 	@touch $@
 
 $(VENV)/docs.stamp: pyproject.toml constraints.txt
