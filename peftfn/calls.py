@@ -199,28 +199,34 @@ def with_encoded(call: Call, count: int) -> Call:
     return call.having(encoder_attention_mask=_Place.of(mask, mask, count).fill(1, mask))
 
 
+def left_padding(mask: Tensor) -> Tensor:
+    """How many tokens of each row are padding before its first real one, (rows, 1), by its mask (rows, length)."""
+    return (mask.cumsum(1) == 0).sum(1, keepdim=True)
+
+
 class _Place(NamedTuple):
     """Where new tokens go in each row: after its left padding, if there is a mask that tells."""
 
     added: int
     rows: int
-    order: Tensor | None  # (rows, count + length), into the new tokens followed by the old ones
+    lead: Tensor | None = None  # (rows, 1)
+    order: Tensor | None = None  # (rows, count + length), into the new tokens followed by the old ones
 
     @classmethod
     def of(cls, mask: Any, tokens: Tensor, count: int) -> _Place:
         rows, length = tokens.shape[:2]
         if mask is None:
-            return cls(count, rows, None)
+            return cls(count, rows)
         _check_mask(mask)
         if mask.shape[1] != length:
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)} and the input {rows} rows of {length} tokens; expected "
                 "one number per token."
             )
-        lead = (mask.cumsum(1) == 0).sum(1, keepdim=True)  # (rows, 1)
+        lead = left_padding(mask)
         at = torch.arange(count + length, device=mask.device)
         order = torch.where(at < lead, at + count, torch.where(at < lead + count, at - lead, at))
-        return cls(count, rows, order)
+        return cls(count, rows, lead, order)
 
     def put(self, new: Tensor, old: Tensor) -> Tensor:
         """(rows, count + length, ...) of new (count, ...) and old (rows, length, ...) ones."""
@@ -241,8 +247,7 @@ class _Place(NamedTuple):
                 "in another form."
             )
         old = old.expand(self.rows, old.shape[-1])
-        lead = None if self.order is None else (self.order == 0).int().argmax(1, keepdim=True)
-        first = old[:, :1] if lead is None else old.gather(1, lead.clamp(max=old.shape[1] - 1))
+        first = old[:, :1] if self.lead is None else old.gather(1, self.lead.clamp(max=old.shape[1] - 1))
         new = first + torch.arange(self.added, device=old.device)  # (rows, count)
         joined = torch.cat([new, old + self.added], 1)
         return joined if self.order is None else joined.gather(1, self.order)

@@ -98,7 +98,10 @@ def _is_small(stacked: Adapter, batch: Any) -> bool:
         return False
     assert isinstance(stacked.config, stacking.Stacked)
     method = methods.of(stacked.config.configs[0])
-    by_row = all(method.takes_rows(leaf, layers.LINEAR) and "lora_A" in leaf for leaf in stacked.params.values())
+    by_row = all(
+        method.takes_rows(leaf, layers.LINEAR) and not any(map(method.replaces, leaf))
+        for leaf in stacked.params.values()
+    )
     is_few = max(one.numel() for one in tensors) <= _FEW_TOKENS
     return by_row and is_few and len({one.shape[0] for one in tensors}) == 1
 

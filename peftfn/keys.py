@@ -120,11 +120,11 @@ def from_keys(
         raise ValueError(f"{source} holds no tensor; it is not the weights of an adapter.")
     method = methods.of(config)
     if hasattr(config, "modules_to_save"):
-        config = dataclasses.replace(config, modules_to_save=matching.with_heads(config))  # type: ignore[call-arg]
+        config = dataclasses.replace(config, modules_to_save=matching.with_heads(config))
     if method.kind == layers.MODEL:
         return prompt_keys.from_keys(method, tensors, config, source)
     if model is not None and _names(config):
-        config = dataclasses.replace(config, target_parameters=targets.in_model_order(model, _names(config)))  # type: ignore[call-arg]
+        config = dataclasses.replace(config, target_parameters=targets.in_model_order(model, _names(config)))
     own: Tree = {}
     params: Tree = {}
     buffers: Tree = {}

@@ -160,8 +160,7 @@ def _with_positions(call: Call, tokens: Tensor, model: Any) -> Call:
         return call
     if not _counts(model):
         return call
-    lead = (mask.cumsum(1) == 0).sum(1, keepdim=True)
-    ids = torch.arange(tokens.shape[1], device=mask.device) - lead
+    ids = torch.arange(tokens.shape[1], device=mask.device) - calls.left_padding(mask)
     return call.having(position_ids=ids.clamp(min=0))
 
 

@@ -91,12 +91,11 @@ def size(model: nn.Module, field: str) -> int | None:
 
 def resolve_input(model: nn.Module, config: Config) -> Config:
     """The same for tokens before the input: in some models the input embedding is not as wide as the layers."""
-    for home in input_homes(model)[:1]:
-        if not calls.takes(model.get_submodule(home), "inputs_embeds"):
-            raise ValueError(
-                f"{type(model).__name__} takes no inputs_embeds, which is how a prompt gets before its input; use a "
-                "method that changes layers."
-            )
+    if not calls.takes(model.get_submodule(input_homes(model)[0]), "inputs_embeds"):
+        raise ValueError(
+            f"{type(model).__name__} takes no inputs_embeds, which is how a prompt gets before its input; use a "
+            "method that changes layers."
+        )
     if config.token_dim is None:
         width = getattr(input_embedding(model), "embedding_dim", None)
         config = dataclasses.replace(config, token_dim=width)
