@@ -22,6 +22,9 @@ def four_bit(layer: nn.Linear, quant_type: str = "nf4", **options: Any) -> nn.Mo
     )
     made.load_state_dict(layer.state_dict())
     made.to(layer.weight.dtype)
+    # On CPUs with AVX512-BF16 its forward in evaluation would repack the weight, and compute in bfloat16
+    # (test_quantized.py has a test of that): the other forward is the same on every CPU.
+    made.support_avx512bf16_for_cpu = False
     return made.to("cpu").train(layer.training)
 
 

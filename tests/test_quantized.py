@@ -12,6 +12,7 @@ import quantized
 import torch
 import transformers
 from bases import llama
+from bitsandbytes.functional import has_avx512bf16
 from cases import trained
 from oracle import distance, file_of, furthest, gradients, loaded, loss, quiet_peft
 from quantized import eight_bit, four_bit, packed
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 
 import peftfn as pf
 
-# Both multiply with the same weights in the same order; sums of gradients are taken in another.
+# Both multiply with the same weights in the same order.
 SAME = 1e-6
+# Sums of gradients are taken in another order; 1.8e-6 was measured.
+SUMS = 3e-6
 # A whole model in float16 rounds by 2^-11 at each of some thirty operations; 1.8e-3 was measured.
 HALF = 4e-3
 
@@ -43,12 +46,12 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def layer_of(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, bias: bool = True) -> Any:
     torch.manual_seed(seed)
-    plain = nn.Linear(96, 64, bias=bias).to(dtype)
+    plain = nn.Linear(128, 64, bias=bias).to(dtype)
     return (eight_bit if name in EIGHT else four_bit)(plain, **EVERY[name]).eval()
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> Tensor:
-    x = torch.randn(4, 3, 96)
+    x = torch.randn(4, 3, 128)
     x[1, 2, 5] = 20.0  # an outlier
     return x.to(dtype)
 
@@ -99,7 +102,7 @@ BASES = {
 
 def base_of(kind: str, dtype: torch.dtype, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 96}
+    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 128}
     base: Any = packed(llama(**sizes)().to(dtype), kind, **options).eval()
     base.is_loaded_in_8bit, base.is_loaded_in_4bit = kind == "8-bit", kind != "8-bit"  # peft asks
     return base
@@ -130,7 +133,7 @@ def test_outputs_and_gradients_are_peft_s(name: str, method: str, train: bool, t
     grads = torch.autograd.grad(loss(theirs(**batch)), list(names.values()))
     expected = file_of(theirs, dict(zip(names, grads, strict=True)))
     ours = gradients(base, adapter, batch)
-    assert furthest(ours, {key: expected[key] for key in ours}) < rounding
+    assert furthest(ours, {key: expected[key] for key in ours}) < max(rounding, SUMS)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "8-bit"])
@@ -156,11 +159,11 @@ def test_merging_before_and_after_the_base_has_run_is_the_same(name: str) -> Non
     named = dict(model.named_parameters())
     after = [pf.merge(named, adapter, model=model)["0.weight"], pf.merge(model.state_dict(), adapter)["0.weight"]]
     assert all(one.equal(before[0]) for one in (*before, *after))
-    assert before[0].dtype == torch.float32 and before[0].shape == (64, 96)
+    assert before[0].dtype == torch.float32 and before[0].shape == (64, 128)
     leaf, scaling = adapter.params["0"], adapter.buffers["0"]["scaling"]
     unpacked = (pf.merge(named, adapter, model=model)["0.weight"] - scaling * leaf["lora_B"] @ leaf["lora_A"]).detach()
     torch.manual_seed(0)
-    original = nn.Linear(96, 64).weight.detach()
+    original = nn.Linear(128, 64).weight.detach()
     step = STEP[name in EIGHT]
     assert (unpacked - original).abs().max() < 1.05 * step * original.abs().max()
 
@@ -173,7 +176,9 @@ def test_merged_weights_can_be_packed_again_in_the_same_format(name: str, by: st
     params = dict(model.named_parameters()) if by == "parameters" else model.state_dict()
     dense, again = pf.merge(params, adapter), pf.merge(params, adapter, requantize=True)
     assert sorted(again) == sorted(params)
-    assert all((again[key].dtype, again[key].shape) == (params[key].dtype, params[key].shape) for key in params)
+    assert all(again[key].dtype == params[key].dtype for key in params)
+    numbers = [key for key in params if "bitsandbytes__" not in key]  # that one is JSON, as long as its digits
+    assert all(again[key].shape == params[key].shape for key in numbers)
     nothing = trained(pf.init(model, pf.LoraConfig(r=4, target_modules=["0"])), size=0.0)
     read = pf.merge(again, nothing)["0.weight"]
     step = STEP[name in EIGHT]
@@ -189,7 +194,7 @@ def test_merged_weights_fit_a_model_of_plain_layers() -> None:
     model, x = nn.Sequential(layer_of("nf4")), inputs()
     adapter = adapted(model)
     merged = pf.merge(model.state_dict(), adapter)
-    plain = nn.Sequential(nn.Linear(96, 64))
+    plain = nn.Sequential(nn.Linear(128, 64))
     assert distance(torch.func.functional_call(plain, merged, x), pf.apply(model, adapter, x)) < SAME
 
 
@@ -214,8 +219,47 @@ def test_bytes_that_bitsandbytes_repacked_for_another_cpu_are_read() -> None:
         assert snapshot(model) == seen
 
 
+@pytest.mark.parametrize("sizes", [(96, 64), (40, 50), (25, 6), (25, 3), (128, 64)], ids=str)
+@pytest.mark.parametrize("blocksize", [64, 128])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_weight_is_code_times_absmax_also_where_a_block_goes_on_in_the_next_row(
+    quant_type: str, blocksize: int, sizes: tuple[int, int]
+) -> None:
+    """Against the formula: bitsandbytes' own kernel is wrong there on CPUs with AVX512, by as much as the weight."""
+    torch.manual_seed(0)
+    layer: Any = bitsandbytes.nn.Linear4bit(*sizes, quant_type=quant_type, compress_statistics=False)
+    layer.weight.blocksize = blocksize
+    model = nn.Sequential(layer.to("cpu"))
+    state, packed_bytes = layer.weight.quant_state, layer.weight.data.view(-1)
+    nibbles = torch.stack([packed_bytes >> 4, packed_bytes & 15], 1).view(-1)[: sizes[0] * sizes[1]].long()
+    absmax = state.absmax.repeat_interleave(blocksize)[: len(nibbles)]
+    expected = (state.code[nibbles] * absmax).view(sizes[1], sizes[0])
+    nothing = pf.init(model, pf.LoraConfig(target_modules=["0"]))
+    assert pf.merge(dict(model.named_parameters()), nothing)["0.weight"].equal(expected)
+    x = torch.randn(3, sizes[0])
+    assert distance(pf.apply(model, (), x), nn.functional.linear(x, expected, layer.bias)) < SAME
+
+
+@pytest.mark.skipif(not has_avx512bf16(), reason="only CPUs with AVX512-BF16 repack")
+@pytest.mark.parametrize("name", FOUR)
+def test_where_the_base_s_own_forward_computes_in_bfloat16_its_output_is_ours_rounded(name: str) -> None:
+    layer = layer_of(name)
+    layer.support_avx512bf16_for_cpu = True
+    model, x = nn.Sequential(layer), inputs()
+    before = snapshot(model)
+    ours = pf.apply(model, (), x)
+    assert snapshot(model) == before, "nothing of it is repacked by us"
+    theirs = model(x)
+    assert layer.weight.quant_state.packing_format_for_cpu, "but it is by its own forward"
+    rounded = 3 * 2**-8  # inputs, scales and sums, half a unit of bfloat16 each and more where they add up
+    assert 0 < distance(ours, theirs) < rounded
+    after = snapshot(model)
+    assert distance(pf.apply(model, (), x), theirs) < rounded
+    assert snapshot(model) == after
+
+
 def test_a_weight_that_is_rounded_at_each_call_is_the_layer_s_own() -> None:
-    layer = eight_bit(nn.Linear(96, 64), has_fp16_weights=True).train()
+    layer = eight_bit(nn.Linear(128, 64), has_fp16_weights=True).train()
     model, x = nn.Sequential(layer), inputs()
     before = snapshot(model)
     ours = pf.apply(model, (), x)
@@ -252,7 +296,8 @@ def test_packed_embeddings(kind: str) -> None:
     ids = torch.randint(0, 20, (4, 6))
     adapter = trained(pf.init(model, pf.LoraConfig(r=4, target_modules=["0"])))
     before = snapshot(model)
-    torch.testing.assert_close(pf.apply(model, (), ids), copy.deepcopy(model)(ids), rtol=0, atol=0)
+    if kind != "4-bit whole":  # where bitsandbytes' own is wrong on CPUs with AVX512
+        torch.testing.assert_close(pf.apply(model, (), ids), copy.deepcopy(model)(ids), rtol=0, atol=0)
     merged = pf.merge(dict(model.named_parameters()), adapter)
     ours = pf.apply(model, adapter, ids)
     dense = nn.Sequential(plain, model[1])
@@ -290,9 +335,9 @@ def corrupted(what: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("what", "said"),
     {
-        "SCB": r"Linear8bitLt: \(63,\) scales \(SCB\) do not fit a weight of shape \(64, 96\)",
-        "bytes": "Linear4bit: the quant state does not fit the weight: 3062 bytes for 64 × 96 values of 4 bits",
-        "absmax": "95 absmax for 64 × 96 values in blocks of 64",
+        "SCB": r"Linear8bitLt: \(63,\) scales \(SCB\) do not fit a weight of shape \(64, 128\)",
+        "bytes": "Linear4bit: the quant state does not fit the weight: 4086 bytes for 64 × 128 values of 4 bits",
+        "absmax": "127 absmax for 64 × 128 values in blocks of 64",
         "type": "quant_type 'nf5', expected 'nf4' or 'fp4'",
     }.items(),
 )
@@ -326,7 +371,7 @@ def test_packed_weights_without_what_they_are_read_by_are_refused() -> None:
 
 
 def test_a_layer_that_is_not_quantized_yet_is_said() -> None:
-    model = nn.Sequential(bitsandbytes.nn.Linear4bit(96, 64))
+    model = nn.Sequential(bitsandbytes.nn.Linear4bit(128, 64))
     adapter = adapted(nn.Sequential(layer_of("nf4")))
     with pytest.raises(ValueError, match="is not quantized yet: move the model to its device"):
         pf.apply(model, adapter, inputs())

@@ -163,10 +163,9 @@ def unpacked(weight: Tensor, state: Any, where: str) -> Tensor:
 
 def _kernel(tensors: Tensors, spec: Spec, x: Tensor, bias: Tensor | None, mapped: int) -> Tensor:
     gemm = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)
-    # On a CPU it is these two products; torch.compile does not know our vmap rule for it, but one for each of them.
-    if x.device.type == "cpu" and torch.compiler.is_compiling():
-        gemm = None
-    if gemm is None or x.dtype == torch.float64 or (spec.nested and spec.nested != _NESTED):
+    # On a CPU it is these two products, but see `_rows`; and torch.compile has a vmap rule for each of them only.
+    is_cpu = x.device.type == "cpu"
+    if gemm is None or is_cpu or x.dtype == torch.float64 or (spec.nested and spec.nested != _NESTED):
         return F.linear(x, _rows(tensors, spec, 0, spec.shape[0], x.dtype), bias)
     data, absmax, *nested = tensors
     given: dict[str, Any] = {"bias": bias}
@@ -186,10 +185,12 @@ def _rows(tensors: Tensors, spec: Spec, start: int, stop: int, dtype: torch.dtyp
     if (start, stop) != (0, spec.shape[0]):
         data = data[first // _NIBBLES : math.ceil(last / _NIBBLES)]
         absmax = absmax[first // spec.blocksize : math.ceil(last / spec.blocksize)]
-    # Of float64 bitsandbytes' CPU kernel returns memory that it did not write to.
+    # Of float64 bitsandbytes' CPU kernel returns memory that it did not write to. With AVX512 it takes a new absmax at
+    # each row, though a block goes on in the next one: so it is given blocks for rows, or all as one row.
     made = torch.float32 if dtype == torch.float64 else dtype
-    shape = [stop - start, inputs]
-    return _op("dequantize_4bit")(data, absmax, spec.blocksize, spec.quant_type, shape, made).to(dtype)
+    shape = [1, last - first] if (last - first) % spec.blocksize else [(last - first) // spec.blocksize, spec.blocksize]
+    dense = _op("dequantize_4bit")(data, absmax, spec.blocksize, spec.quant_type, shape, made)
+    return dense.to(dtype).view(stop - start, inputs)
 
 
 def _op(name: str) -> Any:
