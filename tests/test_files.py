@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from make_peft_files import build
-from oracle import called, distance, gradients, outputs, quiet_peft
+from oracle import IS_OLD, called, distance, gradients, outputs, quiet_peft
 from safetensors.torch import load_file
 from same import assert_same, assert_same_tensors
 from torch import Tensor, nn
@@ -141,6 +141,8 @@ def test_load_after_save_is_the_adapter_bit_for_bit(case: Case, tmp_path: Path) 
 
 @every_case
 def test_peft_reads_what_we_save_and_computes_the_same(case: Case, tmp_path: Path) -> None:
+    if "adalora-conv2d" in str(case) and IS_OLD:
+        pytest.skip("this peft has no AdaLoRA of convolutions")
     pf.save(case.load_whole(), tmp_path)
     model = case.base()
     batch, expected = case.expected()

@@ -80,7 +80,10 @@ def test_two_active_adapters_are_pefts_two_active_adapters(tmp_path: Path) -> No
     assert oracle.distance(ours, theirs(batch)) < ROUNDING
     for mine, beside, name in ((one, other, "default"), (other, one, "other")):
         found = oracle.gradients(base, mine, batch, beside)
-        assert oracle.furthest(found, oracle.gradients_of(theirs, batch, name)) < ROUNDING
+        expected = oracle.gradients_of(theirs, batch, name)
+        if oracle.IS_OLD:  # it counts the other adapter's tensors in
+            expected = {key: expected[key] for key in found}
+        assert oracle.furthest(found, expected) < ROUNDING
 
 
 SIDES: list[dict[str, Any]] = [

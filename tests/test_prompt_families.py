@@ -43,6 +43,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 CANNOT = {"falcon prefix", "opt prompt"}
 """What peft 0.21.2 fails on: one head of keys, and embeddings narrower than the model."""
+if oracle.IS_OLD:  # caches that it does not know, and heads of other widths than the model's
+    CANNOT |= {"bart prefix", "gemma3 prefix", "qwen3 prefix", "roberta prefix"}
 
 LEFT = torch.tensor([[1, 1, 5, 6, 7, 8], [3, 4, 5, 6, 7, 9], [1, 9, 8, 7, 6, 5]])
 MASK = (LEFT != 1).long()
@@ -75,7 +77,7 @@ both_kinds = pytest.mark.parametrize("kind", ["prompt", "prefix"])
 @both_kinds
 def test_outputs_are_pefts(family: str, kind: str, tmp_path: Path) -> None:
     if f"{family} {kind}" in CANNOT:
-        pytest.skip("peft 0.21.2 fails here")
+        pytest.skip(f"peft {peft.__version__} fails here")
     model = build(family)
     batch = IDS | ({"labels": LEFT[:, :4].clone()} if family == "bart" else {})
     with quiet_peft():
