@@ -9,7 +9,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def constant_result(function: F) -> F:
-    """The function, marked as `torch.compiler.assume_constant_result` marks it: Dynamo calls it and keeps what it gives.
+    """The function, marked as `torch.compiler.assume_constant_result` does: Dynamo calls it and keeps what it gives.
 
     torch's own decorator imports `torch._dynamo` to set this one attribute: 70 MB and most of the time that
     `import peftfn` would take, for a program that compiles nothing.
