@@ -20,6 +20,7 @@ from peftfn.methods.prefix_tuning import PrefixTuningConfig
 from peftfn.methods.prompt_config import PromptLearningConfig
 from peftfn.methods.prompt_tuning import PromptTuningConfig
 from peftfn.stacking import stack, unstack
+from peftfn.streaming import merge_folder
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "load",
     "load_with_model",
     "merge",
+    "merge_folder",
     "prepare_for_kbit_training",
     "push_to_hub",
     "save",

@@ -32,7 +32,7 @@ _WORDS = (  # the other files of a tokenizer, each of which some kinds have
     *("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
-_LABELS = re.compile(r"\.(classifier|score)(\.out_proj)?\.weight$")
+LABELS = re.compile(r"\.(classifier|score)(\.out_proj)?\.weight$")
 
 
 def load_with_model(
@@ -168,7 +168,7 @@ def _of_head(config: PeftConfig, tensors: Mapping[str, Tensor], options: Mapping
     """The number of labels of a head in the adapter's file: the base's own head gives way to it."""
     if config.task_type not in ("SEQ_CLS", "TOKEN_CLS") or {"num_labels", "id2label", "config"} & options.keys():
         return {}
-    labels = {tensor.shape[0] for key, tensor in tensors.items() if _LABELS.search(key)}
+    labels = {tensor.shape[0] for key, tensor in tensors.items() if LABELS.search(key)}
     return {"num_labels": labels.pop(), "ignore_mismatched_sizes": True} if len(labels) == 1 else {}
 
 

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from peftfn import tracing
+
 IGNORED = -100
 """The label that torch's cross entropy leaves out."""
 
@@ -107,7 +109,7 @@ def cached(cache: Any) -> int:
     return int(cache.get_seq_length())
 
 
-@torch.compiler.assume_constant_result
+@tracing.constant_result
 def argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
     """The names of a class's positional arguments in `forward`, in order."""
     return _argument_names(cls)
@@ -118,7 +120,7 @@ def takes(module: nn.Module, name: str) -> bool:
     return _takes(type(module), name)
 
 
-@torch.compiler.assume_constant_result
+@tracing.constant_result
 def _takes(cls: type[nn.Module], name: str) -> bool:
     return any(name in _argument_names(one) for one in cls.__mro__ if "forward" in vars(one))
 

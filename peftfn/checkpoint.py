@@ -30,7 +30,6 @@ from peftfn.config import PeftConfig
 _CONFIG_KEY = "peftfn.config"
 _REPLACES_KEY = "peftfn.replaces"
 _PARTS_KEY = "peftfn.parts"
-_POINTER = b"version https://git-lfs"
 
 
 def save(adapter: Adapter, folder: str | Path) -> Path:
@@ -210,7 +209,7 @@ def _read_safetensors(path: Path, device: torch.device) -> tuple[dict[str, Tenso
             return {name: opened.get_tensor(name).clone() for name in names}, opened.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
         with path.open("rb") as file:
-            pointer = file.read(len(_POINTER)) == _POINTER
+            pointer = file.read(len(files.POINTER)) == files.POINTER
         raise ValueError(
             f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` there."
             if pointer

@@ -14,7 +14,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 CARD = "README.md"
-
+POINTER = b"version https://git-lfs"
+"""How a file begins that git-lfs has not fetched."""
 
 Write = Callable[[Path], object]
 """Writes a file at the path that it is given."""
@@ -49,7 +50,7 @@ def write_together(folder: Path, writes: Mapping[str, Write]) -> None:
         for temporary in names.values():
             temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -70,7 +71,8 @@ def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
     return cast("dict[str, Any]", data)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on disk, where the system can."""
     # A rename survives a power cut only when the folder itself is on disk; not every system can open or sync one.
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,11 +65,11 @@ def merge(
             raise TypeError(
                 "merge was given a stack; merge its adapters one by one (peftfn.unstack), or under torch.vmap."
             )
-        _refuse_not_finite(one)
+        refuse_not_finite(one)
         method = methods.of(one.config)
         for path in sorted({**one.params, **one.buffers}):
             packed.update(_unpack(merged, one, method, path, model))
-            _merge_site(merged, method, one, path, model)
+            merged.update(changed(change(merged, one, path, model), merged))
     for name, entry in packed.items():
         if requantize:
             merged.update(entry.pack(merged[name]))
@@ -110,37 +110,77 @@ def _unpack(
     return {name: entry}
 
 
-def _merge_site(
-    merged: dict[str, Tensor], method: Method, adapter: Adapter, path: str, model: nn.Module | None
-) -> None:
-    both = {**adapter.params.get(path, {}), **adapter.buffers.get(path, {})}
+class Change(NamedTuple):
+    """What one adapter does to the tensors at one of its sites.
+
+    Attributes:
+        adapter: the adapter.
+        method: its method.
+        path: the site.
+        leaf: the method's tensors there, params and buffers together; empty where it only replaces.
+        place: where the weight is that the leaf changes, or `None` where there is no leaf.
+        replaced: tensors that take the place of others, by name.
+    """
+
+    adapter: Adapter
+    method: Method
+    path: str
+    leaf: Leaf
+    place: Place | None
+    replaced: dict[str, Tensor]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The names of the tensors that the leaf reads, as the method calls them: a weight, and a layer's bias."""
+        if self.place is None:
+            return {}
+        bias = {"bias": self.place._replace(weight="bias").name}
+        return {"weight": self.place.name} | (bias if self.place.kind not in layers.WEIGHT_KINDS else {})
+
+
+def change(params: Mapping[str, Tensor], adapter: Adapter, path: str, model: nn.Module | None) -> Change:
+    """What the adapter does at one site; of `params` only the names and shapes are looked at.
+
+    Raises:
+        KeyError: `params` or the model lacks what the adapter changes.
+        ValueError: shapes do not fit, or do not tell how the weight is stored; or the method cannot be merged.
+    """
+    method, trained = methods.of(adapter.config), adapter.params.get(path, {})
+    both = {**trained, **adapter.buffers.get(path, {})}
     leaf = {name: tensor for name, tensor in both.items() if not method.replaces(name)}
+    replaced = {f"{path}.{name}" if path else name: both[name] for name in both.keys() - leaf.keys()}
     for name in both.keys() - leaf.keys():
         key = f"{path}.{name}" if path else name
-        if key not in merged and name in adapter.params.get(path, {}):  # buffers need not be among the parameters
-            raise _missing(key, merged)
-        merged[key] = both[name]
-    if not leaf:
-        return
-    if method.kind is not None:
-        method.merge(adapter.config, leaf, method.kind, {})  # refuses, and says why
-    place = layers.find(model, path) if model is not None else _guess(merged, adapter, method, path, leaf)
-    if place is None:
-        raise KeyError(f"the adapter has a site {path!r}, which {type(model).__name__} does not have.")
-    if place.name not in merged:
-        raise _missing(place.name, merged)
-    names = {"weight": place.name}
-    if place.kind not in layers.WEIGHT_KINDS:
-        names["bias"] = place._replace(weight="bias").name
+        if key not in params and name in trained:  # buffers need not be among the parameters
+            raise _missing(key, params)
+    place = None
+    if leaf:
+        if method.kind is not None:
+            method.merge(adapter.config, leaf, method.kind, {})  # refuses, and says why
+        place = layers.find(model, path) if model is not None else _guess(params, adapter, method, path, leaf)
+        if place is None:
+            raise KeyError(f"the adapter has a site {path!r}, which {type(model).__name__} does not have.")
+        if place.name not in params:
+            raise _missing(place.name, params)
+    return Change(adapter, method, path, leaf, place, replaced)
+
+
+def changed(one: Change, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that a change makes, by name, from those of `params` that it reads."""
+    found = dict(one.replaced)
+    if one.place is None:
+        return found
     try:
-        given = {name: merged[key] for name, key in names.items() if key in merged}
-        changed = method.merge(adapter.config, leaf, place.kind, given)
-        merged.update({names[name]: tensor for name, tensor in changed.items()})
+        there = {key: found.get(key, params.get(key)) for key in one.names.values()}
+        given = {name: tensor for name, key in one.names.items() if (tensor := there[key]) is not None}
+        made = one.method.merge(one.adapter.config, one.leaf, one.place.kind, given)
     except (RuntimeError, ValueError) as error:
-        shapes = {name: tuple(tensor.shape) for name, tensor in leaf.items() if tensor.dim()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in one.leaf.items() if tensor.dim()}
         raise ValueError(
-            f"{path}: cannot merge {shapes} into {place.name} of shape {tuple(merged[place.name].shape)}: {error}"
+            f"{one.path}: cannot merge {shapes} into {one.place.name} of shape "
+            f"{tuple(params[one.place.name].shape)}: {error}"
         ) from error
+    return {**found, **{one.names[name]: tensor for name, tensor in made.items()}}
 
 
 def _guess(params: Mapping[str, Tensor], adapter: Adapter, method: Method, path: str, leaf: Leaf) -> Place:
@@ -200,7 +240,8 @@ def _missing(name: str, params: Mapping[str, Tensor]) -> KeyError:
     )
 
 
-def _refuse_not_finite(adapter: Adapter) -> None:
+def refuse_not_finite(adapter: Adapter) -> None:
+    """A `ValueError` if a tensor of the adapter holds NaN or infinity."""
     for path, leaf in adapter.params.items():
         for name, tensor in leaf.items():
             if not tensor.is_floating_point() or tensor.is_meta or is_traced(tensor):

@@ -73,7 +73,7 @@ def stand_in(bound: Any, weights: Mapping[str, Tensor], is_apart: bool) -> Any:
     if hasattr(plain, "config"):
         plain.config = copy.deepcopy(bound.config)
         if is_apart:
-            _untie(plain)
+            untie(plain)
     return plain
 
 
@@ -82,7 +82,7 @@ def _given(weights: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> dict[str
     return dict(weights)
 
 
-def _untie(plain: Any) -> None:
+def untie(plain: Any) -> None:
     """Say in the config that the embeddings are not tied, if that is all that saying so does."""
     configs = [plain.config, *(getattr(plain.config, name, None) for name in ("text_config", "decoder"))]
     configs = [config for config in configs if getattr(config, _TIE, False)]

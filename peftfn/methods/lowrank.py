@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfn import layers
+from peftfn.adapter import is_traced
 from peftfn.layers import Site
 from peftfn.methods import widening
 
@@ -58,8 +59,42 @@ def merged(kind: str, a: Tensor, b: Tensor, scaling: Tensor, weight: Tensor) -> 
         # Half-precision products are slow on CPU, and rounded once more: as PEFT, compute in float32.
         a, b = a.float(), b.float()
     with _without_autocast(weight.device.type):  # a weight is not rounded to what products run in
+        if kind in _BY_ROWS and _fits_blocks(a, b, scaling, weight):
+            return _merged_by_blocks(kind, a, b, scaling, weight)
         delta = TABLE[kind].delta(a, b, weight.shape)
     return (weight + scaled(delta, scaling)).to(weight.dtype)
+
+
+# The factors that make some rows of the weight's delta.
+_BY_ROWS: dict[str, Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]] = {
+    layers.LINEAR: lambda a, b, rows: (a, b[rows]),
+    layers.TRANSPOSED: lambda a, b, rows: (a[:, rows], b),
+    layers.EMBEDDING: lambda a, b, rows: (a[:, rows], b),
+}
+_BLOCK = 1 << 18  # elements: 1 MB of float32 stays in a core's cache
+_ROWS = 64  # blocks of a multiple of these: MKL rounds odd rows otherwise, and a product of all rows is to be had again
+
+
+def _fits_blocks(a: Tensor, b: Tensor, scaling: Tensor, weight: Tensor) -> bool:
+    """Whether only the values are wanted, of a large weight on CPU: no gradient, no transform, no trace."""
+    tensors = (a, b, scaling, weight)
+    if weight.numel() <= 2 * _BLOCK or is_traced(*tensors):
+        return False
+    if not all(type(one) in (Tensor, nn.Parameter) and one.device.type == "cpu" for one in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors))
+
+
+def _merged_by_blocks(kind: str, a: Tensor, b: Tensor, scaling: Tensor, weight: Tensor) -> Tensor:
+    """`merged`, a block of rows at a time: the delta is never there whole, nor written to memory and read again."""
+    made = torch.empty_like(weight, requires_grad=False)
+    step = max(1, _BLOCK // weight.shape[1] // _ROWS) * _ROWS
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        old = weight.detach()[rows]
+        delta = TABLE[kind].delta(*_BY_ROWS[kind](a, b, rows), old.shape)
+        made[rows] = old + scaled(delta, scaling)
+    return made
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
