@@ -101,21 +101,19 @@ def adamw(
         tensor([0.8990, 0.8990])
     """
     step = state.step + 1
-    fall1, fall2, eps = _wide(beta1, step), _wide(beta2, step), _wide(eps, step)
-    rate, kept = _wide(lr, step), 1 - _wide(lr, step) * _wide(weight_decay, step)
-    size, root = rate / (1 - fall1**step), (1 - fall2**step).sqrt()
+    fall1, fall2, rate = _wide(beta1, step), _wide(beta2, step), _wide(lr, step)
+    kept, root = 1 - rate * _wide(weight_decay, step), (1 - fall2**step).sqrt()
+    size, least = rate * root / (1 - fall1**step), _wide(eps, step) * root
 
-    def averaged(m: Tensor, g: Tensor) -> Tensor:
-        return m + (g - m) * (1 - fall1).to(m.dtype)
+    def moved(p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # As few passes over memory as there are, which is what a stack's step costs; in place on what is new here.
+        m = torch.lerp(m, g, (1 - fall1).to(m.dtype))
+        v = torch.lerp(v, g * g, (1 - fall2).to(v.dtype))
+        change = (m / v.sqrt().add_(least.to(v.dtype))).mul_(size.to(p.dtype))
+        return (p * kept.to(p.dtype)).sub_(change), m, v
 
-    def averaged_square(v: Tensor, g: Tensor) -> Tensor:
-        return v * fall2.to(v.dtype) + g * g * (1 - fall2).to(v.dtype)
-
-    def moved(p: Tensor, m: Tensor, v: Tensor) -> Tensor:
-        return p * kept.to(p.dtype) - m / (v.sqrt() / root.to(p.dtype) + eps.to(p.dtype)) * size.to(p.dtype)
-
-    first, second = _mapped(averaged, state.first, grads), _mapped(averaged_square, state.second, grads)
-    return _mapped(moved, params, first, second), Moments(step, first, second)
+    params, first, second = _mapped(moved, params, grads, state.first, state.second)
+    return params, Moments(step, first, second)
 
 
 def sgd_init(params: Tree) -> Momentum:
@@ -153,14 +151,12 @@ def sgd(
     step = state.step + 1
     rate, stays, decay = _wide(lr, step), _wide(momentum, step), _wide(weight_decay, step)
 
-    def pushed(u: Tensor, g: Tensor, p: Tensor) -> Tensor:
-        return u * stays.to(u.dtype) + g + p * decay.to(p.dtype)
+    def moved(p: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        u = (u * stays.to(u.dtype)).add_(g).add_(p * decay.to(p.dtype))
+        return p - u * rate.to(p.dtype), u
 
-    def moved(p: Tensor, u: Tensor) -> Tensor:
-        return p - u * rate.to(p.dtype)
-
-    velocity = _mapped(pushed, state.velocity, grads, params)
-    return _mapped(moved, params, velocity), Momentum(step, velocity)
+    params, velocity = _mapped(moved, params, grads, state.velocity)
+    return params, Momentum(step, velocity)
 
 
 def norm(tree: Tree) -> Tensor:
@@ -179,10 +175,10 @@ def clipped(grads: Tree, max_norm: Number) -> Tree:
     """The gradients, scaled down where their norm is above `max_norm`: as `torch.nn.utils.clip_grad_norm_` does it."""
     scale = (max_norm / (norm(grads) + 1e-6)).clamp(max=1.0)
 
-    def shorter(g: Tensor) -> Tensor:
-        return g * scale.to(g.dtype)
+    def shorter(g: Tensor) -> tuple[Tensor]:
+        return (g * scale.to(g.dtype),)
 
-    return _mapped(shorter, grads)
+    return _mapped(shorter, grads)[0]
 
 
 ADAMW = Optimizer(adamw_init, adamw)
@@ -200,15 +196,22 @@ def _none_taken(params: Tree) -> Tensor:
 
 
 def _zeros(params: Tree) -> Tree:
-    def zero(tensor: Tensor) -> Tensor:
-        return torch.zeros_like(tensor, requires_grad=False)
+    def zero(tensor: Tensor) -> tuple[Tensor]:
+        return (torch.zeros_like(tensor, requires_grad=False),)
 
-    return _mapped(zero, params)
+    return _mapped(zero, params)[0]
 
 
-def _mapped(change: Callable[..., Tensor], *trees: Tree) -> Tree:
+def _mapped(change: Callable[..., tuple[Tensor, ...]], *trees: Tree) -> list[Tree]:
+    """One tree for each tensor that `change` returns. Leaf after leaf, so that what is read again is still cached."""
     first, rest = trees[0], cast("Sequence[Tree]", trees[1:])
-    return {
-        path: {name: change(tensor, *(tree[path][name] for tree in rest)) for name, tensor in leaf.items()}
+    found = {
+        (path, name): change(tensor, *(tree[path][name] for tree in rest))
         for path, leaf in first.items()
+        for name, tensor in leaf.items()
     }
+    count = len(next(iter(found.values())))
+    return [
+        {path: {name: found[path, name][number] for name in leaf} for path, leaf in first.items()}
+        for number in range(count)
+    ]

@@ -109,19 +109,22 @@ def update(
         ValueError: a hyperparameter has neither one value nor K.
     """
     given = {name: _each(name, value, run.adapter) for name, value in hyperparameters.items()}
-    runs = _each("active", True if active is None else active, run.adapter).bool()
+    runs = None if active is None else _each("active", active, run.adapter).bool()
     limit = None if max_norm is None else _each("max_norm", max_norm, run.adapter)
 
-    def one(params: Tree, grads: Tree, state: Any, runs: Tensor, limit: Tensor | None, given: dict[str, Tensor]) -> Any:
+    def one(params: Tree, grads: Tree, state: Any, runs: Any, limit: Any, given: dict[str, Tensor]) -> Any:
+        grads = grads if limit is None else optimizers.clipped(grads, limit)
+        made: Any = optimizer.update(params, grads, state, **given)
+        if runs is None:
+            return made
+
         def chosen(new: Tensor, old: Tensor) -> Tensor:
             return torch.where(runs, new, old)
 
-        grads = grads if limit is None else optimizers.clipped(grads, limit)
-        made: Any = optimizer.update(params, grads, state, **given)
         old: Any = (params, state)
         return optree.tree_map(chosen, made, old)
 
-    axes = (0, 0, 0, 0, None if limit is None else 0, 0)
+    axes = (0, 0, 0, None if runs is None else 0, None if limit is None else 0, 0)
     params, state = torch.vmap(one, axes)(_detached(run.adapter.params), grads, run.state, runs, limit, given)
     return Run(run.adapter.replace(params=params), state)
 
