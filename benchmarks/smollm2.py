@@ -44,10 +44,10 @@ METHODS: dict[str, tuple[pf.PeftConfig, float]] = {
         ),
         1e-3,
     ),
-    "prefix tuning": (pf.PrefixTuningConfig(num_virtual_tokens=8, **TASK), 1e-1),
+    "prefix tuning": (pf.PrefixTuningConfig(num_virtual_tokens=8, init_weights="zero", **TASK), 3e-2),
     "prefix tuning, projected": (
         pf.PrefixTuningConfig(num_virtual_tokens=8, prefix_projection=True, encoder_hidden_size=128, **TASK),
-        5e-3,
+        1e-3,
     ),
     "LLaMA-Adapter": (pf.AdaptionPromptConfig(adapter_len=8, adapter_layers=20, **TASK), 2e-2),
 }

@@ -1,6 +1,6 @@
 """peftfn: parameter-efficient fine-tuning as pure functions on `torch.func`."""
 
-from peftfn import adalora
+from peftfn import adalora, optimizers, sweep
 from peftfn.adapter import Adapter, Count, count, leaves
 from peftfn.apply import apply, init
 from peftfn.auto import load_with_model
@@ -49,10 +49,12 @@ __all__ = [
     "load_with_model",
     "merge",
     "merge_folder",
+    "optimizers",
     "prepare_for_kbit_training",
     "push_to_hub",
     "save",
     "stack",
+    "sweep",
     "unbind",
     "unstack",
 ]
