@@ -71,7 +71,8 @@ def with_tokens(
 
 def _beside(call: Call, place: _Place, embeds: Tensor, task: str | None) -> dict[str, Any]:
     """What the other arguments become: masks, labels, positions."""
-    added, changes = place.added, dict[str, Any](cache_position=None)  # the model counts them itself
+    added = place.added
+    changes: dict[str, Any] = {"cache_position": None}  # the model counts them itself
     for name, fill in (("attention_mask", 1), ("token_type_ids", 0)):
         if (given := call.given.get(name)) is not None:
             changes[name] = place.fill(fill, given)

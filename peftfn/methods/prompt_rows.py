@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,8 +62,11 @@ def _longer(name: str, tensor: Tensor, rows: int) -> Tensor:
 
 def shared(configs: Sequence[Config]) -> Config:
     """The config of the adapter with the most tokens: all places that rows need are there."""
-    longest = max(config.num_virtual_tokens or 0 for config in configs)
-    return dataclasses.replace(configs[0], num_virtual_tokens=longest)
+    longest = configs[0]
+    for config in configs:  # not max(): Dynamo does not compare them
+        if (config.num_virtual_tokens or 0) > (longest.num_virtual_tokens or 0):
+            longest = config
+    return longest
 
 
 def silence(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
