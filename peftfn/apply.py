@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import attach, codecs, graft, layers, masks, matching, methods, parts, routing, stacking, targets, twins
+from peftfn import attach, codecs, graft, layers, masks, matching, methods, parts, routing, targets, twins
 from peftfn.adapter import Adapter, Tree, as_tuple, sorted_tree
 from peftfn.config import PeftConfig
 
@@ -167,7 +167,9 @@ def apply(
     """
     adapters = as_tuple(adapter)
     arguments, keywords = as_call(batch)
-    rows = _check_stacks(adapters, index)
+    rows = routing.of_adapters(adapters, index)
+    if rows is not None:
+        routing.refuse_other_batch(rows, (*arguments, *keywords.values()))
     made = twins.Twins(model, params)
     tracing = torch.compiler.is_compiling()
     graft.run_packed(made.root, apart=not tracing)
@@ -236,23 +238,3 @@ def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         )
     given = type(cast("Any", batch)).__name__
     raise ValueError(f"batch is an empty {given}; expected the model's inputs.")
-
-
-def _check_stacks(adapters: Sequence[Adapter], index: Any) -> routing.Rows | None:
-    stacks = [adapter for adapter in adapters if isinstance(adapter.config, stacking.Stacked)]
-    if any(map(stacking.is_half, stacks)):
-        raise ValueError(
-            "the stack's params are mapped by torch.vmap and its buffers are not (or the other way round); map over "
-            "all of it: torch.vmap(lambda a, batch: torch.func.grad(lambda p: loss(a.replace(params=p), batch))"
-            "(a.params))(stacked, batches)."
-        )
-    if index is None:
-        for adapter in filter(stacking.is_whole, stacks):
-            raise ValueError(
-                f"the adapter is a stack of {stacking.size(adapter)}; pass index=..., one number per row of the batch, "
-                "or map over it: torch.vmap(lambda a: pf.apply(model, a, batch))(stacked)."
-            )
-        return None
-    if len(stacks) != 1:
-        raise ValueError(f"index is given and {len(stacks)} of the adapters are stacks; expected exactly one stack.")
-    return routing.as_rows(index, stacking.size(stacks[0]))

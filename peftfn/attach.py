@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from peftfn import calls, codecs, graft, layers, routing
+from peftfn import calls, codecs, graft, inserted, layers, masks, routing
 from peftfn.layers import Place, Site
 from peftfn.parts import How, Part
 
@@ -71,14 +71,14 @@ def _adapt_model(root: nn.Module, by_path: Mapping[str, nn.Module], here: Sequen
     steps: dict[str, list[calls.Step]] = {}
     tensors: list[Tensor] = []
     for part in here:
-        _refuse_rows(part, "the model")
-        wrong = part.method.check(part.leaf, site) if part.leaf and how.check else None
+        wrong = part.method.check(_one_of(part), site) if part.leaf and how.check else None
         if wrong:
             raise ValueError(f"{type(root).__name__}: the adapter {wrong}. It was made for a model of another size.")
         for home in part.method.homes(root) if part.leaf else ():
-            step = functools.partial(part.method.forward, part.config, part.leaf, site)
-            steps.setdefault(home, []).append(step)
+            steps.setdefault(home, []).append(_step(part, site))
         tensors += part.leaf.values()
+        if inserted.LENGTH in part.leaf:  # prompts of unlike length make a mask, also where none is given
+            masks.suit(by_path.values(), {"attention_mask": part.leaf[inserted.LENGTH]})
     noted = [0]
     if steps and "" not in steps and not torch.compiler.is_compiling():
         run = graft.base_forward(graft.second(root) if how.apart else root)
@@ -86,18 +86,21 @@ def _adapt_model(root: nn.Module, by_path: Mapping[str, nn.Module], here: Sequen
     for home, several in steps.items():
         twin = by_path[home]
         run = graft.base_forward(graft.second(twin) if how.apart else twin)
-        run = functools.partial(calls.run, run, calls.argument_names(type(twin)), several, noted)
+        run = functools.partial(calls.run, run, calls.argument_names(type(twin)), several, inserted.settled, noted)
         graft.set_forward(
             twin, run if how.armed is None else functools.partial(_watched, run, how.armed, home, tensors)
         )
 
 
-def _refuse_rows(part: Part, where: str) -> None:
-    if part.rows is not None:
-        raise ValueError(
-            f"index= is given, and {type(part.config).__name__} acts on {where}, which cannot differ from row to row "
-            "yet; apply its adapters apart, or map over the stack with torch.vmap."
-        )
+def _one_of(part: Part) -> Mapping[str, Tensor]:
+    """The leaf of one adapter, to look at its shapes."""
+    return part.leaf if part.rows is None else {name: tensor[0] for name, tensor in part.leaf.items()}
+
+
+def _step(part: Part, site: Site) -> calls.Step:
+    if part.rows is None:
+        return functools.partial(part.method.forward, part.config, part.leaf, site)
+    return functools.partial(routing.of_call, part.method, part.config, part.leaf, part.rows, site)
 
 
 def _module_place(
@@ -105,8 +108,6 @@ def _module_place(
 ) -> Place:
     whole = next((part.method.kind for part in here if part.leaf and part.method.kind), None)
     if whole is not None:
-        for part in here:
-            _refuse_rows(part, path)
         return Place(path, "", whole)
     kind = layers.kind_of(twin)
     if kind is not None:
@@ -203,8 +204,7 @@ def _check_leaves(twin: nn.Module, place: Place, path: str, here: Sequence[Part]
     site = Site(path, place.kind, twin, place.weight)
     for part in here:
         if part.leaf:
-            leaf = part.leaf if part.rows is None else {name: tensor[0] for name, tensor in part.leaf.items()}
-            wrong = part.method.check(leaf, site)
+            wrong = part.method.check(_one_of(part), site)
             if wrong:
                 raise ValueError(f"{path}: the adapter {wrong}. It was made for a model of another size.")
 

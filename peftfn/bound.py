@@ -10,22 +10,25 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from peftfn import attach, checkpoint, codecs, copies, graft, guards, layers, methods, parts, plain, recompute, stacking
+from peftfn import (
+    attach,
+    checkpoint,
+    codecs,
+    copies,
+    graft,
+    guards,
+    held,
+    layers,
+    methods,
+    parts,
+    plain,
+    recompute,
+    routing,
+    stacking,
+)
 from peftfn.adapter import Adapter, Tree, as_tuple, sorted_tree
-from peftfn.config import PeftConfig
 
 _KEY = "_peftfn_binding"
-
-Names = dict[str, dict[str, str]]
-"""Full names in the bound module, by site path and leaf name."""
-
-
-class Slots(NamedTuple):
-    """Where a bound module holds one adapter."""
-
-    config: PeftConfig
-    params: Names
-    buffers: Names
 
 
 class Binding(NamedTuple):
@@ -38,30 +41,13 @@ class Binding(NamedTuple):
         single: whether one adapter was given, and not a tuple.
     """
 
-    slots: tuple[Slots, ...]
+    slots: tuple[held.Slots, ...]
     added: frozenset[str]
     tied: tuple[tuple[str, ...], ...]
     single: bool
 
 
-class Held(Mapping[str, Tensor]):
-    """A leaf that is read from its module at each use, so that `to`, an optimizer or DDP may put others there."""
-
-    def __init__(self, module: nn.Module, names: Mapping[str, str]) -> None:
-        self._module = module
-        self._names = dict(names)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return getattr(self._module, self._names[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter]) -> Any:
+def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any = None) -> Any:
     """A module of the same class and with the same paths as the model, that computes what `apply` does.
 
     For code that wants a module: `generate()`, `Trainer`, `pipeline`, DDP, FSDP. It shares the base's storage, as
@@ -77,8 +63,17 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter]) -> Any:
     checkpoints; `pf.save(pf.unbind(bound), folder)` writes the adapter. A prompt or a prefix cannot be merged: there
     `save_pretrained` writes the adapter, too.
 
+    A stack is bound with `index`: row n of every batch uses adapter `index[n]`, -1 the bare base, as in `apply`. Of a
+    batch with a multiple of these rows each index has a group of them, one group after the other: so `generate()`
+    repeats rows for beams and several returned sequences. Binding is cheap: bind again for other rows.
+
+    Args:
+        model: the base.
+        adapter: one adapter, or several that are active together.
+        index: for a stack, the number of the adapter for each row.
+
     Raises:
-        TypeError: the adapter is a stack, or the model is bound already.
+        TypeError: the model is bound already, or index is of the wrong type.
         KeyError, ValueError: it does not fit, as in `apply`.
 
     Example:
@@ -89,20 +84,19 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter]) -> Any:
         (True, ['0.lora_A', '0.lora_B'])
     """
     adapters = as_tuple(adapter)
-    if any(isinstance(one.config, stacking.Stacked) for one in adapters):
-        raise TypeError("bind was given a stack; bind one of its adapters (peftfn.unstack), or use apply with index=.")
+    rows = routing.of_adapters(adapters, index)
     if _KEY in model.__dict__:
         raise TypeError("bind was given a bound module; bind the base with a tuple of adapters instead.")
     bound = copies.shared(model, codecs.shared(model))
     graft.run_packed(bound)
     by_path = dict(layers.named_modules(bound, remove_duplicate=False))
-    holder = _Holder(by_path, adapters, tuple(Slots(one.config, {}, {}) for one in adapters), {})
-    held = {path: _hold(holder, path, here) for path, here in parts.of(adapters).items()}
+    holder = held.Holder(by_path, adapters, tuple(held.Slots(one.config, {}, {}) for one in adapters), {})
+    found = {path: held.hold(holder, path, here) for path, here in parts.of(adapters, rows).items()}
     for module in bound.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
             graft.keep_norms(module)
     attach.attach(
-        bound, by_path, held, parts.How(hold=_hold_weight, armed=functools.partial(recompute.wants_grad, bound))
+        bound, by_path, found, parts.How(hold=_hold_weight, armed=functools.partial(recompute.wants_grad, bound))
     )
     own = {name for name, _ in _named(model)}
     added = frozenset(name for one in holder.slots for name in _full_names(one)) - own
@@ -126,7 +120,7 @@ def unbind(bound: nn.Module) -> Any:
 
 
 def _taken(bound: nn.Module, state: Mapping[str, Tensor]) -> tuple[Adapter, ...]:
-    def tree(names: Names) -> Tree:
+    def tree(names: held.Names) -> Tree:
         return sorted_tree(
             {path: {leaf: state[name].detach() for leaf, name in here.items()} for path, here in names.items()}
         )
@@ -140,7 +134,7 @@ def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers(remove_duplicate=False)
 
 
-def _full_names(slots: Slots) -> Iterator[str]:
+def _full_names(slots: held.Slots) -> Iterator[str]:
     for names in (slots.params, slots.buffers):
         for here in names.values():
             yield from here.values()
@@ -151,69 +145,6 @@ def _tied(model: nn.Module) -> tuple[tuple[str, ...], ...]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
-
-
-class _Holder(NamedTuple):
-    """What `_hold` reads and fills; `made` has the trained parameters, by the id of the adapter's tensor."""
-
-    by_path: Mapping[str, nn.Module]
-    adapters: tuple[Adapter, ...]
-    slots: tuple[Slots, ...]
-    made: dict[int, nn.Parameter]
-
-
-def _hold(holder: _Holder, path: str, here: list[parts.Part]) -> list[parts.Part]:
-    """Register the tensors of one site on its module, and give parts that read them from there."""
-    owner = path if path in holder.by_path else path.rpartition(".")[0]
-    module = holder.by_path.get(owner)
-    if module is None:
-        return here  # attach will say that there is no such site
-    if any(getattr(hook, "offload", False) for hook in copies.hooks(module)):
-        raise ValueError(
-            f"accelerate offloads {owner}: it puts its own tensors into the layer at each call, so bind cannot hold an "
-            "adapter there. Load the model without offloading, or use apply."
-        )
-    made: list[parts.Part] = []
-    numbers = [n for n, one in enumerate(holder.adapters) if path in one.params or path in one.buffers]
-    for number, part in zip(numbers, here, strict=True):
-        trained = holder.adapters[number].params.get(path, {})
-        short = {name: _attribute(name, path, owner, number, len(holder.adapters)) for name in part.leaf}
-        for name, attribute in short.items():
-            _register(holder, module, attribute, part.leaf[name], name in trained)
-        replaced = {
-            name: _parameter(holder, tensor, name in trained) if name in module._parameters else tensor
-            for name, tensor in part.replaced.items()
-        }
-        for name in (*short, *replaced):
-            names = holder.slots[number].params if name in trained else holder.slots[number].buffers
-            names.setdefault(path, {})[name] = (f"{owner}." if owner else "") + short.get(name, name)
-        made.append(part._replace(leaf=Held(module, short), replaced=replaced))
-    return made
-
-
-def _attribute(name: str, path: str, owner: str, number: int, count: int) -> str:
-    parameter = "" if path == owner else f"{path.rpartition('.')[2]}_"
-    return f"{parameter}{name}" + (f"_{number}" if count > 1 else "")
-
-
-def _register(holder: _Holder, module: nn.Module, name: str, tensor: Tensor, trained: bool) -> None:
-    if hasattr(module, name):
-        raise ValueError(
-            f"{type(module).__name__} already has an attribute {name!r}; bind cannot put the adapter there."
-        )
-    if trained:
-        module.register_parameter(name, _parameter(holder, tensor, trained))
-    else:
-        module.register_buffer(name, tensor)
-
-
-def _parameter(holder: _Holder, tensor: Tensor, trained: bool) -> nn.Parameter:
-    if not trained:
-        return nn.Parameter(tensor.detach(), requires_grad=False)
-    made = holder.made.get(id(tensor))
-    if made is None:
-        made = holder.made[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=True)
-    return made
 
 
 def _hold_weight(module: nn.Module, name: str, compute: Callable[[], Tensor]) -> None:
@@ -270,6 +201,11 @@ def _save_pretrained(bound: Any, save_directory: str | Path, *args: Any, **kwarg
     state = kwargs.pop("state_dict", None)  # given where the module itself holds only a part of it (FSDP)
     state = bound.state_dict() if state is None else state
     adapters = _taken(bound, dict(_named(bound)) | dict(state))
+    if any(isinstance(one.config, stacking.Stacked) for one in adapters):
+        raise TypeError(
+            "save_pretrained of a module bound to a stack: it has no one set of weights. Save its adapters one by one: "
+            "for adapter in peftfn.unstack(peftfn.unbind(bound)): peftfn.save(adapter, folder)."
+        )
     if len(adapters) == 1 and methods.of(adapters[0].config).kind is not None:
         return checkpoint.save(adapters[0], save_directory)  # nothing to merge: the adapter is what there is to save
     weights, is_apart = plain.merged(bound, state, adapters, binding.tied)

@@ -36,7 +36,7 @@ class Part(NamedTuple):
     """What one adapter brings to one site.
 
     Attributes:
-        config: the adapter's config; of a stack, the first one's (they agree in what a forward reads).
+        config: the adapter's config; of a stack, one that says what a forward reads for all of them.
         method: its method.
         leaf: the method's tensors, params and buffers together.
         replaced: tensors that take the place of parameters and buffers of the layer.
@@ -57,8 +57,9 @@ def of(adapters: Sequence[Adapter], rows: routing.Rows | None = None) -> dict[st
     found: dict[str, list[Part]] = {}
     for adapter in adapters:
         stacked = isinstance(adapter.config, Stacked)
-        config = adapter.config.configs[0] if isinstance(adapter.config, Stacked) else adapter.config
-        method = methods.of(config)
+        configs = adapter.config.configs if isinstance(adapter.config, Stacked) else (adapter.config,)
+        method = methods.of(configs[0])
+        config = method.shared(configs) if stacked else configs[0]
         for path in {**adapter.params, **adapter.buffers}:
             fixed = adapter.buffers.get(path, {})
             both = {**adapter.params.get(path, {}), **fixed}

@@ -1,16 +1,16 @@
-"""A different adapter of a stack for each row of the batch, at every site, in one pass."""
+"""A different adapter of a stack for each row of the batch, in one pass."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from peftfn import codecs
-from peftfn.adapter import is_traced
+from peftfn import calls, codecs, stacking
+from peftfn.adapter import Adapter, is_traced
 from peftfn.config import PeftConfig
 from peftfn.layers import Site
 from peftfn.methods import Method
@@ -23,11 +23,38 @@ class Rows(NamedTuple):
         numbers: (rows,), from 0; where `keep` is false it says nothing.
         keep: (rows,), false where a row uses the bare base.
         in_order: whether it is known that row n uses adapter n, and every adapter has its row: then nothing is copied.
+        adapted: whether it is known that no row uses the bare base: then nothing is silenced.
     """
 
     numbers: Tensor
     keep: Tensor
     in_order: bool
+    adapted: bool
+
+
+def of_adapters(adapters: Sequence[Adapter], index: Any) -> Rows | None:
+    """The rows of the one stack among the adapters, or `None` where there is neither a stack nor an index.
+
+    Raises:
+        TypeError, ValueError: there is one without the other, or the index is none.
+    """
+    stacks = [adapter for adapter in adapters if isinstance(adapter.config, stacking.Stacked)]
+    if any(map(stacking.is_half, stacks)):
+        raise ValueError(
+            "the stack's params are mapped by torch.vmap and its buffers are not (or the other way round); map over "
+            "all of it: torch.vmap(lambda a, batch: torch.func.grad(lambda p: loss(a.replace(params=p), batch))"
+            "(a.params))(stacked, batches)."
+        )
+    if index is None:
+        for adapter in filter(stacking.is_whole, stacks):
+            raise ValueError(
+                f"the adapter is a stack of {stacking.size(adapter)}; pass index=..., one number per row of the batch, "
+                "or map over it: torch.vmap(lambda a: pf.apply(model, a, batch))(stacked)."
+            )
+        return None
+    if len(stacks) != 1:
+        raise ValueError(f"index is given and {len(stacks)} of the adapters are stacks; expected exactly one stack.")
+    return as_rows(index, stacking.size(stacks[0]))
 
 
 def as_rows(index: Any, adapters: int) -> Rows:
@@ -49,7 +76,7 @@ def as_rows(index: Any, adapters: int) -> Rows:
             f"{adapters - 1}, and -1 is the bare base."
         )
     in_order = known and len(rows) == adapters and bool((rows == torch.arange(adapters)).all())
-    return Rows(rows.clamp(min=0), rows >= 0, in_order)
+    return Rows(rows.clamp(min=0), rows >= 0, in_order, known and bool((rows >= 0).all()))
 
 
 def step(
@@ -61,11 +88,12 @@ def step(
     batched kernels where it has them, by `torch.vmap` otherwise.
     """
     inside = Site(site.path, site.kind, site.layer, site.weight_name, run)
+    if method.kind is not None:
+        return functools.partial(_whole, method, config, leaf, rows, inside)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if method.takes_rows(leaf, site.kind) and x.dim() > 1 and x.shape[0] % rows.numbers.shape[0] == 0:
-            picked, keep = _pick(leaf, rows)
-            return method.forward(config, method.silence(picked, keep), inside, x, *args, **kwargs)
+            return method.forward(config, _picked(method, leaf, rows), inside, x, *args, **kwargs)
         picked, keep = _pick(leaf, _rows_of(x, rows, site.path))
         whole = run(x, *args, **kwargs)
 
@@ -81,6 +109,33 @@ def step(
         return torch.vmap(one, randomness="different")(picked, keep, x, whole)
 
     return forward
+
+
+def _whole(
+    method: Method, config: PeftConfig, leaf: Mapping[str, Tensor], rows: Rows, site: Site, *args: Any, **kwargs: Any
+) -> Any:
+    """What a whole module computes with each row's slice of the leaf."""
+    x: Tensor = args[0] if args else kwargs["hidden_states"]
+    return method.forward(config, _picked(method, leaf, _rows_of(x, rows, site.path)), site, *args, **kwargs)
+
+
+def of_call(
+    method: Method, config: PeftConfig, leaf: Mapping[str, Tensor], rows: Rows, site: Site, call: calls.Call
+) -> calls.Call:
+    """The call of the model with each row's own prompt. What makes the prompts runs once for each adapter."""
+    if method.encoded is not None:
+        encode = method.encoded
+
+        def one(leaf: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            return encode(config, leaf, site)
+
+        leaf = torch.vmap(one, randomness="different")(dict(leaf))
+    tokens = calls.tokens_of(call)
+    if tokens is None:
+        raise ValueError(
+            f"the batch has {sorted(call.given)}; expected input_ids or inputs_embeds, a row for each index."
+        )
+    return method.forward(config, _picked(method, leaf, _rows_of(tokens, rows, "the model")), site, call)
 
 
 def replaced(twin: nn.Module, path: str, tensors: Mapping[str, Tensor], rows: Rows) -> Callable[..., Any]:
@@ -112,20 +167,44 @@ def refuse(path: str, twin: nn.Module) -> None:
 
 
 def _rows_of(x: Tensor, rows: Rows, path: str) -> Rows:
+    """The rows of an input that has one for each index, or as many for each, one group after the other.
+
+    So some blocks flatten (rows, tokens, features) or cut a row into windows, and generate() repeats rows for beams.
+    """
     count = rows.numbers.shape[0]
     if x.shape[0] == count:
         return rows
-    if x.dim() == 2 and x.shape[0] % count == 0:  # (rows * tokens, features), as some blocks flatten it
+    if x.shape[0] % count == 0:
         each = x.shape[0] // count
-        return Rows(rows.numbers.repeat_interleave(each), rows.keep.repeat_interleave(each), in_order=False)
+        return rows._replace(
+            numbers=rows.numbers.repeat_interleave(each), keep=rows.keep.repeat_interleave(each), in_order=False
+        )
     raise ValueError(
         f"{path}: index has {count} rows and the input here has shape {tuple(x.shape)}; expected one index for "
         "each row of the batch, on the first axis."
     )
 
 
+def refuse_other_batch(rows: Rows, given: Iterable[Any]) -> None:
+    """A `ValueError` if no tensor of a call has as many rows as the index."""
+    tensors = [one for one in given if isinstance(one, Tensor) and one.dim() > 0]
+    count = rows.numbers.shape[0]
+    if tensors and all(one.shape[0] != count for one in tensors):
+        raise ValueError(
+            f"index has {count} rows and the batch has tensors of shape {[tuple(one.shape) for one in tensors]}; "
+            "expected one index for each row of the batch, on the first axis."
+        )
+
+
+def _picked(method: Method, leaf: Mapping[str, Tensor], rows: Rows) -> Mapping[str, Tensor]:
+    """Each row's slice of the leaf, silent where the row uses the bare base."""
+    picked, keep = _pick(leaf, rows)
+    return picked if rows.adapted else method.silence(picked, keep)
+
+
 def _pick(tensors: Mapping[str, Tensor], rows: Rows) -> tuple[dict[str, Tensor], Tensor]:
     if rows.in_order:
         return dict(tensors), rows.keep
     # index_select copies whole slices: eight times as fast as tensor[index] for a (32, 8, 512) one
-    return {name: tensor.index_select(0, rows.numbers) for name, tensor in tensors.items()}, rows.keep
+    picked = {name: tensor.index_select(0, rows.numbers.to(tensor.device)) for name, tensor in tensors.items()}
+    return picked, rows.keep.to(next(iter(picked.values())).device)

@@ -128,7 +128,7 @@ def _common_method(adapters: Sequence[Adapter]) -> Method:
     if len(kinds) > 1 or kinds == ["Stacked"]:
         raise ValueError(f"stack was given adapters of {kinds}; expected single adapters of one method.")
     first = adapters[0].config
-    for field in ("lora_dropout", "fan_in_fan_out"):
+    for field in ("lora_dropout", "fan_in_fan_out", "encoder_dropout"):
         values = {getattr(adapter.config, field, None) for adapter in adapters}
         if len(values) > 1:
             raise ValueError(
@@ -195,5 +195,6 @@ def _slice(stacked: Adapter, method: Method, number: int, configs: Sequence[Any]
             there = [c for c, has in zip(configs, stacked.config.paths, strict=True) if path in has]
             own = method.trim(config, there, layers.pattern_path(path, set(stacked.params)), own)
             params[path].update({name: tensor for name, tensor in own.items() if name in method.names})
-            buffers.setdefault(path, {}).update({n: t for n, t in own.items() if n in method.held})
+            rest = {name: tensor for name, tensor in buffers.get(path, {}).items() if method.replaces(name)}
+            buffers[path] = rest | {name: tensor for name, tensor in own.items() if name in method.held}
     return Adapter(sorted_tree(params), sorted_tree(buffers), config)

@@ -232,7 +232,6 @@ SMALL = {"r": 4, "lora_alpha": 6}
 INPUT = {
     "merge": "it changes what a module is given, not a weight: refused (test_prompts.py)",
     "sum": "the same",
-    "routing": "one prompt for all rows so far: refused with a clear error (test_prompts.py)",
 }
 PROMPT = {**INPUT, "identity": "tokens before the input change what the model computes from the start"}
 ADAPTION = pf.AdaptionPromptConfig(adapter_len=3, adapter_layers=1)

@@ -117,6 +117,18 @@ def test_any_assignment_of_rows_is_one_graph(graphs: Graphs) -> None:
     assert graphs.count == 1
 
 
+@pytest.mark.parametrize("lengths", [(3, 3), (3, 2)], ids=["of one length", "of unlike length"])
+def test_any_assignment_of_prompts_is_one_graph(lengths: tuple[int, int], graphs: Graphs) -> None:
+    model, batch = llama().eval(), {"input_ids": tokens()()}
+    configs = [pf.PromptTuningConfig(num_virtual_tokens=count, task_type="CAUSAL_LM") for count in lengths]
+    stacked = pf.stack([trained(pf.init(model, config), seed) for seed, config in enumerate(configs)])
+    run = lambda adapter, batch, index: output(pf.apply(model, adapter, batch, index=index))  # noqa: E731  # one expression
+    compiled = torch.compile(run, fullgraph=True, backend=graphs)
+    for index in ([0, 1, -1, 1], [1, 0, 0, -1], [-1, -1, 1, 1], [0, 0, 0, 0]):
+        close(compiled(stacked, batch, torch.tensor(index))[:, -5:], run(stacked, batch, index)[:, -5:])
+    assert graphs.count == 1
+
+
 def test_transforms_compile_whole(graphs: Graphs) -> None:
     model, x = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Identity(), nn.Linear(12, 5)), torch.randn(4, 8)
     stacked = pf.stack([trained(pf.init(model, lora("0", "3")), seed) for seed in range(3)])

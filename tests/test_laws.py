@@ -150,7 +150,7 @@ def test_each_row_uses_its_own_adapter(case: Case) -> None:
     routed = applied(model, pf.stack(adapters), batch, index=[2, -1, 0, 2])
     for row, number in enumerate([2, -1, 0, 2]):
         alone = applied(model, adapters[number] if number >= 0 else (), batch)[row]
-        close(routed[row], alone, case.rounding)
+        close(routed[row][-len(alone) :], alone, case.rounding)  # a row without a prompt has masked places before it
 
 
 @cases("gradients")

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfn import layers, targets
+from peftfn import inserted, layers, targets
 from peftfn.adapter import Leaf
 from peftfn.config import PeftConfig
 from peftfn.layers import Place, Site
-from peftfn.methods.method import Method, refuse_merge, refuse_silence
+from peftfn.methods.method import Method, refuse_merge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,18 +154,63 @@ def forward(
     output, *rest = site(*args, **kwargs)
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     family = _FAMILIES[attention.config.model_type]
-    q, k, v = family.read(attention, leaf["adaption_prompt"][0], hidden, kwargs)
+    prompts, gate, own = leaf["adaption_prompt"].squeeze(-3), leaf["adaption_gate"], leaf.get(inserted.LENGTH)
+    q, k, v = family.read(attention, prompts, hidden, kwargs)
     groups = q.shape[-3] // k.shape[-3]  # heads that share keys
     k, v = (one.repeat_interleave(groups, -3).to(q.dtype) for one in (k, v))
-    scores = (q @ k.transpose(-2, -1) / math.sqrt(attention.head_dim)).softmax(-1, dtype=torch.float32)
-    seen = (leaf["adaption_gate"] * scores.to(q.dtype)).to(v.dtype) @ v  # (rows, heads, length, width)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(attention.head_dim)  # (rows, heads, length, tokens)
+    if own is not None:
+        own = own.view(-1, 1, 1, 1)
+        is_there = torch.arange(scores.shape[-1], device=own.device) < own
+        scores = scores.masked_fill(~is_there, torch.finfo(scores.dtype).min)
+    shares = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    seen = (gate.view(-1, 1, 1, 1) * shares).to(v.dtype) @ v  # (rows, heads, length, width)
     added = family.project(attention, seen.transpose(-3, -2).flatten(-2))
+    if own is not None:
+        added = torch.where(own.view(-1, 1, 1) > 0, added, torch.zeros_like(added))
     return ((output + added).to(q.dtype), *rest)
+
+
+def takes_rows(leaf: Mapping[str, Tensor], kind: str) -> bool:
+    """Whether `forward` takes a leaf of its own for each row: always."""
+    return True
+
+
+def silence(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+    """The leaf of each row, of no prompt tokens where `keep` is false."""
+    count = torch.tensor(leaf["adaption_prompt"].shape[-2], device=keep.device)
+    return {**leaf, inserted.LENGTH: torch.where(keep, leaf.get(inserted.LENGTH, count), 0)}
+
+
+def _pad(configs: Sequence[AdaptionPromptConfig], path: str, leaves: Sequence[Leaf | None]) -> list[Leaf]:
+    """The leaves with as many prompt tokens as the longest has; an adapter without this layer has none."""
+    model = next(leaf for leaf in leaves if leaf is not None)
+    lengths = [0 if leaf is None else leaf["adaption_prompt"].shape[1] for leaf in leaves]
+    if len(set(lengths)) == 1:
+        return [leaf for leaf in leaves if leaf is not None]
+    empty = {
+        "adaption_prompt": model["adaption_prompt"][:, :0],
+        "adaption_gate": torch.zeros_like(model["adaption_gate"]),
+    }
+    return [
+        {
+            "adaption_prompt": F.pad(leaf["adaption_prompt"], (0, 0, 0, max(lengths) - length)),
+            "adaption_gate": leaf["adaption_gate"],
+            inserted.LENGTH: torch.tensor(length, device=leaf["adaption_gate"].device),
+        }
+        for leaf, length in zip([leaf or empty for leaf in leaves], lengths, strict=True)
+    ]
+
+
+def _trim(config: AdaptionPromptConfig, configs: Sequence[AdaptionPromptConfig], path: str, leaf: Leaf) -> Leaf:
+    """The leaf without the zeros that `_pad` added."""
+    own = {name: tensor for name, tensor in leaf.items() if name != inserted.LENGTH}
+    return {**own, "adaption_prompt": own["adaption_prompt"][:, : config.adapter_len]}
 
 
 def check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
     """What is wrong with the leaf for this attention, or `None`."""
-    if set(leaf) != {"adaption_prompt", "adaption_gate"}:
+    if set(leaf) - {inserted.LENGTH} != {"adaption_prompt", "adaption_gate"}:
         return f"has {sorted(leaf)}, expected adaption_gate and adaption_prompt"
     shape, width = (
         tuple(leaf["adaption_prompt"].shape),
@@ -179,7 +225,11 @@ METHOD = Method(
     init=init,
     forward=forward,
     merge=refuse_merge,
-    silence=refuse_silence,
+    silence=silence,
+    takes_rows=takes_rows,
+    held=frozenset({inserted.LENGTH}),
+    pad=_pad,
+    trim=_trim,
     resolve=resolve,
     sites=sites,
     check=check,

@@ -64,6 +64,10 @@ def _alike(configs: Sequence[Any], path: str, leaves: Sequence[Leaf | None]) -> 
     return found
 
 
+def _first(configs: Sequence[Any]) -> Any:
+    return configs[0]
+
+
 def _as_it_is(config: Any, configs: Sequence[Any], path: str, leaf: Leaf) -> Leaf:
     return leaf
 
@@ -98,11 +102,6 @@ def refuse_merge(
     )
 
 
-def refuse_silence(leaf: Mapping[str, Tensor], keep: Tensor) -> Mapping[str, Tensor]:
-    """For methods that cannot differ from row to row."""
-    raise ValueError("index= is given, and this method cannot differ from row to row yet; apply its adapters apart.")
-
-
 class Method(NamedTuple):
     """One way to adapt a layer. The first six fields are a method; the others have defaults.
 
@@ -116,6 +115,8 @@ class Method(NamedTuple):
         silence: `(leaf, keep) -> leaf` that does nothing where `keep` is 0 (routing's index -1).
         takes_rows: `(leaf, kind) -> whether forward takes a leaf of which each tensor has an axis for the rows of x
             before the others`; where it does not, `torch.vmap` gives it one row at a time.
+        encoded: `(config, leaf, site) -> leaf`: what the leaf's network makes of it, which is what rows share; of a
+            method that has one.
         held: names of the method's buffers (LoRA: `scaling`).
         resolve: `(model, config) -> config` with what the model decides filled in (default targets, ...).
         sites: `(model, config) -> {site path: Place}`.
@@ -126,6 +127,7 @@ class Method(NamedTuple):
         pad: `(configs, path, leaves) -> leaves` (params and buffers together) of one shape, filled up so that nothing
             changes; `None` is an adapter without this site.
         trim: `(config, configs, path, leaf) -> leaf`, the inverse of `pad` for one of them.
+        shared: `(configs) -> config` that a forward reads for all adapters of a stack.
         combine: `(recipe, configs, path, leaves) -> (params leaf, buffers leaf)`, the weighted combination at one site;
             `None` is an adapter without this site.
         combined: `(config, adapters, params) -> config` of their combination, from one that has their targets already.
@@ -144,6 +146,7 @@ class Method(NamedTuple):
     merge: Callable[[Any, Mapping[str, Tensor], str, Mapping[str, Tensor]], Mapping[str, Tensor]]
     silence: Callable[[Mapping[str, Tensor], Tensor], Mapping[str, Tensor]]
     takes_rows: Callable[[Mapping[str, Tensor], str], bool] = _one_by_one
+    encoded: Callable[[Any, Mapping[str, Tensor], Site], Mapping[str, Tensor]] | None = None
     held: frozenset[str] = frozenset()
     resolve: Callable[[nn.Module, Any], Any] = _resolve
     sites: Callable[[nn.Module, Any], dict[str, Place]] = targets.sites
@@ -153,6 +156,7 @@ class Method(NamedTuple):
     kinds: Callable[[Mapping[str, Tensor], torch.Size], list[str]] = _linear
     pad: Callable[[Sequence[Any], str, Sequence[Leaf | None]], list[Leaf]] = _alike
     trim: Callable[[Any, Sequence[Any], str, Leaf], Leaf] = _as_it_is
+    shared: Callable[[Sequence[Any]], Any] = _first
     combine: Callable[[Recipe, Sequence[Any], str, Sequence[Leaf | None]], tuple[Leaf, Leaf]] = _no_combination
     combined: Callable[[Any, Sequence[Adapter], Tree], Any] = _same_config
     file_config: Callable[[Adapter], Any] = _as_given

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfn import layers
+from peftfn import inserted, layers
 from peftfn.adapter import Leaf
 from peftfn.calls import Call
 from peftfn.layers import Site
-from peftfn.methods import prompt_config, prompt_tuning
-from peftfn.methods.method import Method, like_weight, refuse_merge, refuse_silence
+from peftfn.methods import prompt_config, prompt_rows, prompt_tuning
+from peftfn.methods.method import Method, like_weight, refuse_merge
 from peftfn.methods.prompt_config import PromptLearningConfig
 
 _MOST_LAYERS = 16  # of the LSTM: the table of names is a finite one
@@ -114,7 +114,7 @@ def encode(leaf: Mapping[str, Tensor], dropout: float = 0.0) -> Tensor:
     if "lstm_head_weight_ih_l0" in leaf:
         count = sum(name.startswith("lstm_head_weight_ih") for name in leaf) // 2
         for layer in range(count):
-            x = torch.cat([_pass(leaf, x, f"l{layer}"), _pass(leaf, x.flip(0), f"l{layer}_reverse").flip(0)], -1)
+            x = torch.cat([_pass(leaf, x, f"l{layer}"), _pass(leaf, x, f"l{layer}_reverse", backward=True)], -1)
             if dropout and layer < count - 1:
                 x = F.dropout(x, dropout, training=True)
     heads = sorted(name.removesuffix("_weight") for name in leaf if name.startswith("mlp_head") and "weight" in name)
@@ -123,24 +123,33 @@ def encode(leaf: Mapping[str, Tensor], dropout: float = 0.0) -> Tensor:
     return x
 
 
-def _pass(leaf: Mapping[str, Tensor], x: Tensor, way: str) -> Tensor:
+def _pass(leaf: Mapping[str, Tensor], x: Tensor, way: str, *, backward: bool = False) -> Tensor:
     """(tokens, hidden): one direction of one layer. Gates and letters as in torch.nn.LSTM's documentation."""
     inputs = F.linear(x, leaf[f"lstm_head_weight_ih_{way}"], leaf[f"lstm_head_bias_ih_{way}"])  # (tokens, 4 hidden)
     weight, bias = leaf[f"lstm_head_weight_hh_{way}"], leaf[f"lstm_head_bias_hh_{way}"]
+    own = leaf.get(inserted.LENGTH)
     h = c = torch.zeros_like(inputs[0, : weight.shape[-1]])
     outputs: list[Tensor] = []
-    for row in inputs.unbind(0):
-        i, f, g, o = (row + F.linear(h, weight, bias)).chunk(4, -1)
+    steps = range(inputs.shape[0])
+    for step in reversed(steps) if backward else steps:
+        i, f, g, o = (inputs[step] + F.linear(h, weight, bias)).chunk(4, -1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
+        if own is not None:  # backward, the places after the prompt's own tokens come first: they change nothing
+            c, h = (torch.where(step < own, state, torch.zeros_like(state)) for state in (c, h))
         outputs.append(h)
-    return torch.stack(outputs)
+    return torch.stack(outputs[::-1] if backward else outputs)
+
+
+def encoded(config: PromptEncoderConfig, leaf: Mapping[str, Tensor], site: Site) -> dict[str, Tensor]:
+    """The prompt that the leaf's network makes, and how many tokens it has, if the leaf says so."""
+    prompt = encode(leaf, config.encoder_dropout if site.training else 0.0)
+    return {"prompt_embeddings": prompt, **{name: leaf[name] for name in (inserted.LENGTH,) if name in leaf}}
 
 
 def forward(config: PromptEncoderConfig, leaf: Mapping[str, Tensor], site: Site, call: Call) -> Call:
     """The call with the encoded prompt before its input."""
-    prompt = encode(leaf, config.encoder_dropout if site.training else 0.0)
-    return prompt_tuning.prompted(config, prompt, site, call)
+    return prompt_tuning.prompted(config, encoded(config, leaf, site), site, call)
 
 
 def to_file(leaf: Leaf) -> Leaf:
@@ -162,7 +171,12 @@ METHOD = Method(
     init=init,
     forward=forward,
     merge=refuse_merge,
-    silence=refuse_silence,
+    silence=prompt_rows.silence,
+    encoded=encoded,
+    held=frozenset({inserted.LENGTH}),
+    pad=prompt_rows.pad,
+    trim=prompt_rows.trimmed,
+    shared=prompt_rows.shared,
     resolve=prompt_config.resolve_input,
     sites=prompt_config.sites,
     check=prompt_config.check_width,

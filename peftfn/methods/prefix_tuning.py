@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfn import calls, layers
+from peftfn import calls, inserted, layers
 from peftfn.adapter import Leaf
-from peftfn.calls import Call
+from peftfn.calls import Added, Call
 from peftfn.layers import Site
-from peftfn.methods import prompt_config
-from peftfn.methods.method import Method, like_weight, refuse_merge, refuse_silence
+from peftfn.methods import prompt_config, prompt_rows
+from peftfn.methods.method import Method, like_weight, refuse_merge
 from peftfn.methods.prompt_config import PromptLearningConfig
 
 
@@ -130,37 +130,53 @@ def encode(leaf: Mapping[str, Tensor]) -> Tensor:
     return F.linear(hidden, leaf["transform_2_weight"], leaf["transform_2_bias"])
 
 
+def encoded(config: PrefixTuningConfig, leaf: Mapping[str, Tensor], site: Site) -> dict[str, Tensor]:
+    """The prefix that the leaf's network makes, and how many tokens it has, if the leaf says so."""
+    return {"prompt_embeddings": encode(leaf), **{name: leaf[name] for name in (inserted.LENGTH,) if name in leaf}}
+
+
 def forward(config: PrefixTuningConfig, leaf: Mapping[str, Tensor], site: Site, call: Call) -> Call:
     """The call with the prefix in its cache."""
     model: Any = site.layer
     prefix = encode(leaf)
+    prefix = prefix if prefix.dim() == 3 else prefix.unsqueeze(0)  # (rows or 1, tokens, layers * 2 * dim)
+    added = prompt_rows.added(model, prefix.shape[1], {**leaf, "prompt_embeddings": prefix})._replace(at_end=False)
+    if added.own is not None and prompt_rows.padding_counted(model) is not None:
+        raise ValueError(
+            f"prefixes of unlike length, or none (index -1), for the rows of one batch: {type(model).__name__} counts "
+            "positions in a way of its own, which they would move. Use prefixes of one length, or apply them apart."
+        )
+    call = call._replace(prefixes=(*call.prefixes, added))
     if not call.first:
-        return call._replace(past=call.past + prefix.shape[0])
+        return call
     if site.training and any(getattr(one, "gradient_checkpointing", False) for one in site.layer.modules()):
         raise ValueError(
             "prefix tuning and activation checkpointing do not go together: checkpointed layers get no cache, and so "
             "no prefix. Turn it off (gradient_checkpointing_disable), or use prompt tuning."
         )
-    tokens = call.given.get("input_ids")
-    tokens = call.given.get("inputs_embeds") if tokens is None else tokens
+    tokens = calls.tokens_of(call)
     if tokens is None:
         raise ValueError(f"the batch has {sorted(call.given)}; expected input_ids or inputs_embeds, for the prefix.")
-    cache = _filled(config, _past(prefix, config, getattr(model, "dtype", prefix.dtype)), model, tokens.shape[0], call)
-    call = _with_positions(call, tokens, model).having(past_key_values=cache)
-    return call._replace(past=call.past + prefix.shape[0])
+    past = _past(inserted.rightmost(prefix, added), config, getattr(model, "dtype", prefix.dtype))
+    cache = _filled(config, past, model, tokens.shape[0], call)
+    return _with_positions(call, tokens, model, added).having(past_key_values=cache)
 
 
-def _with_positions(call: Call, tokens: Tensor, model: Any) -> Call:
+def _with_positions(call: Call, tokens: Tensor, model: Any, added: Added) -> Call:
     """The call of a decoder with position ids that start at each row's first token.
 
-    A prefix has no position, so how far a token is from it is the token's own: padding must not count.
+    A prefix has no position, so how far a token is from it is the token's own: padding must not count. In a row without
+    a prefix it counts, as the base has it.
     """
     mask = call.given.get("attention_mask")
-    if call.given.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.dim() != 2:
+    if call.given.get("position_ids") is not None and not call.guessed:
         return call
-    if not _counts(model):
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not _counts(model):
         return call
-    ids = torch.arange(tokens.shape[1], device=mask.device) - calls.left_padding(mask)
+    lead = inserted.left_padding(mask)
+    if added.own is not None and added.counted:
+        lead = lead * (added.own.view(-1, 1) > 0)
+    ids = torch.arange(tokens.shape[1], device=mask.device) - lead
     return call.having(position_ids=ids.clamp(min=0))
 
 
@@ -174,14 +190,14 @@ def _counts(model: Any) -> bool:
 
 
 def _past(prefix: Tensor, config: PrefixTuningConfig, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each layer, (1, heads, tokens, width), laid out as PEFT lays them out.
+    """Keys and values of each layer, (rows or 1, heads, tokens, width), laid out as PEFT lays them out.
 
     With two submodules PEFT writes the prefix twice in a row and gives each layer four of the pieces, of which the
     first two are for its self-attention: so layer i has pair 2i of the doubled row.
     """
     count = config.num_layers or 1
-    pieces = prefix.to(dtype).view(prefix.shape[0], count, 2, config.num_attention_heads or 1, -1)
-    pairs = pieces.permute(1, 2, 3, 0, 4).unsqueeze(2)  # (layers, 2, 1, heads, tokens, width)
+    pieces = prefix.to(dtype).view(*prefix.shape[:2], count, 2, config.num_attention_heads or 1, -1)
+    pairs = pieces.permute(2, 3, 0, 4, 1, 5)  # (layers, 2, rows or 1, heads, tokens, width)
     step = config.num_transformer_submodules or 1
     order = [(step * layer) % count for layer in range(count)]
     return [(pairs[number][0], pairs[number][1]) for number in order]
@@ -222,6 +238,10 @@ def to_file(leaf: Leaf) -> Leaf:
         return {"prompt_embeddings": encode(leaf)}
 
 
+def _trim(config: PrefixTuningConfig, configs: Sequence[PrefixTuningConfig], path: str, leaf: Leaf) -> Leaf:
+    return prompt_rows.trim(leaf, config.num_virtual_tokens or 0) if inserted.LENGTH in leaf else leaf
+
+
 _TRANSFORM = tuple(f"transform_{number}_{kind}" for number in (0, 2) for kind in ("weight", "bias"))
 METHOD = Method(
     config=PrefixTuningConfig,
@@ -229,7 +249,12 @@ METHOD = Method(
     init=init,
     forward=forward,
     merge=refuse_merge,
-    silence=refuse_silence,
+    silence=prompt_rows.silence,
+    encoded=encoded,
+    held=frozenset({inserted.LENGTH}),
+    pad=prompt_rows.pad,
+    trim=_trim,
+    shared=prompt_rows.shared,
     resolve=resolve,
     sites=prompt_config.sites,
     check=check,

@@ -9,12 +9,12 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import calls, layers
+from peftfn import inserted, layers
 from peftfn.adapter import Leaf
 from peftfn.calls import Call
 from peftfn.layers import Site
-from peftfn.methods import prompt_config
-from peftfn.methods.method import Method, like_weight, refuse_merge, refuse_silence
+from peftfn.methods import prompt_config, prompt_rows
+from peftfn.methods.method import Method, like_weight, refuse_merge
 from peftfn.methods.prompt_config import PromptLearningConfig
 
 
@@ -99,16 +99,25 @@ def _text_ids(config: PromptTuningConfig) -> Tensor:
 
 def forward(config: PromptLearningConfig, leaf: Mapping[str, Tensor], site: Site, call: Call) -> Call:
     """The call with the prompt before its input."""
-    return prompted(config, leaf["prompt_embeddings"], site, call)
+    return prompted(config, leaf, site, call)
 
 
-def prompted(config: PromptLearningConfig, prompt: Tensor, site: Site, call: Call) -> Call:
-    """The call with a prompt (tokens, dim) before its input; a decoder's, with the encoder's longer output."""
-    tokens = prompt[: config.num_virtual_tokens]
-    if prompt_config.is_encoder_decoder(site.layer) and call.given.get("encoder_hidden_states") is not None:
-        return calls.with_encoded(call, tokens.shape[0])
-    model = site.layer
-    return calls.with_tokens(call, tokens, lambda ids: prompt_config.embed(model, ids), config.task_type)
+def prompted(config: PromptLearningConfig, leaf: Mapping[str, Tensor], site: Site, call: Call) -> Call:
+    """The call with a prompt before its input; a decoder's, with the encoder's longer output.
+
+    Args:
+        config: of a stack, one with the longest prompt.
+        leaf: the prompt (tokens, dim), or one for each row (rows, tokens, dim); and of how many tokens, if they differ.
+        site: the model.
+        call: a call of it.
+    """
+    model, prompt = site.layer, leaf["prompt_embeddings"]
+    tokens = prompt[..., : config.num_virtual_tokens, :]
+    added = prompt_rows.added(model, tokens.shape[-2], leaf)
+    if prompt_config.is_encoder_decoder(model) and call.given.get("encoder_hidden_states") is not None:
+        return inserted.with_encoded(call, added)
+    after = inserted.with_tokens(call, tokens, added, lambda ids: prompt_config.embed(model, ids), config.task_type)
+    return prompt_rows.with_positions(model, call, after, added)
 
 
 METHOD = Method(
@@ -117,7 +126,11 @@ METHOD = Method(
     init=init,
     forward=forward,
     merge=refuse_merge,
-    silence=refuse_silence,
+    silence=prompt_rows.silence,
+    held=frozenset({inserted.LENGTH}),
+    pad=prompt_rows.pad,
+    trim=prompt_rows.trimmed,
+    shared=prompt_rows.shared,
     resolve=prompt_config.resolve_input,
     sites=prompt_config.sites,
     check=prompt_config.check_width,

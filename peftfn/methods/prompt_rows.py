@@ -1,0 +1,132 @@
+"""Prompts of unlike length: in one stack, padded with zeros, and in one batch, a different one for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftfn import calls
+from peftfn.adapter import Leaf
+from peftfn.calls import Added, Call
+from peftfn.inserted import LENGTH
+from peftfn.methods import prompt_config
+from peftfn.methods.prompt_config import Config
+
+_PADDED = ("prompt_embeddings", "embedding")
+"""The tensors that have one row per token."""
+
+
+def pad(configs: Sequence[Config], path: str, leaves: Sequence[Leaf | None]) -> list[Leaf]:
+    """The leaves with as many rows as the longest has; where they had unlike numbers, with how many rows they have."""
+    found = [leaf for leaf in leaves if leaf is not None]  # every adapter has the one site
+    rows = [_rows(leaf) for leaf in found]
+    if len(set(rows)) == 1:
+        return found
+    copies = {rows / (config.num_virtual_tokens or 1) for rows, config in zip(rows, configs, strict=True)}
+    if len(copies) > 1:
+        raise ValueError(
+            f"stack: prompts of {rows} rows, whose configs say {[config.num_virtual_tokens for config in configs]} "
+            "tokens; expected as many copies of each token in all of them."
+        )
+    return [
+        {
+            **{name: _longer(name, tensor, max(rows)) for name, tensor in leaf.items()},
+            LENGTH: torch.tensor(own, device=next(iter(leaf.values())).device),
+        }
+        for leaf, own in zip(found, rows, strict=True)
+    ]
+
+
+def trim(leaf: Leaf, rows: int) -> Leaf:
+    """The leaf with `rows` rows again, the inverse of `pad`."""
+    own = {name: tensor for name, tensor in leaf.items() if name != LENGTH}
+    return {name: tensor[:rows] if name in _PADDED else tensor for name, tensor in own.items()}
+
+
+def trimmed(config: Config, configs: Sequence[Config], path: str, leaf: Leaf) -> Leaf:
+    """The leaf of one adapter of a stack, with as many rows as its config says."""
+    return trim(leaf, config.rows) if LENGTH in leaf else leaf
+
+
+def _rows(leaf: Leaf) -> int:
+    return next(leaf[name].shape[0] for name in _PADDED if name in leaf)
+
+
+def _longer(name: str, tensor: Tensor, rows: int) -> Tensor:
+    return F.pad(tensor, (0, 0, 0, rows - tensor.shape[0])) if name in _PADDED else tensor
+
+
+def shared(configs: Sequence[Config]) -> Config:
+    """The config of the adapter with the most tokens: all places that rows need are there."""
+    longest = configs[0]
+    for config in configs:  # not max(): Dynamo does not compare them
+        if (config.num_virtual_tokens or 0) > (longest.num_virtual_tokens or 0):
+            longest = config
+    return longest
+
+
+def silence(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+    """The leaf of each row, of no tokens where `keep` is false."""
+    prompt = leaf["prompt_embeddings"]  # (rows, tokens, width)
+    return {**leaf, LENGTH: torch.where(keep, leaf.get(LENGTH, torch.tensor(prompt.shape[-2], device=keep.device)), 0)}
+
+
+def added(model: nn.Module, count: int, leaf: Mapping[str, Tensor]) -> Added:
+    """What a prompt of `count` tokens, of which each row may have fewer, adds to a call of the model."""
+    own = leaf.get(LENGTH)
+    if own is None:
+        return Added(count)
+    copies = leaf["prompt_embeddings"].shape[-2] // count  # PEFT's, of which the first is used
+    return Added(count, (own // copies).reshape(-1), at_end=not reads_last(model), counted=counts(model))
+
+
+def reads_last(model: nn.Module) -> bool:
+    """Whether a row's end is what the model's heads look at, as a decoder's do; an encoder's look at its start."""
+    if prompt_config.is_encoder_decoder(model):
+        return False
+    writes: Any = getattr(model, "can_generate", None)
+    if (callable(writes) and bool(writes())) or hasattr(model, "score"):
+        return True
+    return any(getattr(module, "is_causal", False) is True for module in model.modules())
+
+
+def counts(model: nn.Module) -> bool:
+    """Whether the model counts positions from 0 in each row, masked places included, and can be told others."""
+    if prompt_config.is_encoder_decoder(model) or not calls.takes(_inner(model), "position_ids"):
+        return False
+    # OPT and its kin count the places that the mask leaves
+    return not any(
+        calls.takes(module, "attention_mask") for module in model.modules() if isinstance(module, nn.Embedding)
+    )
+
+
+def padding_counted(model: nn.Module) -> int | None:
+    """The padding token of a model whose positions start after it and leave it out, as RoBERTa's do; else `None`."""
+    for module in model.modules():
+        if hasattr(module, "create_position_ids_from_inputs_embeds"):
+            return getattr(module, "padding_idx", None)
+    return None
+
+
+def with_positions(model: nn.Module, before: Call, after: Call, added: Added) -> Call:
+    """The call with prompts before its input, told the positions that a row without one has in the model by itself.
+
+    RoBERTa and its kin find padding in the token ids, and count on through it where they are given embedded tokens.
+    """
+    padding, ids = padding_counted(model), before.given.get("input_ids")
+    if padding is None or added.own is None or ids is None or before.given.get("position_ids") is not None:
+        return after
+    is_text = ids != padding
+    bare = F.pad(is_text.cumsum(1) * is_text + padding, (0, added.places), value=padding)  # (rows, length + places)
+    prompted = torch.arange(bare.shape[1], device=ids.device) + padding + 1
+    return after.having(position_ids=torch.where(added.own.view(-1, 1) == 0, bare, prompted))
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model without its head."""
+    inner = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
+    return inner if isinstance(inner, nn.Module) else model
