@@ -166,9 +166,14 @@ class Twice(nn.Module):
         return self.second(self.first(x).tanh())
 
 
-def mlp() -> nn.Module:
+def mlp(inputs: int = 8, hidden: int = 12, outputs: int = 5) -> nn.Module:
     """Two linear layers with a norm that keeps statistics between them."""
-    return nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 5))
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+
+def linears(inputs: int = 8, hidden: int = 8, outputs: int = 5) -> nn.Module:
+    """Two linear layers, for inputs of any shape."""
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, outputs))
 
 
 def gpt2() -> nn.Module:
@@ -177,22 +182,22 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=20, n_positions=16, **quiet))
 
 
-def llama() -> nn.Module:
+def llama(hidden: int = 16, intermediate: int = 24) -> nn.Module:
     """Grouped-query attention, no biases."""
-    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+    sizes = dict(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=2, num_attention_heads=4)
     return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=20, max_position_embeddings=32))
 
 
-def bert() -> nn.Module:
+def bert(hidden: int = 16, intermediate: int = 24) -> nn.Module:
     """An encoder with a head."""
-    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    sizes = dict(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=2, num_attention_heads=2)
     sizes |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return BertForSequenceClassification(BertConfig(**sizes, vocab_size=20, max_position_embeddings=16))
 
 
-def t5() -> nn.Module:
+def t5(model: int = 8, keys: int = 6, hidden: int = 12) -> nn.Module:
     """An encoder and a decoder, whose keys together are wider than the model."""
-    sizes = dict(d_model=8, d_kv=6, d_ff=12, num_layers=2, num_heads=2, vocab_size=20)
+    sizes = dict(d_model=model, d_kv=keys, d_ff=hidden, num_layers=2, num_heads=2, vocab_size=20)
     return T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0))
 
 
@@ -266,7 +271,7 @@ CASES = [
     Case("linear", mlp, lora("0", "3"), randn(4, 8)),
     Case(
         "linear-3d",
-        lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5)),
+        linears,
         lora("0", "2", use_rslora=True),
         randn(4, 3, 8),
     ),
@@ -461,12 +466,28 @@ STAIRS = {"slope": "the input is rounded to 8 bits, so the function is a stairca
 DENSE_HEAD = {"identity": "a trained head is dense, and a dense layer does not round its input"}
 
 
+# GPTQ packs 32 values together: the same bases, each side of each layer a multiple of that; and what they are given.
+IN_WORDS: dict[Callable[..., nn.Module], tuple[tuple[int, ...], Callable[[], Any] | None]] = {
+    mlp: ((32, 64, 32), randn(4, 32)),
+    linears: ((32, 32, 32), randn(4, 3, 32)),
+    llama: ((64, 96), None),
+    bert: ((64, 96), None),
+    t5: ((32, 32, 64), None),
+}
+
+
+def in_words(case: Case) -> Case:
+    """The case on a base that GPTQ can pack."""
+    sizes, batch = IN_WORDS[case.build]
+    return dataclasses.replace(case, build=functools.partial(case.build, *sizes), batch=batch or case.batch)
+
+
 def on_quantized(*names: str) -> list[Case]:
     """The cases of those names on each kind of quantized base."""
     plain = {case.name: case for case in CASES}
     return [
         dataclasses.replace(
-            plain[name],
+            in_words(plain[name]) if kind == "gptq" else plain[name],
             name=f"{name}-{kind}",
             exceptions={
                 **plain[name].exceptions,
