@@ -9,6 +9,7 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 TF4 := .venv-tf4
+GPTQ := .venv-gptq
 PEFT050 := .venv-peft050
 
 # Models and data come from installed packages: no run needs a model hub.
@@ -25,7 +26,7 @@ INSTALL += --no-warn-conflicts
 PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format doctest bench smollm2 transforms docs notebooks test-transformers4 test-peft050 clean
+.PHONY: help demo test lint format doctest bench smollm2 transforms docs notebooks test-transformers4 test-peft050 test-gptq clean
 
 help:  ## list the commands
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 22
@@ -68,6 +69,9 @@ notebooks: $(VENV)/dev.stamp  ## run every notebook
 test-transformers4: $(TF4)/dev.stamp  ## the tests with transformers 4.57 and peft 0.17
 	$(TF4)/bin/python $(PYTEST) --deselect tests/test_compile.py::test_every_kind_of_layer_compiles_whole $(ARGS)
 
+test-gptq: $(GPTQ)/dev.stamp  ## GPTQ bases against auto-gptq and peft 0.17, and the nine laws on them
+	$(GPTQ)/bin/python $(PYTEST) tests/test_gptq.py tests/test_laws.py -k gptq $(ARGS)
+
 # Bit for bit, but for what peft computed: another CPU may round it differently.
 test-peft050: $(PEFT050)/peft.stamp  ## make tests/files/peft-0.5.0 again with that peft, and compare
 	@made=$$(mktemp -d) && trap 'rm -rf "$$made"' EXIT && \
@@ -89,7 +93,7 @@ endef
 export COMPARE
 
 clean:  ## remove the environments, the caches and what runs have written
-	rm -rf .venv .venv-tf4 .venv-peft050 .pytest_cache .ruff_cache build dist site peftfn-demo runs
+	rm -rf .venv .venv-tf4 .venv-peft050 .venv-gptq .pytest_cache .ruff_cache build dist site peftfn-demo runs
 	find benchmarks notebooks peftfn tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # $(call environment,FOLDER,SIZE): makes the virtual environment where it is missing, and says what comes next.
@@ -127,6 +131,11 @@ $(TF4)/dev.stamp: pyproject.toml constraints-transformers4.txt demo-requirements
 	$(call environment,$(TF4),2 GB)
 	@$(TF4)/bin/python $(INSTALL) --editable '.[cli,dev]' peft==0.17.1 --constraint constraints-transformers4.txt
 	@$(TF4)/bin/python $(INSTALL) --no-deps --requirement test-requirements.txt
+	@touch $@
+
+$(GPTQ)/dev.stamp: pyproject.toml constraints-transformers4.txt
+	$(call environment,$(GPTQ),1.5 GB)
+	@$(GPTQ)/bin/python $(INSTALL) --editable '.[gptq]' pytest pytest-xdist --constraint constraints-transformers4.txt
 	@touch $@
 
 $(PEFT050)/peft.stamp: constraints-transformers4.txt tests/requirements-peft050.txt

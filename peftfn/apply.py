@@ -93,21 +93,30 @@ def _add_replaced(
     """Whole modules (`modules_to_save`) and biases that are trained beside the method: copies of the base's own."""
     names = cast("Sequence[str]", getattr(config, "modules_to_save", None) or ())
     for path, module in targets.saved_modules(model, names, optional=heads).items():
-        persistent = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
-        params.setdefault(path, {}).update(_copies({**module._parameters, **_dense(module)}))
-        buffers.setdefault(path, {}).update(_copies(persistent))
+        trained, kept = _own(module)
+        params.setdefault(path, {}).update(_copies(trained))
+        buffers.setdefault(path, {}).update(_copies(kept))
     bias = getattr(config, "bias", "none")
     paths = {"all": [path for path, _ in layers.named_modules(model)], "lora_only": list(places)}.get(bias, [])
     for path in paths:
         owner = model.get_submodule(places[path].owner) if path in places else model.get_submodule(path)
         at = places[path].owner if path in places else path
-        params.setdefault(at, {}).update(_copies({"bias": owner._parameters.get("bias")}))
+        params.setdefault(at, {}).update(_copies({"bias": _bias(owner)}))
 
 
-def _dense(module: nn.Module) -> dict[str, Tensor]:
-    """The weight of a module that holds it packed, which cannot be trained as it is."""
+def _own(module: nn.Module) -> tuple[Mapping[str, Tensor | None], Mapping[str, Tensor | None]]:
+    """A module's parameters and persistent buffers; a packed weight, which cannot be trained as it is, is dense."""
     codec = codecs.of(module)
-    return {} if codec is codecs.DENSE else {"weight": codec.read(module, "weight")}
+    if codec is not codecs.DENSE:
+        return {"weight": codec.read(module, "weight"), "bias": _bias(module)}, {}
+    gone = module._non_persistent_buffers_set
+    return module._parameters, {name: buffer for name, buffer in module._buffers.items() if name not in gone}
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    if codecs.of(module) is codecs.DENSE:
+        return module._parameters.get("bias")
+    return getattr(module, "bias", None)  # a packed layer may hold it as a buffer
 
 
 def _copies(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

@@ -146,8 +146,8 @@ def _watch_replaced(twin: nn.Module, path: str, here: Sequence[Part], how: How) 
 
 
 def _shape(old: Tensor | None, twin: nn.Module, name: str) -> torch.Size | None:
-    is_weight = name == "weight" and name in twin._parameters and old is not None
-    return codecs.of(twin).shape(twin, name) if is_weight else getattr(old, "shape", None)
+    codec = codecs.of(twin)  # a packed weight has another shape, and perhaps no tensor of that name
+    return codec.shape(twin, name) if name == "weight" and codec is not codecs.DENSE else getattr(old, "shape", None)
 
 
 def _check_replacement(old: torch.Size | None, twin: nn.Module, name: str, tensor: Tensor, part: Part) -> None:

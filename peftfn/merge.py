@@ -72,7 +72,10 @@ def merge(
             merged.update(changed(change(merged, one, path, model), merged))
     for name, entry in packed.items():
         if requantize:
-            merged.update(entry.pack(merged[name]))
+            again = entry.pack(merged[name])
+            if name not in again:  # what is packed has names of its own
+                del merged[name]
+            merged.update(again)
     if model is not None:
         _follow_shared_modules(merged, params, model)
     return merged
@@ -96,8 +99,7 @@ def _unpack(
     leaf = {**adapter.params.get(path, {}), **adapter.buffers.get(path, {})}
     name = f"{path}.weight" if path else "weight"
     module = layers.module_at(model, path) if model is not None else None
-    is_there = name in merged or (module is not None and codecs.of(module) is not codecs.DENSE)
-    if method.kind is not None or not is_there or all(method.replaces(one) for one in leaf):
+    if method.kind is not None or ("weight" not in leaf and all(method.replaces(one) for one in leaf)):
         return {}
     entry = codecs.find(merged, name, module)
     if entry is None:

@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import copies, tracing
+from peftfn import codecs, copies, tracing
 
 # What every module has, and the guards of a view (`peftfn.guards`), which stay the view's: nothing to rebind there.
 _STANDARD = frozenset((*vars(nn.Module()), "_load_from_state_dict", "apply", "requires_grad_"))
@@ -75,14 +75,15 @@ class Twins:
 
     def _tie(self, model: nn.Module, params: Mapping[str, Tensor]) -> None:
         every = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-        lost = [name for name in params if name not in every]
+        lost = [name for name in params if name not in every and not _is_packed(model, name)]
         if lost:
             raise KeyError(
                 f"params has {lost[:4]}{'...' if len(lost) > 4 else ''}, which {type(model).__name__} does not have; "
                 "expected names as in dict(model.named_parameters()) or model.state_dict()."
             )
         for name, tensor in params.items():
-            self._tensor.setdefault(id(every[name]), tensor)
+            if name in every:
+                self._tensor.setdefault(id(every[name]), tensor)
 
     def _refuse_meta(self) -> None:
         named = [*self.root.named_parameters(), *self.root.named_buffers()]
@@ -103,7 +104,9 @@ class Twins:
         own = dict(module.__dict__)
         prefix = f"{path}." if path else ""
         own["_parameters"] = self._parameters(own["_parameters"], prefix) if own["_parameters"] else {}
-        own["_buffers"] = self._buffers(own["_buffers"], prefix, own["training"]) if own["_buffers"] else {}
+        if self._given and prefix + "weight" in self._given and "weight" not in {*module._parameters, *module._buffers}:
+            own["_parameters"]["weight"] = self._given[prefix + "weight"]  # dense, for a packed one of other names
+        own["_buffers"] = self._buffers(module, prefix) if own["_buffers"] else {}
         own["_non_persistent_buffers_set"] = set(own["_non_persistent_buffers_set"])
         if own["_modules"]:
             own["_modules"] = {k: v if v is None else self._make(v, prefix + k) for k, v in own["_modules"].items()}
@@ -132,18 +135,20 @@ class Twins:
             made[name] = twin
         return made
 
-    def _buffers(self, buffers: Mapping[str, Tensor | None], prefix: str, training: bool) -> dict[str, Tensor | None]:
+    def _buffers(self, module: nn.Module, prefix: str) -> dict[str, Tensor | None]:
         made: dict[str, Tensor | None] = {}
-        for name, buffer in buffers.items():
+        fixed = {id(tensor) for tensor in codecs.of(module).shared(module)}  # packed weights: nobody writes to them
+        training = module.training
+        for name, buffer in module._buffers.items():
             twin = self._given.get(prefix + name) if self._given else None
             if twin is None and buffer is not None:
                 twin = self._known(buffer)
             if twin is not None:
-                made[name] = twin.clone() if training else twin
+                made[name] = twin.clone() if training and id(buffer) not in fixed else twin
             elif buffer is not None:
                 # A forward may write to a buffer (BatchNorm's statistics, a counter): it gets its own. A large one is
                 # only written in training; in evaluation it is a mask or a table, and copying it would be the cost.
-                copied = training or buffer.numel() <= _SMALL_BUFFER
+                copied = (training or buffer.numel() <= _SMALL_BUFFER) and id(buffer) not in fixed
                 made[name] = self._remember(buffer, buffer.clone() if copied else buffer)
             else:
                 made[name] = None
@@ -215,6 +220,16 @@ class Twins:
             return set(cast("set[Any]", value))
         items = [self._mapped(item) for item in value]
         return items if isinstance(value, list) else tuple(items)
+
+
+def _is_packed(model: nn.Module, name: str) -> bool:
+    """Whether a name is that of a weight that its module holds packed, under other names."""
+    path, _, own = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return False
+    return own == "weight" and codecs.of(module) is not codecs.DENSE
 
 
 def _hooks(own: Mapping[str, Any]) -> dict[str, Any]:

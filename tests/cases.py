@@ -166,14 +166,14 @@ class Twice(nn.Module):
         return self.second(self.first(x).tanh())
 
 
-def mlp(inputs: int = 8, hidden: int = 12) -> nn.Module:
+def mlp(inputs: int = 8, hidden: int = 12, outputs: int = 5) -> nn.Module:
     """Two linear layers with a norm that keeps statistics between them."""
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, 5))
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
-def two_layers(width: int = 8) -> nn.Module:
-    """Two linear layers that take rows of tokens."""
-    return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 5))
+def linears(inputs: int = 8, hidden: int = 8, outputs: int = 5) -> nn.Module:
+    """Two linear layers, for inputs of any shape."""
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, outputs))
 
 
 def gpt2() -> nn.Module:
@@ -182,22 +182,22 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=20, n_positions=16, **quiet))
 
 
-def llama(width: int = 16, hidden: int = 24) -> nn.Module:
+def llama(hidden: int = 16, intermediate: int = 24) -> nn.Module:
     """Grouped-query attention, no biases."""
-    sizes = dict(hidden_size=width, intermediate_size=hidden, num_hidden_layers=2, num_attention_heads=4)
+    sizes = dict(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=2, num_attention_heads=4)
     return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=20, max_position_embeddings=32))
 
 
-def bert(width: int = 16, hidden: int = 24) -> nn.Module:
+def bert(hidden: int = 16, intermediate: int = 24) -> nn.Module:
     """An encoder with a head."""
-    sizes = dict(hidden_size=width, intermediate_size=hidden, num_hidden_layers=2, num_attention_heads=2)
+    sizes = dict(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=2, num_attention_heads=2)
     sizes |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return BertForSequenceClassification(BertConfig(**sizes, vocab_size=20, max_position_embeddings=16))
 
 
-def t5(width: int = 8, keys: int = 6, hidden: int = 12) -> nn.Module:
+def t5(model: int = 8, keys: int = 6, hidden: int = 12) -> nn.Module:
     """An encoder and a decoder, whose keys together are wider than the model."""
-    sizes = dict(d_model=width, d_kv=keys, d_ff=hidden, num_layers=2, num_heads=2, vocab_size=20)
+    sizes = dict(d_model=model, d_kv=keys, d_ff=hidden, num_layers=2, num_heads=2, vocab_size=20)
     return T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0))
 
 
@@ -270,7 +270,7 @@ CASES = [
     Case("linear", mlp, lora("0", "3"), randn(4, 8)),
     Case(
         "linear-3d",
-        two_layers,
+        linears,
         lora("0", "2", use_rslora=True),
         randn(4, 3, 8),
     ),
@@ -466,15 +466,20 @@ DENSE_HEAD = {"identity": "a trained head is dense, and a dense layer does not r
 
 
 # bitsandbytes' own forward, which the laws compare with, is right on every CPU only where a row of the weight is a
-# whole number of blocks of 64 (test_quantized.py has the other sizes).
-WIDE: dict[Callable[..., nn.Module], Callable[[], nn.Module]] = {
-    mlp: functools.partial(mlp, 64, 64),
-    two_layers: functools.partial(two_layers, 64),
-    llama: functools.partial(llama, 64, 64),
-    bert: functools.partial(bert, 64, 64),
-    t5: functools.partial(t5, 64, 64, 64),
+# whole number of blocks of 64 (test_quantized.py has the other sizes); GPTQ packs 32 values together, both ways.
+WIDE: dict[Callable[..., nn.Module], tuple[tuple[int, ...], Callable[[], Any] | None]] = {
+    mlp: ((64, 64, 32), randn(4, 64)),
+    linears: ((64, 64, 32), randn(4, 3, 64)),
+    llama: ((64, 64), None),
+    bert: ((64, 64), None),
+    t5: ((64, 64, 64), None),
 }
-WIDE_BATCH: dict[Callable[..., nn.Module], Callable[[], Any]] = {mlp: randn(4, 64), two_layers: randn(4, 3, 64)}
+
+
+def widened(case: Case) -> Case:
+    """The case on a base as wide as the blocks that are packed together."""
+    sizes, batch = WIDE[case.build]
+    return dataclasses.replace(case, build=functools.partial(case.build, *sizes), batch=batch or case.batch)
 
 
 def on_quantized(*names: str) -> list[Case]:
@@ -482,10 +487,8 @@ def on_quantized(*names: str) -> list[Case]:
     plain = {case.name: case for case in CASES}
     return [
         dataclasses.replace(
-            plain[name],
+            widened(plain[name]),
             name=f"{name}-{kind}",
-            build=WIDE[plain[name].build],
-            batch=WIDE_BATCH.get(plain[name].build, plain[name].batch),
             exceptions={
                 **plain[name].exceptions,
                 **(STAIRS if kind in quantized.ROUNDING else {}),

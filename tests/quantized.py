@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -38,11 +41,50 @@ def eight_bit(layer: nn.Linear, **options: Any) -> nn.Module:
     return made.to(layer.weight.dtype).to("cpu").train(layer.training)
 
 
+@torch.no_grad()  # as auto-gptq packs a model
+def gptq(layer: nn.Linear, bits: int = 4, group_size: int = 32, sym: bool = False, desc_act: bool = False) -> nn.Module:
+    """The layer as auto-gptq packs it: with the ranges that its quantizer finds, each value rounded to the nearest."""
+    from auto_gptq.utils.import_utils import dynamically_import_QuantLinear
+
+    no_gpu = {"use_triton": False, "disable_exllama": True, "disable_exllamav2": True}
+    kernel = dynamically_import_QuantLinear(desc_act=desc_act, group_size=group_size, bits=bits, **no_gpu)
+    sizes = (layer.in_features, layer.out_features)
+    made = kernel(bits, group_size, *sizes, layer.bias is not None, weight_dtype=layer.weight.dtype)
+    groups = torch.arange(layer.in_features) // made.group_size
+    if desc_act:  # inputs were sorted by their size; here, in some order
+        groups = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(bits))]
+    scales, zeros = ranges(layer, groups, bits, sym)
+    plain = copy.deepcopy(layer).float()
+    codes = (plain.weight.detach() / scales[:, groups] + zeros[:, groups]).round().clamp(0, 2**bits - 1)
+    plain.weight.data = (codes - zeros[:, groups]) * scales[:, groups]
+    made.pack(plain.to(layer.weight.dtype), scales, zeros.clone(), groups.int() if desc_act else None)
+    return made.train(layer.training)
+
+
+def ranges(layer: nn.Linear, groups: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
+    """auto-gptq's scales and zero points, (out, groups)."""
+    from auto_gptq.quantization.quantizer import Quantizer
+
+    found = []
+    for group in range(int(groups.max()) + 1):
+        quantizer = Quantizer()
+        quantizer.configure(bits, perchannel=True, sym=sym)
+        quantizer.find_params(layer.weight.detach().float()[:, groups == group], weight=True)
+        found.append((quantizer.scale, quantizer.zero))
+    scales, zeros = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    return scales, zeros
+
+
 KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "nf4": four_bit,
     "fp4": lambda layer: four_bit(layer, "fp4"),
     "8-bit": eight_bit,
 }
+if importlib.util.find_spec("auto_gptq"):  # an environment of its own: make test-gptq
+    KINDS = {"gptq": gptq}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it reads a name that peft is about to drop
+        importlib.import_module("auto_gptq")
 
 
 def packed(model: nn.Module, kind: str, **options: Any) -> nn.Module:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn.codecs import bitsandbytes_4bit, bitsandbytes_8bit, dense, opaque
+from peftfn.codecs import bitsandbytes_4bit, bitsandbytes_8bit, dense, gptq, opaque
 from peftfn.codecs.stored import Entry
 
 
@@ -44,7 +44,13 @@ def _codec(of: Any, is_linear: bool = False) -> Codec:
 
 
 DENSE = _codec(dense)
-TABLE: tuple[Codec, ...] = (_codec(bitsandbytes_4bit), _codec(bitsandbytes_8bit), _codec(opaque, is_linear=True), DENSE)
+TABLE: tuple[Codec, ...] = (
+    _codec(bitsandbytes_4bit),
+    _codec(bitsandbytes_8bit),
+    _codec(gptq, is_linear=True),
+    _codec(opaque, is_linear=True),
+    DENSE,
+)
 
 
 _BY_CLASS: dict[tuple[type, type], Codec] = {}

@@ -68,6 +68,11 @@ def look_up(packed: Packed, ids: Tensor, dtype: torch.dtype) -> Tensor:
     return cast("Any", _Rows).apply(ids, (packed.form, packed.spec, dtype), *packed.tensors, *fill)
 
 
+def by_blocks(packed: Packed, x: Tensor) -> Tensor:
+    """x Wᵀ with W unpacked a block at a time: the kernel of a format that has no other."""
+    return _tangent(packed, x)
+
+
 def dense(packed: Packed, dtype: torch.dtype) -> Tensor:
     """W, (out, in)."""
     blocks = [packed.form.rows(packed.tensors, packed.spec, *at, dtype) for at in _blocks(packed.form, packed.spec)]

@@ -136,7 +136,7 @@ def init(
     Where they are packed, in float32: as PEFT.
     """
     attention: Any = site.layer
-    weight: Tensor = next(attention.parameters())
+    weight: Tensor = next(iter([*attention.parameters(), *attention.buffers()]))  # packed ones may be buffers
     dtype = dtype or (weight.dtype if type(weight) is nn.Parameter and weight.is_floating_point() else torch.float32)
     device = "cpu" if weight.is_meta else weight.device
     prompt = torch.randn(1, config.adapter_len or 0, attention.config.hidden_size, generator=generator)
