@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import attach, codecs, graft, layers, masks, matching, methods, parts, routing, targets, twins
+from peftfn import attach, codecs, graft, layers, masks, matching, methods, parts, rows, targets, twins
 from peftfn.adapter import Adapter, Tree, as_tuple, sorted_tree
 from peftfn.config import PeftConfig
 
@@ -159,7 +159,8 @@ def apply(
         batch: a mapping is keyword arguments, a tuple or list positional ones, a tensor the only argument.
         params: base parameters and buffers by name, in place of the model's own: any part of
             `dict(model.named_parameters())` or a state dict; all of them for a model on the meta device.
-        index: for a stack, the number of the adapter for each row of the batch, -1 for the bare base.
+        index: for a stack, the number of the adapter for each row of the batch, -1 for the bare base. With a number
+            for each token, (rows, tokens), linear and embedding layers treat each token with its own adapter.
 
     Raises:
         TypeError: batch, adapter or index is of the wrong type.
@@ -176,9 +177,9 @@ def apply(
     """
     adapters = as_tuple(adapter)
     arguments, keywords = as_call(batch)
-    rows = routing.of_adapters(adapters, index)
-    if rows is not None:
-        routing.refuse_other_batch(rows, (*arguments, *keywords.values()))
+    which = rows.of_adapters(adapters, index)
+    if which is not None:
+        rows.refuse_other_batch(which, (*arguments, *keywords.values()))
     made = twins.Twins(model, params)
     tracing = torch.compiler.is_compiling()
     graft.run_packed(made.root, apart=not tracing)
@@ -191,7 +192,7 @@ def apply(
         check=tracing or not _is_known(model, adapters),
         apart=not tracing,
     )
-    attach.attach(made.root, made.by_path, parts.of(adapters, rows), how)
+    attach.attach(made.root, made.by_path, parts.of(adapters, which), how)
     if made.checkpointing:
         graft.let_inputs_require_grad(made.root)
     try:

@@ -23,7 +23,7 @@ from peftfn import (
     parts,
     plain,
     recompute,
-    routing,
+    rows,
     stacking,
 )
 from peftfn.adapter import Adapter, Tree, as_tuple, sorted_tree
@@ -84,14 +84,14 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any =
         (True, ['0.lora_A', '0.lora_B'])
     """
     adapters = as_tuple(adapter)
-    rows = routing.of_adapters(adapters, index)
+    which = rows.of_adapters(adapters, index)
     if _KEY in model.__dict__:
         raise TypeError("bind was given a bound module; bind the base with a tuple of adapters instead.")
     bound = copies.shared(model, codecs.shared(model))
     graft.run_packed(bound)
     by_path = dict(layers.named_modules(bound, remove_duplicate=False))
     holder = held.Holder(by_path, adapters, tuple(held.Slots(one.config, {}, {}) for one in adapters), {})
-    found = {path: held.hold(holder, path, here) for path, here in parts.of(adapters, rows).items()}
+    found = {path: held.hold(holder, path, here) for path, here in parts.of(adapters, which).items()}
     for module in bound.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
             graft.keep_norms(module)

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from peftfn import methods, routing
+from peftfn import methods
 from peftfn.adapter import Adapter
 from peftfn.config import PeftConfig
 from peftfn.methods import Method
+from peftfn.rows import Rows
 from peftfn.stacking import Stacked
 
 
@@ -49,10 +50,10 @@ class Part(NamedTuple):
     leaf: Mapping[str, Tensor]
     replaced: Mapping[str, Tensor]
     fixed: frozenset[str]
-    rows: routing.Rows | None
+    rows: Rows | None
 
 
-def of(adapters: Sequence[Adapter], rows: routing.Rows | None = None) -> dict[str, list[Part]]:
+def of(adapters: Sequence[Adapter], rows: Rows | None = None) -> dict[str, list[Part]]:
     """What the adapters bring, by site path, in the adapters' order."""
     found: dict[str, list[Part]] = {}
     for adapter in adapters:

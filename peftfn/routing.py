@@ -3,126 +3,94 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftfn import calls, codecs, stacking
-from peftfn.adapter import Adapter, is_traced
+from peftfn import calls, codecs, rows, segments
 from peftfn.config import PeftConfig
 from peftfn.layers import Site
 from peftfn.methods import Method
-
-
-class Rows(NamedTuple):
-    """Which adapter of a stack each row of the batch uses.
-
-    Attributes:
-        numbers: (rows,), from 0; where `keep` is false it says nothing.
-        keep: (rows,), false where a row uses the bare base.
-        in_order: whether it is known that row n uses adapter n, and every adapter has its row: then nothing is copied.
-        adapted: whether it is known that no row uses the bare base: then nothing is silenced.
-    """
-
-    numbers: Tensor
-    keep: Tensor
-    in_order: bool
-    adapted: bool
-
-
-def of_adapters(adapters: Sequence[Adapter], index: Any) -> Rows | None:
-    """The rows of the one stack among the adapters, or `None` where there is neither a stack nor an index.
-
-    Raises:
-        TypeError, ValueError: there is one without the other, or the index is none.
-    """
-    stacks = [adapter for adapter in adapters if isinstance(adapter.config, stacking.Stacked)]
-    if any(map(stacking.is_half, stacks)):
-        raise ValueError(
-            "the stack's params are mapped by torch.vmap and its buffers are not (or the other way round); map over "
-            "all of it: torch.vmap(lambda a, batch: torch.func.grad(lambda p: loss(a.replace(params=p), batch))"
-            "(a.params))(stacked, batches)."
-        )
-    if index is None:
-        for adapter in filter(stacking.is_whole, stacks):
-            raise ValueError(
-                f"the adapter is a stack of {stacking.size(adapter)}; pass index=..., one number per row of the batch, "
-                "or map over it: torch.vmap(lambda a: pf.apply(model, a, batch))(stacked)."
-            )
-        return None
-    if len(stacks) != 1:
-        raise ValueError(f"index is given and {len(stacks)} of the adapters are stacks; expected exactly one stack.")
-    return as_rows(index, stacking.size(stacks[0]))
-
-
-def as_rows(index: Any, adapters: int) -> Rows:
-    """`index`, a 1-D integer tensor with values from -1 (the bare base) up to the number of adapters, as rows.
-
-    Raises:
-        TypeError, ValueError: it is something else; values are looked at only outside transforms.
-    """
-    rows = torch.as_tensor(index)
-    if rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
-        raise TypeError(
-            f"index has shape {tuple(rows.shape)} and dtype {rows.dtype}; expected one integer per row of the batch: "
-            "the number of the adapter in the stack, or -1 for the bare base."
-        )
-    known = rows.device.type == "cpu" and not is_traced(rows)
-    if rows.numel() and not is_traced(rows) and not -1 <= int(rows.min()) <= int(rows.max()) < adapters:
-        raise ValueError(
-            f"index has values from {int(rows.min())} to {int(rows.max())}; this stack has adapters 0 to "
-            f"{adapters - 1}, and -1 is the bare base."
-        )
-    in_order = known and len(rows) == adapters and bool((rows == torch.arange(adapters)).all())
-    return Rows(rows.clamp(min=0), rows >= 0, in_order, known and bool((rows >= 0).all()))
+from peftfn.rows import Rows
 
 
 def step(
-    method: Method, config: PeftConfig, leaf: Mapping[str, Tensor], rows: Rows, run: Callable[..., Any], site: Site
+    method: Method, config: PeftConfig, leaf: Mapping[str, Tensor], which: Rows, run: Callable[..., Any], site: Site
 ) -> Callable[..., Any]:
-    """A site's forward in which row n is adapted by the leaf's slice `rows[n]`; axis 0 of x is the row.
+    """A site's forward in which row n is adapted by the leaf's slice `which[n]`; axis 0 of x is the row.
 
     What the site computes without the method is computed once, for all rows; only the method is mapped: by its own
-    batched kernels where it has them, by `torch.vmap` otherwise.
+    batched kernels where it has them, by `torch.vmap` otherwise. Either each row gets a copy of its slice, or rows are
+    sorted by adapter, whichever moves less memory.
     """
     inside = Site(site.path, site.kind, site.layer, site.weight_name, run)
     if method.kind is not None:
-        return functools.partial(_whole, method, config, leaf, rows, inside)
+        return functools.partial(_whole, method, config, leaf, which, inside)
+    numbers = sum(tensor[0].numel() for tensor in leaf.values())
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if method.takes_rows(leaf, site.kind) and x.dim() > 1 and x.shape[0] % rows.numbers.shape[0] == 0:
-            return method.forward(config, _picked(method, leaf, rows), inside, x, *args, **kwargs)
-        picked, keep = _pick(leaf, _rows_of(x, rows, site.path))
-        whole = run(x, *args, **kwargs)
-
-        def one(leaf: dict[str, Tensor], keep: Tensor, x: Tensor, y: Tensor) -> Tensor:
-            x, y = x.unsqueeze(0), y.unsqueeze(0)
-
-            def computed(given: Tensor, *_: Any, **__: Any) -> Any:
-                return y if given is x else run(given, *args, **kwargs)
-
-            inner = Site(site.path, site.kind, site.layer, site.weight_name, computed)
-            return method.forward(config, method.silence(leaf, keep), inner, x).squeeze(0)
-
-        return torch.vmap(one, randomness="different")(picked, keep, x, whole)
+        given = rows.flat(x, which, site.path)
+        y = run(given, *args, **kwargs)
+        rerun = functools.partial(_run, run, args, kwargs)
+        act = functools.partial(
+            _mapped, method, config, Site(site.path, site.kind, site.layer, site.weight_name, rerun)
+        )
+        way = segments.cheapest(which.ways, which.size, numbers, given.shape, y.shape)
+        if way is None:
+            found = act(_pick(leaf, which), given, y)
+        else:
+            sorted_x, sorted_y = (way.sorted(one, which.size) for one in (given, y))
+            found = way.restored(act((way.of(leaf), None), sorted_x, sorted_y), y, which.size)
+        return found if given is x else found.view(*x.shape[:2], *found.shape[1:])
 
     return forward
 
 
+def _run(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> Any:
+    return run(x, *args, **kwargs)
+
+
+Picked = tuple[dict[str, Tensor], Tensor | None]
+"""Slices of a leaf, and which of them are to be used; `None` if all are."""
+
+
+def _mapped(method: Method, config: PeftConfig, site: Site, picked: Picked, x: Tensor, y: Tensor) -> Tensor:
+    """What the method makes of y = site(x), with a slice of the leaf for each group of rows."""
+
+    def one(leaf: Mapping[str, Tensor], keep: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
+        known = functools.partial(_known, x, y, site)
+        inner = Site(site.path, site.kind, site.layer, site.weight_name, known)
+        return method.forward(config, leaf if keep is None else method.silence(leaf, keep), inner, x)
+
+    leaf, keep = picked
+    if method.takes_rows(leaf, site.kind):
+        return one(leaf, keep, x, y)
+    groups = next(iter(leaf.values())).shape[0]
+    dims = (0, None if keep is None else 0, 0, 0)
+    mapped = torch.vmap(one, in_dims=dims, randomness="different")
+    return mapped(leaf, keep, segments.grouped(x, groups), segments.grouped(y, groups)).flatten(0, 1)
+
+
+def _known(x: Tensor, y: Tensor, site: Site, given: Tensor, *_: Any, **__: Any) -> Any:
+    return y if given is x else site(given)
+
+
 def _whole(
-    method: Method, config: PeftConfig, leaf: Mapping[str, Tensor], rows: Rows, site: Site, *args: Any, **kwargs: Any
+    method: Method, config: PeftConfig, leaf: Mapping[str, Tensor], which: Rows, site: Site, *args: Any, **kwargs: Any
 ) -> Any:
     """What a whole module computes with each row's slice of the leaf."""
+    rows.refuse_tokens(which, site.path)
     x: Tensor = args[0] if args else kwargs["hidden_states"]
-    return method.forward(config, _picked(method, leaf, _rows_of(x, rows, site.path)), site, *args, **kwargs)
+    return method.forward(config, _silenced(method, leaf, rows.of_input(x, which, site.path)), site, *args, **kwargs)
 
 
 def of_call(
-    method: Method, config: PeftConfig, leaf: Mapping[str, Tensor], rows: Rows, site: Site, call: calls.Call
+    method: Method, config: PeftConfig, leaf: Mapping[str, Tensor], which: Rows, site: Site, call: calls.Call
 ) -> calls.Call:
     """The call of the model with each row's own prompt. What makes the prompts runs once for each adapter."""
+    rows.refuse_tokens(which, "")
     if method.encoded is not None:
         encode = method.encoded
 
@@ -135,17 +103,19 @@ def of_call(
         raise ValueError(
             f"the batch has {sorted(call.given)}; expected input_ids or inputs_embeds, a row for each index."
         )
-    return method.forward(config, _picked(method, leaf, _rows_of(tokens, rows, "the model")), site, call)
+    return method.forward(config, _silenced(method, leaf, rows.of_input(tokens, which, "the model")), site, call)
 
 
-def replaced(twin: nn.Module, path: str, tensors: Mapping[str, Tensor], rows: Rows) -> Callable[..., Any]:
-    """A forward of the twin in which row n is computed with the slice `rows[n]` of each tensor."""
+def replaced(twin: nn.Module, path: str, tensors: Mapping[str, Tensor], which: Rows) -> Callable[..., Any]:
+    """A forward of the twin in which row n is computed with the slice `which[n]` of each tensor."""
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        picked, keep = _pick(tensors, _rows_of(x, rows, path))
+        given = rows.flat(x, which, path)
+        picked, keep = _pick(tensors, rows.of_input(given, which, path))
         for name, tensor in picked.items():
             own = codecs.of(twin).read(twin, name) if name == "weight" else getattr(twin, name)
-            picked[name] = torch.where(keep.view(-1, *(1 for _ in own.shape)), tensor, own)
+            if keep is not None:
+                picked[name] = torch.where(keep.view(-1, *(1 for _ in own.shape)), tensor, own)
 
         def one(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
             inner: nn.Module = object.__new__(type(twin))
@@ -153,7 +123,8 @@ def replaced(twin: nn.Module, path: str, tensors: Mapping[str, Tensor], rows: Ro
             inner.__dict__["_parameters"] = {**twin._parameters, **tensors}
             return codecs.of(inner).run(inner, x.unsqueeze(0), *args, **kwargs).squeeze(0)
 
-        return torch.vmap(one, randomness="different")(picked, x)
+        found = torch.vmap(one, randomness="different")(picked, given)
+        return found if given is x else found.view(*x.shape[:2], *found.shape[1:])
 
     return functools.wraps(type(twin).forward)(forward)
 
@@ -166,45 +137,16 @@ def refuse(path: str, twin: nn.Module) -> None:
     )
 
 
-def _rows_of(x: Tensor, rows: Rows, path: str) -> Rows:
-    """The rows of an input that has one for each index, or as many for each, one group after the other.
-
-    So some blocks flatten (rows, tokens, features) or cut a row into windows, and generate() repeats rows for beams.
-    """
-    count = rows.numbers.shape[0]
-    if x.shape[0] == count:
-        return rows
-    if x.shape[0] % count == 0:
-        each = x.shape[0] // count
-        return rows._replace(
-            numbers=rows.numbers.repeat_interleave(each), keep=rows.keep.repeat_interleave(each), in_order=False
-        )
-    raise ValueError(
-        f"{path}: index has {count} rows and the input here has shape {tuple(x.shape)}; expected one index for "
-        "each row of the batch, on the first axis."
-    )
-
-
-def refuse_other_batch(rows: Rows, given: Iterable[Any]) -> None:
-    """A `ValueError` if no tensor of a call has as many rows as the index."""
-    tensors = [one for one in given if isinstance(one, Tensor) and one.dim() > 0]
-    count = rows.numbers.shape[0]
-    if tensors and all(one.shape[0] != count for one in tensors):
-        raise ValueError(
-            f"index has {count} rows and the batch has tensors of shape {[tuple(one.shape) for one in tensors]}; "
-            "expected one index for each row of the batch, on the first axis."
-        )
-
-
-def _picked(method: Method, leaf: Mapping[str, Tensor], rows: Rows) -> Mapping[str, Tensor]:
+def _silenced(method: Method, leaf: Mapping[str, Tensor], which: Rows) -> Mapping[str, Tensor]:
     """Each row's slice of the leaf, silent where the row uses the bare base."""
-    picked, keep = _pick(leaf, rows)
-    return picked if rows.adapted else method.silence(picked, keep)
+    picked, keep = _pick(leaf, which)
+    return picked if keep is None else method.silence(picked, keep)
 
 
-def _pick(tensors: Mapping[str, Tensor], rows: Rows) -> tuple[dict[str, Tensor], Tensor]:
-    if rows.in_order:
-        return dict(tensors), rows.keep
+def _pick(tensors: Mapping[str, Tensor], which: Rows) -> Picked:
+    """Each row's slice of the tensors."""
+    if which.in_order:
+        return dict(tensors), None
     # index_select copies whole slices: eight times as fast as tensor[index] for a (32, 8, 512) one
-    picked = {name: tensor.index_select(0, rows.numbers.to(tensor.device)) for name, tensor in tensors.items()}
-    return picked, rows.keep.to(next(iter(picked.values())).device)
+    picked = {name: tensor.index_select(0, which.numbers.to(tensor.device)) for name, tensor in tensors.items()}
+    return picked, None if which.adapted else which.keep.to(next(iter(picked.values())).device)

@@ -1,0 +1,118 @@
+"""Rows sorted by adapter, in segments of one size: how a batched kernel runs them without a copy of weights per row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def grouped(x: Tensor, groups: int) -> Tensor:
+    """(groups, each, ...) of x (groups * each, ...)."""
+    return x.reshape(groups, -1, *x.shape[1:])
+
+
+class Segments(NamedTuple):
+    """The rows that have an adapter, sorted by it.
+
+    Attributes:
+        adapters: (S,), the adapter of each segment; `None` where they are all of the stack's, in order: then no weight
+            is copied.
+        number: S.
+        size: how many places a segment has.
+        source: (S * size,), the row in each place; places that are left over repeat one, and nobody reads them.
+        rows: the rows that have an adapter, or `None` for all.
+        places: the place of each of these.
+    """
+
+    adapters: Tensor | None
+    number: int
+    size: int
+    source: Tensor
+    rows: Tensor | None
+    places: Tensor
+
+    def sorted(self, x: Tensor, rows: int) -> Tensor:
+        """(S * size * each, ...) of x (rows * each, ...)."""
+        return grouped(x, rows).index_select(0, self.source.to(x.device)).flatten(0, 1)
+
+    def restored(self, found: Tensor, y: Tensor, rows: int) -> Tensor:
+        """y with what was found for the rows that have an adapter in their place."""
+        found = grouped(found, self.number * self.size).index_select(0, self.places.to(y.device))
+        if self.rows is None:
+            return found.flatten(0, 1)
+        return grouped(y, rows).index_copy(0, self.rows.to(y.device), found).flatten(0, 1)
+
+    def of(self, leaf: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each segment's slice of a stack's leaf."""
+        if self.adapters is None:
+            return dict(leaf)
+        return {name: tensor.index_select(0, self.adapters.to(tensor.device)) for name, tensor in leaf.items()}
+
+
+def plans(index: Tensor, adapters: int) -> tuple[Segments, ...]:
+    """Two ways to sort rows whose adapters are known: a segment for each adapter, or as few as are in use.
+
+    In the second, an adapter with many rows has several segments, so that at most half of the places are left over.
+
+    Args:
+        index: (rows,), from -1, the bare base.
+        adapters: how many the stack has.
+    """
+    rows = None if bool((index >= 0).all()) else (index >= 0).nonzero().squeeze(1)
+    numbers = index if rows is None else index[rows]
+    if not len(numbers):
+        return ()
+    counts = torch.bincount(numbers, minlength=adapters)
+    whole = _built(numbers, rows, counts, int(counts.max()), torch.ones_like(counts))
+    size = -(-len(numbers) // int((counts > 0).sum()))
+    cut = _built(numbers, rows, counts, size, -(-counts // size))
+    return whole._replace(adapters=None), cut
+
+
+def _built(numbers: Tensor, rows: Tensor | None, counts: Tensor, size: int, segments: Tensor) -> Segments:
+    """Segments of `size` places, of which each adapter has so many."""
+    order = numbers.argsort(stable=True)
+    owner = numbers[order]
+    rank = torch.arange(len(numbers)) - (counts.cumsum(0) - counts)[owner]  # among the rows of its adapter
+    at = (segments.cumsum(0) - segments)[owner] * size + rank  # (rows,), in sorted order
+    adapters = torch.arange(len(counts)).repeat_interleave(segments)
+    sorted_rows = order if rows is None else rows[order]
+    # What is left over repeats a row of the same adapter: so a row that is not finite spoils no other's gradient.
+    first = sorted_rows[(counts.cumsum(0) - counts).clamp(max=len(numbers) - 1)]
+    source = first[adapters].repeat_interleave(size)
+    source[at] = sorted_rows
+    return Segments(adapters, len(adapters), size, source, rows, torch.empty_like(order).scatter_(0, order, at))
+
+
+def cheapest(
+    ways: Sequence[Segments], rows: int, leaf: int, inputs: torch.Size, outputs: torch.Size
+) -> Segments | None:
+    """The way that takes the least time, or `None` where each row had better get a copy of its adapter's weights.
+
+    Counted in numbers moved: a copy of a slice is read, written and read again; sorting reads and writes inputs and
+    outputs, and outputs once more on their way back; ten products of a batched kernel take as long as one number.
+    `benchmarks/crossover.py` prints both sides of the crossover and how often this is right: on one core, over a layer
+    of 512 by 512, with as many rows for each adapter, sorting wins below about 8 tokens a row for a rank of 16, and
+    below about 48 for a rank of 64.
+
+    Args:
+        ways: what there is to choose from.
+        rows: how many there are.
+        leaf: numbers in one adapter's slice.
+        inputs: shape of the input.
+        outputs: shape of the output.
+    """
+    if not ways:
+        return None
+    tokens = inputs.numel() // max(1, inputs[-1])
+    moved, products = 2 * inputs.numel() + 4 * outputs.numel(), tokens * leaf // 10
+
+    def cost(way: Segments) -> int:
+        copies = way.number * leaf * (1 if way.adapters is None else 3)
+        return copies + way.number * way.size * (moved + products) // rows
+
+    best = min(ways, key=cost)
+    return best if cost(best) < 3 * rows * leaf + products else None

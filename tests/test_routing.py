@@ -1,0 +1,152 @@
+"""Routing beyond the law of rows: sorted rows, an index for each token, many rows of few adapters."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from cases import BY_NAME, ia3, llama, lora, tokens, trained
+from torch import Tensor, nn
+from torch.func import grad, jvp
+
+import peftfn as pf
+from peftfn import rows, segments
+
+# The same sums in another order.
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+close = functools.partial(torch.testing.assert_close, **CLOSE)
+
+
+def linears(width: int = 8) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, 12), nn.Tanh(), nn.Linear(12, 5))
+
+
+def adapters_of(model: nn.Module, config: Any, count: int) -> list[pf.Adapter]:
+    return [trained(pf.init(model, config), seed) for seed in range(count)]
+
+
+@pytest.mark.parametrize("index", [[3, 0, 3, 3, -1, 3, 2, 3], [1, 0, 3, 2, 0, 1, 2, 3], [-1, 2, 2, 2, 2, 2, 2, 2]])
+def test_sorting_puts_each_row_with_its_adapter_and_back(index: list[int]) -> None:
+    given = torch.tensor(index)
+    x = torch.randn(8, 3)
+    for way in segments.plans(given, 4):
+        owners = torch.arange(4) if way.adapters is None else way.adapters
+        assert len(owners) == way.number
+        sorted_rows = way.sorted(given[:, None], 8).view(way.number, way.size)
+        assert ((sorted_rows == owners[:, None]) | ~torch.isin(owners, given)[:, None]).all()
+        moved = way.sorted(x, 8) * owners.repeat_interleave(way.size)[:, None]
+        expected = torch.where(given[:, None] >= 0, x * given[:, None], x)
+        assert way.restored(moved, x, 8).equal(expected)
+    whole, cut = segments.plans(given, 4)
+    assert whole.adapters is None
+    assert cut.number * cut.size <= 2 * int((given >= 0).sum())
+
+
+def test_a_batch_of_bare_rows_is_not_sorted() -> None:
+    assert segments.plans(torch.full((3,), -1), 2) == ()
+
+
+@pytest.mark.parametrize("count", [3, 40])
+@pytest.mark.parametrize("config", [lora("0", "2"), ia3("0", "2", feedforward=("2",))], ids=["lora", "ia3"])
+@pytest.mark.parametrize("length", [1, 30])
+def test_every_way_to_route_computes_the_same(count: int, config: Any, length: int) -> None:
+    model, x = linears(), torch.randn(24, length, 8)
+    stacked = pf.stack(adapters_of(model, config, count))
+    index = torch.randint(-1, count, (24,), generator=torch.Generator().manual_seed(1))
+    expected = torch.stack(
+        [pf.apply(model, pf.unstack(stacked)[n] if n >= 0 else (), x[row]) for row, n in enumerate(index.tolist())]
+    )
+    close(pf.apply(model, stacked, x, index=index), expected)
+    direction = torch.randn_like(x)
+
+    def value(params: Any, x: Tensor) -> Tensor:
+        return pf.apply(model, stacked.replace(params=params), x, index=index).sin().sum()
+
+    def loop(params: Any, x: Tensor) -> Tensor:
+        every = pf.unstack(stacked.replace(params=params))
+        found = [pf.apply(model, every[n] if n >= 0 else (), x[row]) for row, n in enumerate(index.tolist())]
+        return torch.stack(found).sin().sum()
+
+    for path, leaf in grad(value)(stacked.params, x).items():
+        for name, tensor in leaf.items():
+            close(tensor, grad(loop)(stacked.params, x)[path][name], atol=1e-5)
+    along = [jvp(lambda x, one=one: one(stacked.params, x), (x,), (direction,))[1] for one in (value, loop)]
+    close(*along, rtol=1e-4)
+
+
+def test_sorted_rows_are_what_is_chosen_for_one_token_of_many_rows() -> None:
+    found = rows.of_index([0, 1, 2, 3] * 8, 4)
+    one, many = torch.Size((32, 1, 512)), torch.Size((32, 128, 512))
+    assert segments.cheapest(found.ways, 32, 16 * 1024, one, one) is found.ways[0]
+    assert segments.cheapest(found.ways, 32, 16 * 1024, many, many) is None
+
+
+def token_index(*shape: int, count: int, seed: int = 0) -> Tensor:
+    return torch.randint(-1, count, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", ["linear-3d", "transposed-linear", "ia3-transposed-square", "embedding"])
+def test_each_token_uses_its_own_adapter(name: str) -> None:
+    case = BY_NAME[name]
+    model, batch = case.base(), case.batch()
+    adapters = adapters_of(model, case.config, 3)
+    index = token_index(*batch.shape[:2], count=3)
+    routed = pf.apply(model, pf.stack(adapters), batch, index=index)
+    alone = torch.stack([pf.apply(model, adapter, batch) for adapter in adapters] + [pf.apply(model, (), batch)])
+    close(routed, alone.gather(0, index.remainder(4).view(1, *index.shape, 1).expand(1, *alone.shape[1:]))[0])
+
+
+def test_a_language_model_adapts_each_token_in_every_layer() -> None:
+    """Against the mathematics: each layer's delta is the sum of the adapters' own, masked by token."""
+    model = llama().eval()
+    batch = {"input_ids": tokens()()}
+    adapters = adapters_of(model, pf.LoraConfig(r=4, target_modules="all-linear"), 3)
+    index = token_index(*batch["input_ids"].shape, count=3)
+    by_hand = copy.deepcopy(model)
+
+    def hook(path: str, _: Any, inputs: Any, output: Tensor) -> Tensor:
+        for number, adapter in enumerate(adapters):
+            leaf = adapter.params[path]
+            delta = inputs[0] @ leaf["lora_A"].T @ leaf["lora_B"].T * adapter.buffers[path]["scaling"]
+            output = output + delta * (index == number)[:, :, None]
+        return output
+
+    for path in adapters[0].params:
+        by_hand.get_submodule(path).register_forward_hook(functools.partial(hook, path))
+    stacked = pf.stack(adapters)
+    close(pf.apply(model, stacked, batch, index=index).logits, by_hand(**batch).logits)
+    same = pf.apply(model, stacked, batch, index=index[:, :1].expand(-1, index.shape[1]))
+    close(same.logits, pf.apply(model, stacked, batch, index=index[:, 0]).logits)
+
+
+def test_an_index_for_each_token_trains_each_adapter_on_its_tokens() -> None:
+    model, x = linears(), torch.randn(4, 6, 8)
+    adapters = adapters_of(model, lora("0", "2"), 3)
+    stacked, index = pf.stack(adapters), token_index(4, 6, count=3)
+    together = grad(lambda p: pf.apply(model, stacked.replace(params=p), x, index=index).sin().sum())(stacked.params)
+    for number, adapter in enumerate(adapters):
+        own = x[index == number]
+        alone = grad(lambda p: pf.apply(model, adapter.replace(params=p), own).sin().sum())(adapter.params)  # noqa: B023  # called at once
+        for path, leaf in alone.items():
+            for name, tensor in leaf.items():
+                close(together[path][name][number], tensor, atol=1e-5)
+
+
+def test_an_index_of_tokens_is_refused_where_there_is_none() -> None:
+    model = llama().eval()
+    batch = {"input_ids": tokens()()}
+    index = token_index(*batch["input_ids"].shape, count=2)
+    prompts = pf.stack([pf.init(model, pf.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))] * 2)
+    gates = pf.stack([pf.init(model, pf.AdaptionPromptConfig(adapter_len=2, adapter_layers=1))] * 2)
+    for stacked, whole in ((prompts, "the model"), (gates, "model.layers.1.self_attn")):
+        with pytest.raises(ValueError, match=rf"acts on {whole} as a whole; expected one number per row"):
+            pf.apply(model, stacked, batch, index=index)
+    deltas = pf.stack([pf.init(model, lora("q_proj"))] * 2)
+    with pytest.raises(ValueError, match=r"index has shape \(4, 2\) and the batch has tensors of shape"):
+        pf.apply(model, deltas, batch, index=index[:, :2])
+    with pytest.raises(ValueError, match=r"the input here has shape .* expected the same rows and tokens"):
+        pf.bind(model, deltas, index=index)(input_ids=batch["input_ids"][:, :2])
