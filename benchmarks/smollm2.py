@@ -10,8 +10,6 @@ import argparse
 import importlib.util
 import os
 import platform
-import statistics
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,12 +52,11 @@ METHODS: dict[str, tuple[pf.PeftConfig, float]] = {
 
 
 class Outcome(NamedTuple):
-    """What training one method gave: held-out losses, seconds a step, what the model writes."""
+    """What training one method gave: held-out losses, and what the model writes."""
 
     trained: int
     before: float
     after: float
-    seconds: float
     said_before: str
     said_after: str
 
@@ -104,9 +101,7 @@ def train(model: Any, tokenizer: Any, config: pf.PeftConfig, rate: float, steps:
     leaves = pf.leaves(adapter)
     optimizer = torch.optim.AdamW(leaves, lr=rate)
     state = pf.adalora.init_state(adapter) if isinstance(config, pf.AdaLoraConfig) else None
-    seconds: list[float] = []
     for step, batch in enumerate(tqdm(text, desc=type(config).__name__, leave=False)):
-        started = time.perf_counter()
         loss = pf.apply(model, adapter, batch).loss
         if state is not None:
             loss = loss + pf.adalora.regulariser(adapter)
@@ -116,9 +111,8 @@ def train(model: Any, tokenizer: Any, config: pf.PeftConfig, rate: float, steps:
         if state is not None:
             state, adapter = allocated(state, adapter, step)
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - started)
     after, said_after = measure(model, adapter, held_out), say(model, adapter, tokenizer)
-    return Outcome(pf.count(adapter).trained, before, after, statistics.median(seconds), said_before, said_after)
+    return Outcome(pf.count(adapter).trained, before, after, said_before, said_after)
 
 
 def allocated(state: Any, adapter: pf.Adapter, step: int) -> tuple[Any, pf.Adapter]:
@@ -133,18 +127,15 @@ def allocated(state: Any, adapter: pf.Adapter, step: int) -> tuple[Any, pf.Adapt
 
 
 def report(outcomes: dict[str, Outcome], steps: int) -> str:
-    where = f"torch {torch.__version__.split('+')[0]}, {torch.get_num_threads()} threads, {platform.machine()}"
+    where = f"torch {torch.__version__.split('+')[0]}, {platform.machine()}"
     text = f"{steps} steps of {ROWS}×{TOKENS} tokens of Python's documentation topics, loss on {HELD_OUT} other rows"
     lines = [
         f"SmolLM2-135M, {text}; {where}. `make smollm2` writes this file.",
         "",
-        "| method | trained | loss before | loss after | s a step |",
-        "|---|---|---|---|---|",
+        "| method | trained | loss before | loss after |",
+        "|---|---|---|---|",
     ]
-    lines += [
-        f"| {name} | {one.trained:,} | {one.before:.3f} | {one.after:.3f} | {one.seconds:.2f} |"
-        for name, one in outcomes.items()
-    ]
+    lines += [f"| {name} | {one.trained:,} | {one.before:.3f} | {one.after:.3f} |" for name, one in outcomes.items()]
     lines += ["", f'What it writes after "{OPENING}", greedily:', ""]
     for name, one in outcomes.items():
         lines += [f"- {name}, before: {one.said_before}", f"- {name}, after: {one.said_after}"]
