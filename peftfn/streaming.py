@@ -87,7 +87,8 @@ def merge_folder(
             with _bar(sum(job.size for job in jobs), progress) as bar:
                 for job in jobs:
                     folder_write.write(job, plan.units, entries, safe, bar)
-            files.write_together(work.folder, beside)
+            for name, write in beside.items():
+                files.write_atomic(work.folder / name, write)
     return output
 
 
