@@ -182,7 +182,8 @@ def model_of(folder: str, adapters: Sequence[Adapter]) -> Any:
     import transformers
 
     own = adapters[0].config
-    config: Any = transformers.AutoConfig.from_pretrained(folder)
+    loaded: Any = transformers.AutoConfig
+    config: Any = loaded.from_pretrained(folder)
     labels = {
         leaf["weight"].shape[0]
         for one in adapters

@@ -1,4 +1,4 @@
-"""Whatever stops `merge_folder`, the output is the old one or the new one, whole; and what is done is not done again."""
+"""Whatever stops `merge_folder`, the output is the old or the new one, whole; and what is done is not done again."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch import Tensor
 import peftfn as pf
 from peftfn import shards, unfinished
 
-# Each order is one forked child. It dies at its Nth look at a file below the folder, its Nth tensor half-way written, or
-# its Nth range copied.
+# Each order is one forked child. It dies at its Nth step: a look at a file below the folder, or half-way in writing a
+# tensor or copying a range.
 MERGER = """
 import os, signal, sys
 import torch
@@ -129,42 +129,49 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_was_written_is_not_written_again(merger: Merger, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    written: list[str] = []
-    write = shards.write
+@pytest.mark.parametrize("at", [1, 7, 13])
+def test_what_was_written_is_not_written_again(
+    merger: Merger, at: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    written: list[int] = []
+    write, stop = shards.write, [True]
 
     def counted(file: Any, offset: int, tensor: Tensor) -> None:
-        if stop is not None and len(written) == stop:
+        if stop and len(written) == at:
             raise KeyboardInterrupt
-        written.append(f"{Path(file.name).name} {offset}")
+        written.append(offset)
         write(file, offset, tensor)
 
     monkeypatch.setattr(shards, "write", counted)
-    stop: int | None = None
-    pf.merge_folder(merger.folder, merger.adapters[1], tmp_path / "whole", progress=False)
-    every = list(written)
-    for stop in (1, len(every) // 2, len(every) - 1):
-        written.clear()
-        with pytest.raises(KeyboardInterrupt):
-            pf.merge_folder(merger.folder, merger.adapters[1], tmp_path / f"{stop}", progress=False)
-        assert not (tmp_path / f"{stop}").exists()
-        before, stop = list(written), None
-        pf.merge_folder(merger.folder, merger.adapters[1], tmp_path / f"{len(before)}", progress=False)
-        assert len(written) == len(every)  # each once, in both runs together
-        assert same(tensors_of(tmp_path / f"{len(before)}"), merger.outputs[1])
+    with pytest.raises(KeyboardInterrupt):
+        pf.merge_folder(merger.folder, merger.adapters[1], tmp_path / "output", progress=False)
+    assert not (tmp_path / "output").exists()
+    assert len(written) == at
+    stop.clear()
+    output = pf.merge_folder(merger.folder, merger.adapters[1], tmp_path / "output", progress=False)
+    assert len(written) == 14  # seven layers of two blocks, each once in both runs together
+    assert same(tensors_of(output), merger.outputs[1])
+
+
+def stopped(merger: Merger, below: Path) -> tuple[Path, list[Path], list[Path]]:
+    """An output that is not there, with the parts and the whole files that were left of it."""
+    for number in range(10, 60):
+        output = below / str(number) / "output"
+        output.parent.mkdir()
+        assert merger.die_at(number, output)
+        left = output.with_name(".output.unfinished") / "folder"
+        parts, whole = (sorted(left.glob(f"*.{ending}")) for ending in ("part", "safetensors"))
+        if parts and whole and parts[0].stat().st_size:
+            return output, parts, whole
+    raise AssertionError("it was never stopped in the second file")
 
 
 def test_after_a_power_cut_parts_are_written_again_and_whole_files_are_not(merger: Merger, tmp_path: Path) -> None:
-    output = tmp_path / "output"
-    work = tmp_path / ".output.unfinished"
-    assert merger.die_at(45, output)
-    parts, whole = (sorted((work / "folder").glob(f"*.{ending}")) for ending in ("part", "safetensors"))
-    assert parts
-    assert whole
+    output, parts, whole = stopped(merger, tmp_path)
     for part in parts:
         part.write_bytes(bytes(part.stat().st_size))  # what a disk may have of a file that was not synced
     kept = [path.stat().st_ino for path in whole]
-    note = work / "making.json"
+    note = output.with_name(".output.unfinished") / "making.json"
     note.write_text(json.dumps({**json.loads(note.read_text()), "boot": "another"}))
     pf.merge_folder(merger.folder, merger.adapters[1], output, progress=False)
     assert same(tensors_of(output), merger.outputs[1])
@@ -172,8 +179,7 @@ def test_after_a_power_cut_parts_are_written_again_and_whole_files_are_not(merge
 
 
 def test_work_on_something_else_is_thrown_away(merger: Merger, tmp_path: Path) -> None:
-    output = tmp_path / "output"
-    assert merger.die_at(45, output)
+    output, _, _ = stopped(merger, tmp_path)
     pf.merge_folder(merger.folder, merger.adapters[0], output, progress=False)
     assert same(tensors_of(output), merger.outputs[0])
 
