@@ -74,8 +74,9 @@ def writes(
 
 def _beside(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden and not path.name.endswith(_WEIGHTS) and path.name not in _NOT_COPIED:
+        below = path.relative_to(folder)
+        is_hidden = any(part.startswith(".") for part in below.parts)
+        if path.is_file() and not is_hidden and not path.name.endswith(_WEIGHTS) and str(below) not in _NOT_COPIED:
             yield path
 
 

@@ -182,7 +182,8 @@ def model_of(folder: str, adapters: Sequence[Adapter]) -> Any:
     import transformers
 
     own = adapters[0].config
-    config: Any = transformers.AutoConfig.from_pretrained(folder)
+    loaded: Any = transformers.AutoConfig
+    config: Any = loaded.from_pretrained(folder)
     labels = {
         leaf["weight"].shape[0]
         for one in adapters
@@ -196,7 +197,8 @@ def model_of(folder: str, adapters: Sequence[Adapter]) -> Any:
         (own.auto_mapping or {}).get("base_model_class"),
         *(config.architectures or ()),
     ]
-    loader: Any = next((getattr(transformers, one) for one in named if one and hasattr(transformers, one)), None)
+    found = (getattr(transformers, name, None) for name in named if name)
+    loader: Any = next((one for one in found if one is not None and _is_for(one, config)), None)
     if loader is None:
         raise ValueError(
             f"{folder}: neither the adapter's config (task_type, auto_mapping) nor config.json (architectures) names a "
@@ -205,3 +207,9 @@ def model_of(folder: str, adapters: Sequence[Adapter]) -> Any:
     with torch.device("meta"):
         model: nn.Module = loader.from_config(config) if hasattr(loader, "from_config") else loader(config)
     return model
+
+
+def _is_for(loader: Any, config: Any) -> bool:
+    """Whether a class of transformers makes models of this config; an Auto class finds out itself."""
+    own = getattr(loader, "config_class", None)
+    return own is None or isinstance(config, own)

@@ -70,7 +70,7 @@ def write(job: Job, units: Mapping[str, Unit], entries: Mapping[str, Entry], saf
         waiting: deque[Future[None]] = deque()
         for run in _runs(left):
             tensor = next(values) if run[0].source is None else None
-            waiting.append(writer.submit(_put, target, copied, run, tensor, bar))
+            waiting.append(writer.submit(_put, waiting[-1] if waiting else None, target, copied, run, tensor, bar))
             tensor = None
             while len(waiting) > _AHEAD:
                 waiting.popleft().result()
@@ -93,7 +93,16 @@ def _runs(items: Sequence[Item]) -> Iterator[list[Item]]:
         yield run
 
 
-def _put(target: FileIO, sources: Files, run: Sequence[Item], tensor: Tensor | None, bar: Any) -> None:
+def _put(
+    before: Future[None] | None,
+    target: FileIO,
+    sources: Files,
+    run: Sequence[Item],
+    tensor: Tensor | None,
+    bar: Any,
+) -> None:
+    if before is not None:
+        before.result()  # nothing is written after what could not be: the file's size says how much of it is right
     first, source = run[0], run[0].source
     if source is None:
         assert tensor is not None, "a tensor without a source is made"

@@ -87,6 +87,29 @@ def try_find(origin: Origin, filename: str) -> Path | None:
         ) from error
 
 
+_MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.jinja", "*.py")
+
+
+def fetch(name: str, revision: str | None = None) -> Path:
+    """The folder of a model: `name` itself, or where the hub's client keeps its files.
+
+    Raises:
+        FileNotFoundError: it is neither a folder nor to be had from the hub.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(HfApi().snapshot_download(name, revision=revision, allow_patterns=list(_MODEL_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"the base {name!r} is no folder here and could not be fetched from the hub; give its folder, or fetch it "
+            "first."
+        ) from error
+
+
 def pinned(origin: Origin, found: Path | None) -> Origin:
     """The origin, held to the commit that one of its files came from: the next file is of the same one."""
     if found is None or Path(origin.name).exists():

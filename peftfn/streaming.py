@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfn import files, folder_config, folder_names, folder_plan, folder_write, shards, stacking, unfinished
+from peftfn import (
+    files,
+    folder_config,
+    folder_names,
+    folder_plan,
+    folder_write,
+    matching,
+    shards,
+    stacking,
+    unfinished,
+)
 from peftfn.adapter import Adapter, as_tuple
 from peftfn.folder_names import Names
 from peftfn.folder_plan import Plan
@@ -87,8 +97,15 @@ def merge_folder(
             with _bar(sum(job.size for job in jobs), progress) as bar:
                 for job in jobs:
                     folder_write.write(job, plan.units, entries, safe, bar)
-            files.write_together(work.folder, beside)
+            for name, write in beside.items():
+                files.write_atomic(work.folder / name, write)
     return output
+
+
+def can_stream(folder: Path) -> bool:
+    """Whether the folder's weights are safetensors that are what the model computes with, not packed ones."""
+    there = (folder / shards.SINGLE).is_file() or (folder / shards.INDEX).is_file()
+    return there and "quantization_config" not in folder_config.read(folder)
 
 
 def _check(folder: Path, adapters: Sequence[Adapter]) -> None:
@@ -118,7 +135,8 @@ def _plan(
         try:
             plan = folder_plan.make(found, adapters, names, dtype)
             sizes = folder_config.vocabularies(config)
-            if not config or not (plan.resized or _touches_vocabulary(plan, shapes, sizes)):
+            has_head = any(one.config.task_type in matching.HEADS for one in adapters)  # which the folder may lack
+            if not config or not (has_head or plan.resized or _touches_vocabulary(plan, shapes, sizes)):
                 return names, plan
         except (KeyError, ValueError):
             if not config:
@@ -129,8 +147,8 @@ def _plan(
     brought = {f"{path}.{name}" for one in adapters for path, leaf in one.params.items() for name in leaf}
     if lost := [name for name in names.missing if name not in brought]:
         raise ValueError(
-            f"neither {folder} nor the adapter has {', '.join(lost[:4])}{', ...' if len(lost) > 4 else ''}, which "
-            f"{type(model).__name__} needs; give the folder that the adapter was trained on."
+            f"{', '.join(lost[:4])}{', ...' if len(lost) > 4 else ''}: neither the base nor the adapter has these "
+            f"weights, which {type(model).__name__} needs; give the folder that the adapter was trained on."
         )
     return names, plan
 

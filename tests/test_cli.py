@@ -182,7 +182,7 @@ def test_merge_refuses_to_write_weights_that_nobody_trained(run: Run, tmp_path: 
     headless = {site: leaf for site, leaf in adapter.params.items() if site != "classifier"}
     pf.save(adapter.replace(params=headless), tmp_path / "headless")
     printed = call("merge", tmp_path / "headless", tmp_path / "merged", code=2)
-    assert "classifier: neither the base nor the adapter has these weights" in printed
+    assert "classifier.weight, classifier.bias: neither the base nor the adapter has these weights" in printed
     assert not (tmp_path / "merged").exists()
 
 

@@ -99,16 +99,22 @@ def merge(
     output: OutputArgument,
     model: ModelOption = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: as the base's files have it.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "cpu",
+    *,
+    safe: Annotated[bool, typer.Option("--safe", help="Refuse weights that NaN or infinity gets into.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT, once the new one is whole.")] = False,
+    device: Annotated[str, typer.Option(help="For a base that has to be loaded (quantized, no safetensors).")] = "cpu",
 ) -> None:
     """Write a plain model folder with the adapter merged in, for `from_pretrained` and nothing else.
+
+    The weights go from file to file, three tensors in memory at a time. Killed and started again, the same command
+    goes on where it was.
 
     Example: `peftfn merge out merged`
     """
     from peftfn.cli import folders
     from peftfn.cli.bases import device_of
 
-    target = folders.merge(adapter, output, model, dtype, device_of(device))
+    target = folders.merge(adapter, output, model, dtype, device_of(device), safe=safe, overwrite=overwrite)
     typer.echo(f"merged model in {target}")
 
 

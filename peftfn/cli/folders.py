@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
+import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import transformers
 
 import peftfn as pf
-from peftfn import methods
+from peftfn import hub, methods, streaming
 from peftfn.cli import state
 from peftfn.cli.bases import from_pretrained, load_model, quiet
 from peftfn.cli.errors import UserError
@@ -77,18 +78,55 @@ def untrained(new: Sequence[str], adapter: pf.Adapter) -> list[str]:
     return [one for one in new if not any(s.startswith(one + ".") or (one + ".").startswith(s) for s in sites)]
 
 
-def merge(source: str, output: str, model: str | None, dtype: str, device: torch.device) -> Path:
-    """Write a plain model folder whose weights are base and adapter together; its path."""
-    target = Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{output} is there already; give a folder that is new or empty")
+def merge(
+    source: str, output: str, model: str | None, dtype: str, device: torch.device, *, safe: bool, overwrite: bool
+) -> Path:
+    """Write a plain model folder whose weights are base and adapter together; its path.
+
+    From file to file (`peftfn.merge_folder`), or through the model where the files are not what it computes with.
+    """
     adapter = pf.load(source)
     if methods.of(adapter.config).kind is not None:
         raise UserError(
             f"{source} is a {adapter.config.peft_type} adapter, which changes what the model is given and none of its "
             "weights, so there is nothing to merge; run it with peftfn.apply or peftfn.bind"
         )
+    target = Path(output)
+    if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{output} is there already; give a folder that is new or empty, or --overwrite")
     quiet()
+    folder = hub.fetch(base_name(adapter, model), adapter.config.revision)
+    if not streaming.can_stream(folder):
+        return _merge_in_memory(adapter, source, target, model, dtype, device)
+    return pf.merge_folder(
+        folder,
+        adapter,
+        target,
+        dtype=None if dtype == "auto" else getattr(torch, dtype),
+        safe=safe,
+        overwrite=overwrite,
+        model=_labelled(adapter, source, str(folder)),
+        tokenizer=source if (Path(source) / "tokenizer_config.json").is_file() else None,
+        progress=sys.stderr.isatty(),
+    )
+
+
+def _labelled(adapter: pf.Adapter, source: str, folder: str) -> Any:
+    """The base on the meta device, with the names of the labels that its training knew; `None` where it knew none."""
+    labels = head_labels(adapter, source)
+    config = from_pretrained("AutoConfig", folder) if labels else None
+    if config is None or (labels[0] == "LABEL_0" and len(labels) == config.num_labels):
+        return None  # the base has that many, with names
+    config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
+    kind: Any = getattr(transformers, class_name(adapter, folder))
+    make: Any = kind.from_config if hasattr(kind, "from_config") else kind
+    with torch.device("meta"):
+        return make(config)
+
+
+def _merge_in_memory(
+    adapter: pf.Adapter, source: str, target: Path, model: str | None, dtype: str, device: torch.device
+) -> Path:
     base, new = load_base_of(adapter, source, model, dtype, device)
     if left := untrained(new, adapter):
         raise UserError(f"{', '.join(left)}: neither the base nor the adapter has these weights; give another --model")
@@ -100,7 +138,7 @@ def merge(source: str, output: str, model: str | None, dtype: str, device: torch
         with contextlib.suppress(UserError):  # a model of images has none
             from_pretrained("AutoTokenizer", base_name(adapter, model)).save_pretrained(temporary)
         if target.exists():
-            target.rmdir()  # empty, as checked above
+            shutil.rmtree(target)  # empty, or to be replaced
         temporary.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
