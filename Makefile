@@ -26,7 +26,7 @@ INSTALL += --no-warn-conflicts
 PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format doctest bench smollm2 transforms docs notebooks test-transformers4 test-peft050 test-gptq clean
+.PHONY: help demo test lint format doctest bench smollm2 smollm2-quantized transforms docs notebooks test-transformers4 test-peft050 test-gptq clean
 
 help:  ## list the commands
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 22
@@ -58,6 +58,9 @@ transforms: $(VENV)/dev.stamp  ## write docs/transforms.md: every method under e
 
 smollm2: $(VENV)/dev.stamp  ## train SmolLM2-135M with each method, and write what comes of it to benchmarks/results/
 	$(PY) benchmarks/smollm2.py $(ARGS)
+
+smollm2-quantized: $(VENV)/dev.stamp  ## the same dense, in nf4 and in 8 bits: losses and memory, to benchmarks/results/
+	$(PY) -W ignore benchmarks/smollm2_quantized.py $(ARGS)
 
 docs: $(VENV)/docs.stamp  ## write the reference to site/, from the docstrings
 	$(PY) -m pdoc --docformat google --math --output-directory site peftfn
