@@ -10,6 +10,7 @@ ARGS ?=
 PY := $(VENV)/bin/python
 TF4 := .venv-tf4
 GPTQ := .venv-gptq
+GPTQMODEL := .venv-gptqmodel
 PEFT050 := .venv-peft050
 
 # Models and data come from installed packages: no run needs a model hub.
@@ -26,7 +27,7 @@ INSTALL += --no-warn-conflicts
 PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format doctest bench smollm2 transforms docs notebooks test-transformers4 test-peft050 test-gptq clean
+.PHONY: help demo test lint format doctest bench smollm2 smollm2-quantized transforms docs notebooks test-transformers4 test-peft050 test-gptq test-gptqmodel gptqmodel clean
 
 help:  ## list the commands
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 22
@@ -59,6 +60,9 @@ transforms: $(VENV)/dev.stamp  ## write docs/transforms.md: every method under e
 smollm2: $(VENV)/dev.stamp  ## train SmolLM2-135M with each method, and write what comes of it to benchmarks/results/
 	$(PY) benchmarks/smollm2.py $(ARGS)
 
+smollm2-quantized: $(VENV)/dev.stamp  ## the same dense, in nf4 and in 8 bits: losses and memory, to benchmarks/results/
+	$(PY) -W ignore benchmarks/smollm2_quantized.py $(ARGS)
+
 docs: $(VENV)/docs.stamp  ## write the reference to site/, from the docstrings
 	$(PY) -m pdoc --docformat google --math --output-directory site peftfn
 
@@ -68,6 +72,13 @@ notebooks: $(VENV)/dev.stamp  ## run every notebook
 # One compile test a kind of layer is left out: torch is the same in both environments, and they take minutes.
 test-transformers4: $(TF4)/dev.stamp  ## the tests with transformers 4.57 and peft 0.17
 	$(TF4)/bin/python $(PYTEST) --deselect tests/test_compile.py::test_every_kind_of_layer_compiles_whole $(ARGS)
+
+# Not in CI: its torch is a newer one than the others', of several gigabytes.
+test-gptqmodel: $(GPTQMODEL)/dev.stamp  ## bases of GPTQModel's layers against themselves and peft
+	$(GPTQMODEL)/bin/python $(PYTEST) tests/test_gptqmodel.py $(ARGS)
+
+gptqmodel: $(GPTQMODEL)/dev.stamp  ## quantize layers of SmolLM2-135M with GPTQModel, and write what comes of it to benchmarks/results/
+	$(GPTQMODEL)/bin/python -W ignore benchmarks/gptqmodel_run.py $(ARGS)
 
 test-gptq: $(GPTQ)/dev.stamp  ## GPTQ bases against auto-gptq and peft 0.17, and the nine laws on them
 	$(GPTQ)/bin/python $(PYTEST) tests/test_gptq.py tests/test_laws.py -k gptq $(ARGS)
@@ -93,7 +104,7 @@ endef
 export COMPARE
 
 clean:  ## remove the environments, the caches and what runs have written
-	rm -rf .venv .venv-tf4 .venv-peft050 .venv-gptq .pytest_cache .ruff_cache build dist site peftfn-demo runs
+	rm -rf .venv .venv-tf4 .venv-peft050 .venv-gptq .venv-gptqmodel .pytest_cache .ruff_cache build dist site peftfn-demo runs
 	find benchmarks notebooks peftfn tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # $(call environment,FOLDER,SIZE): makes the virtual environment where it is missing, and says what comes next.
@@ -136,6 +147,12 @@ $(TF4)/dev.stamp: pyproject.toml constraints-transformers4.txt demo-requirements
 $(GPTQ)/dev.stamp: pyproject.toml constraints-transformers4.txt
 	$(call environment,$(GPTQ),1.5 GB)
 	@$(GPTQ)/bin/python $(INSTALL) --editable '.[gptq]' pytest pytest-xdist --constraint constraints-transformers4.txt
+	@touch $@
+
+$(GPTQMODEL)/dev.stamp: pyproject.toml gptqmodel-requirements.txt demo-requirements.txt test-requirements.txt
+	$(call environment,$(GPTQMODEL),7 GB)
+	@$(GPTQMODEL)/bin/python $(INSTALL) --editable . --requirement gptqmodel-requirements.txt
+	@$(GPTQMODEL)/bin/python $(INSTALL) --no-deps --requirement test-requirements.txt
 	@touch $@
 
 $(PEFT050)/peft.stamp: constraints-transformers4.txt tests/requirements-peft050.txt

@@ -9,6 +9,7 @@ from peftfn.checkpoint import load, push_to_hub, save
 from peftfn.combine import combine
 from peftfn.config import PeftConfig
 from peftfn.ensemble import Ensemble, ensemble
+from peftfn.inits import loftq, olora, pissa
 from peftfn.kbit import prepare_for_kbit_training
 from peftfn.merge import merge
 from peftfn.methods.adalora_config import AdaLoraConfig
@@ -47,9 +48,12 @@ __all__ = [
     "leaves",
     "load",
     "load_with_model",
+    "loftq",
     "merge",
     "merge_folder",
+    "olora",
     "optimizers",
+    "pissa",
     "prepare_for_kbit_training",
     "push_to_hub",
     "save",

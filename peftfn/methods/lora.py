@@ -99,7 +99,10 @@ def _draw(
 ) -> tuple[Tensor, Tensor]:
     how = config.init_lora_weights
     if not isinstance(how, bool) and how != "gaussian":
-        raise ValueError(f"init_lora_weights={how!r} is read from files only; init offers True, False and 'gaussian'.")
+        hint = "; peftfn.loftq(model, config) makes it, with the quantized weights" if how == "loftq" else ""
+        raise ValueError(
+            f"init_lora_weights={how!r} is read from files only{hint}. init offers True, False and 'gaussian'."
+        )
     if kind == layers.EMBEDDING:
         a = torch.zeros(shape_a) if how else torch.randn(shape_a, generator=generator)
         return a, torch.randn(shape_b, generator=generator)

@@ -83,8 +83,11 @@ def _check_init(init: bool | str) -> None:
     if isinstance(init, bool) or init in ("gaussian", "eva", "orthogonal", "loftq"):
         return
     if init in ("olora", "corda", "lora_ga") or init.startswith("pissa"):
+        here = {"pissa": "peftfn.pissa(model, config)", "olora": "peftfn.olora(model, config)"}.get(init)
+        start = f"{here} makes it, with the weights that go with it" if here else "start from True"
         raise ValueError(
             f"init_lora_weights={init!r} goes with a base whose weights it changed, so this adapter alone does not say "
-            "what it computes. Convert it with peft's path_initial_model_for_weight_conversion, or start from True."
+            f"what it computes. To start, {start}; a file of it, convert with peft's "
+            "path_initial_model_for_weight_conversion."
         )
     raise ValueError(f"init_lora_weights={init!r}; expected True, False or 'gaussian'.")
