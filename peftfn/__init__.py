@@ -19,6 +19,7 @@ from peftfn.methods.p_tuning import PromptEncoderConfig
 from peftfn.methods.prefix_tuning import PrefixTuningConfig
 from peftfn.methods.prompt_config import PromptLearningConfig
 from peftfn.methods.prompt_tuning import PromptTuningConfig
+from peftfn.shelf import load_stack
 from peftfn.stacking import stack, unstack
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ __all__ = [
     "init",
     "leaves",
     "load",
+    "load_stack",
     "load_with_model",
     "merge",
     "prepare_for_kbit_training",
