@@ -27,7 +27,7 @@ INSTALL += --no-warn-conflicts
 PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format doctest bench smollm2 smollm2-quantized transforms docs notebooks test-transformers4 test-peft050 test-gptq test-gptqmodel gptqmodel clean
+.PHONY: help demo test lint format doctest bench smollm2 smollm2-quantized transforms docs notebooks test-transformers4 test-peft050 test-gptq test-gptqmodel gptqmodel soak clean
 
 help:  ## list the commands
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 22
@@ -53,6 +53,9 @@ doctest: $(VENV)/dev.stamp  ## run the examples in the docstrings
 bench: $(VENV)/dev.stamp  ## time training steps and many adapters at once against peft and the bare base
 	$(PY) benchmarks/training_step.py $(ARGS)
 	$(PY) benchmarks/many.py $(ARGS)
+
+soak: $(VENV)/dev.stamp  ## 200 adapters, 8 threads, adapters loaded and dropped, five minutes; ARGS="--minutes 1"
+	$(PY) benchmarks/soak.py $(ARGS)
 
 transforms: $(VENV)/dev.stamp  ## write docs/transforms.md: every method under every transform, run
 	$(PY) -W ignore benchmarks/transforms.py $(ARGS)

@@ -20,6 +20,7 @@ from peftfn.methods.p_tuning import PromptEncoderConfig
 from peftfn.methods.prefix_tuning import PrefixTuningConfig
 from peftfn.methods.prompt_config import PromptLearningConfig
 from peftfn.methods.prompt_tuning import PromptTuningConfig
+from peftfn.shelf import load_stack
 from peftfn.stacking import stack, unstack
 from peftfn.streaming import merge_folder
 
@@ -47,6 +48,7 @@ __all__ = [
     "init",
     "leaves",
     "load",
+    "load_stack",
     "load_with_model",
     "loftq",
     "merge",

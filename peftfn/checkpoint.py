@@ -108,6 +108,7 @@ def load(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     device: str | torch.device = "cpu",
+    mmap: bool = False,
 ) -> Adapter:
     """The adapter in a folder or hub repository that peftfn or PEFT (0.5.0 to 0.21) wrote.
 
@@ -122,6 +123,9 @@ def load(
         token: for the hub, as `huggingface_hub` has it.
         cache_dir: for the hub: where downloads are kept.
         device: where the tensors go.
+        mmap: leave the tensors in their file until they are used: hundreds of adapters then cost little memory. What
+            is written to such a tensor does not reach the file. `save` and PEFT put a new file in the old one's place,
+            which changes nothing here; code that writes into the file itself does.
 
     Raises:
         FileNotFoundError: a file is not there.
@@ -134,7 +138,7 @@ def load(
     device = torch.device(device)
     where = "/".join(part for part in (subfolder, adapter_name) if part and part != "default") or None
     origin = hub.Origin(str(folder_or_hub_id), where, revision, token, cache_dir)
-    tensors, metadata, source, config = read(origin, device)
+    tensors, metadata, source, config = read(origin, device, mmap=mmap)
     if model is not None:
         tensors, config = older.in_present_names(tensors, config, model, str(source))
     note = metadata.get(_PARTS_KEY, "")
@@ -157,12 +161,12 @@ class Read(NamedTuple):
     config: PeftConfig
 
 
-def read(origin: hub.Origin, device: torch.device) -> Read:
-    """Both files of an adapter, as they are."""
+def read(origin: hub.Origin, device: torch.device, *, mmap: bool = False) -> Read:
+    """Both files of an adapter, as they are; with `mmap`, tensors that are the file in memory."""
     beside = hub.try_find(origin, files.CONFIG)
     text = beside.read_bytes() if beside else None  # before the weights: see _config
     origin = hub.pinned(origin, beside)
-    tensors, metadata, source = _read_weights(origin, text is None, device)
+    tensors, metadata, source = _read_weights(origin, text is None, device, mmap)
     return Read(tensors, metadata, source, _config(origin, beside, text, metadata))
 
 
@@ -189,24 +193,26 @@ def _config(origin: hub.Origin, beside: Path | None, text: bytes | None, metadat
 
 
 def _read_weights(
-    origin: hub.Origin, alone: bool, device: torch.device
+    origin: hub.Origin, alone: bool, device: torch.device, mmap: bool
 ) -> tuple[dict[str, Tensor], dict[str, str], Path]:
     path = hub.try_find(origin, files.WEIGHTS)
     if path is not None:
-        return *_read_safetensors(path, device), path
+        return *_read_safetensors(path, device, mmap), path
     path = hub.try_find(origin, files.PICKLE)
     if path is not None:
         return _read_pickle(path, device), {}, path
     raise hub.missing(origin, files.CONFIG if alone else f"{files.WEIGHTS} or {files.PICKLE}")
 
 
-def _read_safetensors(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_safetensors(path: Path, device: torch.device, mmap: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         opened: Any = safetensors.safe_open(path, framework="pt", device=str(device))
         with opened:
             names: list[str] = opened.keys()
+            found = {name: opened.get_tensor(name) for name in names}
             # A copy: what safetensors returns is the file itself in memory, and changes when others write into it.
-            return {name: opened.get_tensor(name).clone() for name in names}, opened.metadata() or {}
+            found = found if mmap else {name: tensor.clone() for name, tensor in found.items()}
+            return found, opened.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
         with path.open("rb") as file:
             pointer = file.read(len(files.POINTER)) == files.POINTER

@@ -79,6 +79,8 @@ def _beside(call: Call, place: _Place, embeds: Tensor, task: str | None) -> dict
     labels = call.given.get("labels")
     if labels is not None and _per_token(labels, embeds, task):
         changes["labels"] = place.fill(IGNORED, labels, missing=IGNORED)
+        if task != "TOKEN_CLS":  # there is no shift
+            changes["labels"] = place.first_ignored(changes["labels"])
     positions = call.given.get("position_ids")
     if positions is not None:
         changes["position_ids"] = place.positions(positions)
@@ -227,6 +229,14 @@ class _Place(NamedTuple):
     def _is_used(self) -> Tensor:
         assert self.added.own is not None
         return torch.arange(self.added.places, device=self.added.own.device) < self.added.own.view(-1, 1)
+
+    def first_ignored(self, labels: Tensor) -> Tensor:
+        """The labels of a model that shifts them, in which no row without new tokens has its first token predicted."""
+        own = self.added.own
+        if own is None or self.added.at_end:
+            return labels
+        at = _inside(self.added, labels.shape[1] - self.added.places, labels.device)
+        return labels.masked_fill((at == 0) & (own.view(-1, 1) == 0), IGNORED)
 
     def positions(self, old: Tensor) -> Tensor:
         """Position ids in which each row's prompt starts where its text started, and the text follows."""

@@ -200,6 +200,26 @@ def test_a_prompt_of_each_row_goes_with_a_prefix_of_all(padding: str) -> None:
         assert distance(together[row][-7:][mask], alone[-7:][mask]) < ROUNDING
 
 
+@pytest.mark.parametrize("method", ["prompt tuning", "prefix", "adaption prompt"])
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_the_loss_of_a_batch_is_that_of_its_rows(method: str, padding: str) -> None:
+    case = Case("gpt2", method)
+    model, batch = case.model().eval(), batch_of(case, padding)
+    mask = batch.get("attention_mask", torch.ones(4, 7))
+    batch["labels"] = batch["input_ids"].masked_fill(mask == 0, -100)
+    adapters = unlike(case, model)
+    together = pf.apply(model, pf.stack(adapters), batch, index=INDEX).loss
+    losses, terms = 0.0, 0
+    for row, number in enumerate(INDEX):
+        one = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+        # behind a prompt or padding the first token is predicted, too
+        shifted = method == "prompt tuning" and number >= 0
+        count = int((one["labels"] != -100).sum()) - int(not shifted and one["labels"][0, 0] != -100)
+        losses += float(pf.apply(model, adapters[number] if number >= 0 else (), one).loss) * count
+        terms += count
+    assert float(together) == pytest.approx(losses / terms, rel=2 * ROUNDING)
+
+
 @pytest.mark.parametrize("method", ["prompt tuning", "prefix"])
 def test_a_cache_goes_on_without_a_mask(method: str) -> None:
     case = Case("gpt2", method)

@@ -1,4 +1,4 @@
-"""The command line: `peftfn train | eval | merge | convert | inspect | demo`.
+"""The command line: `peftfn train | eval | generate | merge | convert | inspect | demo`.
 
 Each command reads options into plain values and hands them to plain functions. The work is done by the same
 `pf.init`, `pf.apply`, `pf.leaves`, `pf.bind`, `pf.save` and `pf.load` that a script calls.

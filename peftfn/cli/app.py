@@ -10,7 +10,7 @@ import peftfn as pf
 from peftfn import methods
 from peftfn.cli import options
 from peftfn.cli.errors import one_sentence
-from peftfn.cli.settings import EvalOptions, TrainSettings
+from peftfn.cli.settings import EvalOptions, GenerateOptions, TrainSettings
 
 app: Any = typer.Typer(
     no_args_is_help=True,
@@ -83,6 +83,9 @@ def evaluate(chosen: EvalOptions) -> None:
     the adapter's training.
 
     Example: `peftfn eval --adapter out --data test.csv`
+
+    Another, with the adapter that each row names in a column:
+    `peftfn eval --adapter-column author --adapters ann=out/ann,bob=out/bob --data test.csv`
     """
     from peftfn.cli.measure import compare
 
@@ -90,6 +93,27 @@ def evaluate(chosen: EvalOptions) -> None:
 
 
 app.command("eval")(one_sentence(options.command(evaluate, {EvalOptions: "Options"})))
+
+
+def generate(chosen: GenerateOptions) -> None:
+    """Write on after each text of a file, each row with the adapter that it names, in mixed batches.
+
+    Prints the rows as JSON, one a line, with the written text as `generated`; or writes them to --output.
+
+    Example: `peftfn generate --data prompts.csv --adapter-column author --adapters ann=out/ann,bob=out/bob`
+    """
+    from peftfn.cli import writing
+
+    rows = writing.write(chosen)
+    if chosen.output is None:
+        for line in writing.lines(rows):
+            typer.echo(line)
+    else:
+        writing.save(rows, chosen.output)
+        typer.echo(f"{len(rows):,} rows in {chosen.output}")
+
+
+app.command("generate")(one_sentence(options.command(generate, {GenerateOptions: "Options"})))
 
 
 @app.command("merge")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,8 +36,18 @@ class Score(NamedTuple):
         return "  ".join(f"{name} {value:.4f}" for name, value in self.named.items())
 
 
-def evaluate(base: Base, task: str, examples: Examples, adapter: pf.Adapter | None, batch_size: int) -> Score:
-    """The score on `examples`, in eval mode and without gradients; the base alone where `adapter` is None."""
+def evaluate(
+    base: Base,
+    task: str,
+    examples: Examples,
+    adapter: pf.Adapter | None,
+    batch_size: int,
+    index: Sequence[int] | None = None,
+) -> Score:
+    """The score on `examples`, in eval mode and without gradients; the base alone where `adapter` is None.
+
+    Of a stack, `index` has the number of each example's adapter.
+    """
     how = TASKS[task]
     losses, terms, right = 0.0, 0, 0
     with mode(base.model, training=False), torch.no_grad():
@@ -44,7 +55,8 @@ def evaluate(base: Base, task: str, examples: Examples, adapter: pf.Adapter | No
             batch = suited(how.batch(examples, chosen, base.pad), base.model, adapter)
             weight = how.weight(batch)
             batch = {name: tensor.to(base.model.device) for name, tensor in batch.items()}
-            output = pf.apply(base.model, adapter if adapter is not None else (), batch)
+            own = None if index is None else [index[number] for number in chosen]
+            output = pf.apply(base.model, adapter if adapter is not None else (), batch, index=own)
             losses += float(output.loss) * weight
             terms += weight
             if examples.labels:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import peftfn as pf
-from peftfn.cli import folders, state, tables, tasks
-from peftfn.cli.bases import in_base_order, load_base
+from peftfn.cli import folders, routed, state, tables, tasks
+from peftfn.cli.bases import Base, in_base_order, load_base
 from peftfn.cli.errors import UserError
 from peftfn.cli.evaluation import Score, evaluate
 from peftfn.cli.settings import DataSettings, EvalOptions
@@ -83,15 +83,13 @@ def _labels(options: EvalOptions, adapter: pf.Adapter | None, settings: DataSett
 
 
 def compare(options: EvalOptions) -> Comparison:
-    """The base and, where one is given, the base with the adapter, measured on the same examples."""
+    """The base and, where they are given, the base with one adapter or with each row's own, on the same examples."""
+    if options.adapter_column is not None or options.adapters:
+        return _compare_rows(options)
     adapter = pf.load(options.adapter) if options.adapter else None
     settings = _settings(options, adapter)
     table = tables.read_table(settings.data, settings.split)
-    task, columns = tasks.choose(table, settings)
-    if task == "seq_cls":
-        columns = columns._replace(labels=_labels(options, adapter, settings, columns.labels))
-    base = load_base(settings, task, columns.labels, adapter.config.revision if adapter else None)
-    settings = dataclasses.replace(settings, max_length=min(settings.max_length, base.longest))
+    base, settings, task, columns = _prepared(options, adapter, settings, table)
     examples = tasks.TASKS[task].encode(table, columns, base.tokenizer, settings)
     alone = evaluate(base, task, examples, None, settings.batch_size)
     if adapter is None:
@@ -105,3 +103,38 @@ def compare(options: EvalOptions) -> Comparison:
         table.name,
         base.new,
     )
+
+
+def _compare_rows(options: EvalOptions) -> Comparison:
+    """The base, and the base with the adapter that each row names; the first one's training says how rows are read."""
+    if options.adapter is not None:
+        raise UserError("--adapter is one adapter for all rows; leave it out, or --adapter-column and --adapters")
+    table = tables.read_table(options.data, options.split)
+    found = routed.chosen(table, options.adapter_column, options.adapters)
+    options = dataclasses.replace(options, adapter=found.folders[0], model=routed.base_of(found, options.model))
+    adapter = pf.load(found.folders[0])
+    settings = _settings(options, adapter)
+    base, settings, task, columns = _prepared(options, adapter, settings, table)
+    for name, folder in zip(found.names, found.folders, strict=True):
+        own = state.read_run(Path(folder)).get("columns", {}).get("labels")
+        if own and list(own) != columns.labels:
+            raise UserError(f"{name} was trained with the labels {own}, {found.names[0]} with {columns.labels}")
+    encode = tasks.TASKS[task].encode
+    parts = {n: encode(t, columns, base.tokenizer, settings) for n, t in routed.tables_of(table, found).items()}
+    examples, index = tasks.joined(parts)
+    stacked = routed.stacked(found, base.model)
+    alone, adapted = (
+        evaluate(base, task, examples, one, settings.batch_size, own) for one, own in ((None, None), (stacked, index))
+    )
+    return Comparison(alone, adapted, len(examples.ids), table.name, base.new)
+
+
+def _prepared(
+    options: EvalOptions, adapter: pf.Adapter | None, settings: DataSettings, table: tables.Table
+) -> tuple[Base, DataSettings, str, tasks.Columns]:
+    """The base, the settings that it allows, the task and the columns."""
+    task, columns = tasks.choose(table, settings)
+    if task == "seq_cls":
+        columns = columns._replace(labels=_labels(options, adapter, settings, columns.labels))
+    base = load_base(settings, task, columns.labels, adapter.config.revision if adapter else None)
+    return base, dataclasses.replace(settings, max_length=min(settings.max_length, base.longest)), task, columns

@@ -37,6 +37,17 @@ def bar(total: int, start: int) -> Any:
     )
 
 
+def counting(total: int, what: str, unit: str) -> Any:
+    """A tqdm bar that counts up to a total."""
+    return need("tqdm").tqdm(
+        total=total,
+        desc=what,
+        unit=f" {unit}",
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 10,
+    )
+
+
 def show(bar: Any, unit: str, metrics: list[records.Record]) -> None:
     """One step on, with the running mean of the loss and the throughput of the last record."""
     loss = records.smoothed([r["loss"] for r in metrics[-50:]], keep=0.9)[-1]

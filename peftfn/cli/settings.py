@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 from peftfn.cli.errors import UserError
@@ -44,10 +44,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         """Refuse numbers that no run could use, by the name of their option."""
-        for name, (holds, wanted) in _BOUNDS.items():
-            value = getattr(self, name, None)
-            if value is not None and not holds(value):  # written so that nan is refused too
-                raise UserError(f"--{name.replace('_', '-')} {value}: give {wanted}")
+        _refuse_numbers(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +71,8 @@ class EvalOptions:
 
     data: str = option("A .csv, .tsv or .jsonl file, or a `datasets` name or name:config.", metavar="FILE|NAME")
     adapter: str | None = option("Adapter folder or hub id; without it the base alone.", None, metavar="FOLDER|ID")
+    adapter_column: str | None = option("Column that names each row's adapter, by its folder or --adapters.", None)
+    adapters: Sequence[str] | None = option("The names in that column: NAME=FOLDER, NAME=FOLDER, ...", None)
     model: str | None = option("Base model, if not the one in the adapter's config.", None, metavar="FOLDER|ID")
     split: str = option("Split of a `datasets` name.", "test")
     task: Literal["auto", "seq_cls", "causal_lm"] | None = option("As in `train`.", None)
@@ -87,17 +86,63 @@ class EvalOptions:
     threads: int | None = option("CPU threads; torch decides if not given.", None)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """What `generate` is asked for."""
+
+    data: str = option("A .csv, .tsv or .jsonl file, or a `datasets` name or name:config.", metavar="FILE|NAME")
+    adapter: str | None = option("One adapter for all rows: a folder or hub id.", None, metavar="FOLDER|ID")
+    adapter_column: str | None = option(
+        "Column that names each row's adapter, by its folder or --adapters; `adapter` if there is one. An empty cell "
+        "is the base alone.",
+        None,
+    )
+    adapters: Sequence[str] | None = option("The names in that column: NAME=FOLDER, NAME=FOLDER, ...", None)
+    model: str | None = option("Base model, if not the one in the adapters' configs.", None, metavar="FOLDER|ID")
+    output: str | None = option("A .jsonl file to write; without it the rows are printed.", None, metavar="FILE")
+    split: str = option("Split of a `datasets` name.", "test")
+    text_column: str | None = option("Column with the text; found by its name if not given.", None)
+    max_new_tokens: int = option("How many tokens to write after a text, at most.", 64)
+    num_beams: int = option("Beams; 1 writes the likeliest token each time.", 1)
+    batch_size: int = option("Rows in one batch, whatever their adapters.", 16)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("Number type of the base.", "auto")
+    device: str = option("cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.", "auto")
+    threads: int | None = option("CPU threads; torch decides if not given.", None)
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no run could use, by the name of their option."""
+        _refuse_numbers(self)
+
+
 _Bound = tuple[Callable[[float], bool], str]
 _AT_LEAST_ONE: _Bound = (lambda value: value >= 1, "a whole number of at least 1")
 _NOT_NEGATIVE: _Bound = (lambda value: value >= 0, "a number of at least 0")
 _POSITIVE: _Bound = (lambda value: value > 0, "a number above 0")
 _BOUNDS: dict[str, _Bound] = {
     **dict.fromkeys(
-        ("max_length", "batch_size", "grad_accumulation", "save_every", "max_steps", "threads"), _AT_LEAST_ONE
+        (
+            "max_length",
+            "batch_size",
+            "grad_accumulation",
+            "save_every",
+            "max_steps",
+            "threads",
+            "max_new_tokens",
+            "num_beams",
+        ),
+        _AT_LEAST_ONE,
     ),
     **dict.fromkeys(("weight_decay", "warmup", "max_grad_norm"), _NOT_NEGATIVE),
     **dict.fromkeys(("epochs", "lr"), _POSITIVE),
 }
+
+
+def _refuse_numbers(settings: Any) -> None:
+    for name, (holds, wanted) in _BOUNDS.items():
+        value = getattr(settings, name, None)
+        if value is not None and not holds(value):  # written so that nan is refused too
+            raise UserError(f"--{name.replace('_', '-')} {value}: give {wanted}")
+
 
 # What may differ between a run and the run that goes on from its checkpoint: none of these changes the final
 # leaves (`threads` and `device` only by rounding; the examples themselves are compared by their digest).

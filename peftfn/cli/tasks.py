@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -126,7 +126,9 @@ def suited(batch: dict[str, Tensor], model: nn.Module, adapter: pf.Adapter | Non
     Such a model finds a row's last token by its id, and is given none where a prompt is put before the embeddings:
     then it takes the last position. Position ids count a row's own tokens, as with padding on the right.
     """
-    embeds = adapter is not None and isinstance(adapter.config, (pf.PromptTuningConfig, pf.PromptEncoderConfig))
+    config: Any = getattr(adapter, "config", None)
+    config = next(iter(getattr(config, "configs", ())), config)  # of a stack, any of its adapters'
+    embeds = isinstance(config, (pf.PromptTuningConfig, pf.PromptEncoderConfig))
     if not embeds or not hasattr(model, "score"):
         return batch
     mask = batch["attention_mask"]
@@ -135,6 +137,13 @@ def suited(batch: dict[str, Tensor], model: nn.Module, adapter: pf.Adapter | Non
     if "position_ids" in calls.argument_names(type(model)):
         moved["position_ids"] = (moved["attention_mask"].cumsum(1) - 1).clamp(min=0)
     return {**batch, **moved}
+
+
+def joined(parts: Mapping[int, Examples]) -> tuple[Examples, list[int]]:
+    """The examples of several parts as one, and the part's number of each."""
+    index = [number for number, part in parts.items() for _ in part.ids]
+    ids = [one for part in parts.values() for one in part.ids]
+    return Examples(ids, [label for part in parts.values() for label in part.labels]), index
 
 
 def choose(table: tables.Table, settings: DataSettings) -> tuple[str, Columns]:
