@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
@@ -16,6 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfn as pf
+from peftfn.methods import dropout
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VOCABULARY = 2048  # small: the layers are what adapters act on
@@ -75,3 +78,27 @@ def build(sizes: Sizes, dropout: float, *, training: bool) -> Setting:
             theirs: Any = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=True)
     ids = torch.randint(0, VOCABULARY, (sizes.rows, sizes.tokens), generator=noise)
     return Setting(base, theirs.train(training), adapter, {"input_ids": ids, "labels": ids})
+
+
+@contextlib.contextmanager
+def our_dropout(theirs: Any) -> Iterator[None]:
+    """Let peft's model drop what peftfn drops from the same random state: torch draws its own masks another way."""
+    modules = [module for path, module in theirs.named_modules() if ".lora_dropout." in path]
+    for module in modules:
+        module.forward = dropped(module.p)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def dropped(p: float) -> Any:
+    """Dropout as the mathematics has it, with peftfn's mask."""
+
+    def forward(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        kept = dropout.draw(*rows.shape, p, x.device)
+        return x * dropout.mask(kept.bits, len(rows), x.dtype).view(x.shape) * kept.scale
+
+    return forward

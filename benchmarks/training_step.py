@@ -2,8 +2,8 @@
 
 The base is a Llama of random weights with LoRA on all its linear layers. "base alone" is the floor of any method that
 leaves the base's weights alone: the frozen base, forward and backward down to the embedding's output, with no adapter
-in it. Before a case is timed its output and its gradients are held against peft's, on the same adapter and with the
-same dropout.
+in it. Before a case is timed its output and its gradients are held against peft's, on the same adapter, with the values
+dropped that peftfn drops.
 
     python benchmarks/training_step.py --quick
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from harness import FLOOR, PEFT, Row, draw, machine, measure, pin, table, versions, write
-from setting import DEEP, FULL, QUICK, Setting, build
+from setting import DEEP, FULL, QUICK, Setting, build, our_dropout
 from torch import Tensor
 
 import peftfn as pf
@@ -93,7 +93,8 @@ def forwards(given: Setting) -> dict[str, Step]:
 
 def check(cases: dict[str, Step], plain: Step, theirs: Any) -> None:
     """Stop if a case does not compute what peft does; `plain` is what the floor does, run in peft's model."""
-    expected = _seeded(cases[PEFT])
+    with our_dropout(theirs):
+        expected = _seeded(cases[PEFT])
     with theirs.disable_adapter():
         bare = _seeded(plain)
     for name, case in cases.items():

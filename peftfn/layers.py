@@ -83,6 +83,11 @@ class Site:
         return self._run(*args, **kwargs)
 
     @property
+    def affine(self) -> tuple[Tensor, Tensor | None] | None:
+        """W and b where `site(x)` is `F.linear(x, W, b)` and no more than that; `None` elsewhere."""
+        return codecs.dense.affine(self._run, self.layer)
+
+    @property
     def weight(self) -> Tensor:
         """The weight as a dense tensor in the layer's own layout."""
         return codecs.of(self.layer).read(self.layer, self.weight_name)

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from peftfn.codecs.stored import Entry
 
+_LINEAR = nn.Linear.forward  # as torch has it: one that somebody put in its place does more
+_PLAIN = (Tensor, nn.Parameter)  # a subclass may be packed, or spread over devices
+
 
 def matches(module: nn.Module) -> bool:
     """Always: what no other codec claims is dense."""
@@ -20,6 +23,14 @@ def matches(module: nn.Module) -> bool:
 def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The layer's own forward."""
     return type(module).forward(module, *args, **kwargs)
+
+
+def affine(forward: Any, module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """W and b where `forward` is `run` of a module that is torch's own linear layer; else `None`."""
+    if getattr(forward, "func", None) is not run or type(module).forward is not _LINEAR:
+        return None
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    return None if weight is None or type(weight) not in _PLAIN else (weight, bias)
 
 
 def shape(module: nn.Module, name: str) -> torch.Size:

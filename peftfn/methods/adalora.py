@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from peftfn import layers, targets
 from peftfn.adapter import Adapter, Leaf
 from peftfn.layers import Site
-from peftfn.methods import lowrank, method
+from peftfn.methods import lowrank, method, running
 from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adalora_targets import TARGETS
+from peftfn.methods.adapted import Delta
 from peftfn.methods.method import Method
 
 NAMES = ("lora_A", "lora_B", "lora_E")
@@ -107,12 +108,10 @@ def forward(
     config: AdaLoraConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
     """W x + s·P·Λ·Q·dropout(x), in the dtype of W x."""
-    y = site(x, *args, **kwargs)
     if not leaf["lora_E"].shape[0]:  # no rank is left, and torch has no convolution with no channels
-        return y
-    a, b, scaling = _factors(leaf, site.kind, _kernel(site))
-    x = lowrank.dropped(x, a.dtype, config.lora_dropout, site)
-    return lowrank.TABLE[site.kind].add(site, a, b, scaling, x, y).to(y.dtype)
+        return site(x, *args, **kwargs)
+    delta = Delta(*_factors(leaf, site.kind, _kernel(site)))
+    return running.forward(site, delta, config.lora_dropout, x, *args, **kwargs)
 
 
 def _kernel(site: Site) -> torch.Size:

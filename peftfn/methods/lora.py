@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from peftfn import layers, matching, targets
 from peftfn.adapter import Leaf
 from peftfn.layers import Place, Site
-from peftfn.methods import lora_combine, lowrank, ranks
+from peftfn.methods import lora_combine, lowrank, ranks, running
+from peftfn.methods.adapted import Delta
 from peftfn.methods.lora_config import LoraConfig
 from peftfn.methods.lora_targets import TARGETS
 from peftfn.methods.method import Method, like_weight
@@ -141,14 +142,12 @@ def _factors(leaf: Mapping[str, Tensor], kind: str) -> tuple[Tensor, Tensor]:
 
 def forward(config: LoraConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """W x + s·B·A·dropout(x), in the dtype of W x."""
-    y = site(x, *args, **kwargs)
-    a, b = _factors(leaf, site.kind)
-    x = lowrank.dropped(x, a.dtype, config.lora_dropout, site)
-    add, rows = lowrank.TABLE[site.kind].add, leaf.get("rows")
+    delta, rows = Delta(*_factors(leaf, site.kind), leaf["scaling"]), leaf.get("rows")
     if rows is None:
-        return add(site, a, b, leaf["scaling"], x, y).to(y.dtype)
-    part = y.index_select(-1, rows)
-    return y.index_copy(-1, rows, add(site, a, b, leaf["scaling"], x, part).to(y.dtype))
+        return running.forward(site, delta, config.lora_dropout, x, *args, **kwargs)
+    y = site(x, *args, **kwargs)
+    part = running.add(site, delta, config.lora_dropout, x, y.index_select(-1, rows))
+    return y.index_copy(-1, rows, part)
 
 
 def takes_rows(leaf: Mapping[str, Tensor], kind: str) -> bool:

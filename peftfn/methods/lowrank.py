@@ -18,6 +18,7 @@ from peftfn import layers
 from peftfn.adapter import is_traced
 from peftfn.layers import Site
 from peftfn.methods import widening
+from peftfn.methods.adapted import scaled
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -34,23 +35,6 @@ class LowRank(NamedTuple):
     shapes: Callable[[nn.Module, torch.Size, int], Shapes]
     add: Callable[[Site, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     delta: Callable[[Tensor, Tensor, torch.Size], Tensor]
-
-
-def scaled(tensor: Tensor, scaling: Tensor) -> Tensor:
-    """`scaling * tensor` in the dtype of the tensor; the scaling itself is never rounded to a half."""
-    return (tensor.to(scaling.dtype) * scaling).to(tensor.dtype)
-
-
-def dropped(x: Tensor, dtype: torch.dtype, dropout: float, site: Site) -> Tensor:
-    """What the factors see of a layer's input: in their dtype, with dropout in training. Token ids stay as they are.
-
-    The product of a linear layer takes any dtype (`widening.linear`).
-    """
-    drops = bool(dropout) and site.training
-    if not x.is_floating_point() or (site.kind in (layers.LINEAR, layers.TRANSPOSED) and not drops):
-        return x
-    x = x.to(dtype)
-    return F.dropout(x, dropout, training=True) if drops else x
 
 
 def merged(kind: str, a: Tensor, b: Tensor, scaling: Tensor, weight: Tensor) -> Tensor:

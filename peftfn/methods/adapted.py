@@ -1,0 +1,209 @@
+"""A linear layer and its low-rank delta as one `torch.autograd.Function`: x Wᵀ + b + s·B·A·(m ∘ x).
+
+Autograd's own way keeps m ∘ x and m, in A's dtype, for each of the layers that read x. Here x is kept as it came, with
+h = s·(m ∘ x) Aᵀ, r numbers a token, and m as bits (`peftfn.methods.dropout`). With z = s·(dy B):
+dA = zᵀ (m ∘ x), dB = dyᵀ h, dx = dy W + m ∘ (z A); products with A and B are taken in their dtype.
+
+Where it takes fewer multiplications, y and dx are each one product with W + s·B·A, which is made for it and not kept;
+nothing ever computes the gradient of that sum, which is as large as W. RunLoRA (https://arxiv.org/abs/2312.03415)
+has these and the other orders of the products.
+
+The backward pass is made of ordinary operations of torch, so derivatives of any order follow. Under `vmap`, in forward
+mode and while Dynamo traces the caller has no use for this: plain operations are as fast there, or faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor  # torch has no public question for this
+
+from peftfn.methods import dropout
+
+_SMALL = 2**14  # values of W below which calls, not multiplications, are what takes time
+_BLOCK = 5 * 2**15  # values of x that fit a core's cache with what is made of them
+
+
+class Delta(NamedTuple):
+    """The tensors of s·B·A: (r, in), (out, r) and 0-d."""
+
+    a: Tensor
+    b: Tensor
+    s: Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta, bits: Tensor | None) -> Tensor:
+    """x Wᵀ + b + s·B·A·(m ∘ x), in the dtype of x Wᵀ; `bits` is m, or `None` for all ones."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, *delta)):
+        return cast("Any", _Adapted).apply(x, weight, bias, None, *delta, bits)[0]
+    tokens, (outputs, inputs) = x.numel() // max(x.shape[-1], 1), weight.shape
+    if bits is None and tokens * (inputs + outputs) > inputs * outputs and _adds_up(x, weight, delta):
+        return F.linear(x, _sum(weight, delta), bias)
+    is_ours = not any(map(is_functorch_wrapped_tensor, (x, *delta)))  # y, to write to
+    return _run(x, F.linear(x, weight, bias), delta, bits, is_ours)[0]
+
+
+def add(x: Tensor, y: Tensor, delta: Delta, bits: Tensor | None) -> Tensor:
+    """y + s·B·A·(m ∘ x), in the dtype of y."""
+    return cast("Any", _Adapted).apply(x, None, None, y, *delta, bits)[0]
+
+
+def scaled(tensor: Tensor, s: Tensor) -> Tensor:
+    """`s * tensor` in the dtype of the tensor; the scaling itself is never rounded to a half."""
+    if tensor.dtype == s.dtype:
+        return tensor * s
+    return (tensor.to(s.dtype) * s).to(tensor.dtype)
+
+
+def _adds_up(x: Tensor, weight: Tensor, delta: Delta) -> bool:
+    """Whether W + s·B·A is as exact as the two apart, and W large enough for its making to count as multiplications."""
+    return x.dtype == weight.dtype == delta.a.dtype and weight.numel() >= _SMALL
+
+
+def _sum(weight: Tensor, delta: Delta) -> Tensor:
+    """W + s·B·A, in r·i·o multiplications."""
+    return torch.addmm(weight, scaled(delta.b, delta.s), delta.a)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _rows_at_once(tokens: int, x: Tensor, delta: Delta, bits: Tensor | None) -> int:
+    """How many tokens to take at a time: as many as stay in a core's own cache, where there are several passes."""
+    passes = bits is not None or x.dtype != delta.a.dtype
+    if not passes or x.device.type != "cpu" or torch.is_grad_enabled():
+        return max(tokens, 1)
+    return max(_BLOCK // (x.shape[-1] * dropout.ROWS), 1) * dropout.ROWS
+
+
+def _seen(x: Tensor, a: Tensor, bits: Tensor | None, start: int) -> tuple[Tensor, Tensor | None]:
+    """m ∘ x in the dtype of A, and m, of the tokens from `start` on."""
+    wide = x.to(a.dtype)
+    if bits is None:
+        return wide, None
+    first = start // dropout.ROWS
+    keep = dropout.mask(bits[first : first + -(-len(x) // dropout.ROWS)], len(x), a.dtype)
+    return wide * keep, keep
+
+
+def _run(x: Tensor, y: Tensor, delta: Delta, bits: Tensor | None, writes: bool) -> tuple[Tensor, Tensor]:
+    """y + h Bᵀ and h, (tokens, r), in y's memory where `writes` says so."""
+    x, rows = _flat(x), _flat(y)
+    a, b, s = delta
+    if not writes:
+        h = scaled(_seen(x, a, bits, 0)[0] @ a.T, s)
+        rows = torch.addmm(rows, h, b.T) if rows.dtype == h.dtype else (rows + h @ b.T).to(y.dtype)
+        return rows.view(y.shape), h
+    parts: list[Tensor] = []
+    size = _rows_at_once(len(x), x, delta, bits)
+    for start in range(0, max(len(x), 1), size):
+        here = slice(start, start + size)
+        h = scaled(_seen(x[here], a, bits, start)[0] @ a.T, s)
+        parts.append(h)
+        _ = rows[here].addmm_(h, b.T) if rows.dtype == h.dtype else rows[here].add_(h @ b.T)
+    return rows.view(y.shape), parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class _Adapted(torch.autograd.Function):
+    """y + h Bᵀ, where y is given or is x Wᵀ + b; and h, because only inputs and outputs can be kept.
+
+    The gradient that comes to h is that of second derivatives.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Any, bias: Any, y: Any, a: Tensor, b: Tensor, s: Tensor, bits: Any) -> Any:  # noqa: PLR0917  # a Function's tensors
+        delta = Delta(a, b, s)
+        if y is not None:
+            return _run(x, y, delta, bits, writes=False)
+        # T·o·r multiplications for h Bᵀ, and a pass over y; h itself is needed either way.
+        if bits is None and x.numel() > x.shape[-1] ** 2 and _adds_up(x, weight, delta):
+            return F.linear(x, _sum(weight, delta), bias), scaled(_flat(x) @ a.T, s)
+        return _run(x, F.linear(x, weight, bias), delta, bits, writes=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, weight, _, _, a, b, s, bits = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, a, b, s, bits, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight, a, b, s, bits, h = ctx.saved_tensors
+        to_x, to_weight, to_bias, to_y, *to_delta, _ = ctx.needs_input_grad
+        dy, into_h = grads
+        if dy is None and into_h is None:
+            return (None,) * 8
+        rows = h.new_zeros(h.shape[0], b.shape[0]) if dy is None else _flat(dy)
+        dx, *rest = _pulled(_Kept(_flat(x), weight, Delta(a, b, s), bits, h), rows, into_h, to_x, to_delta)
+        return (
+            None if dx is None else dx.to(x.dtype).view(x.shape),
+            rows.T @ _flat(x) if to_weight else None,
+            rows.sum(0) if to_bias else None,
+            dy if to_y else None,
+            *rest,
+            None,
+        )
+
+
+class _Kept(NamedTuple):
+    """What the backward pass has: x is (tokens, in)."""
+
+    x: Tensor
+    weight: Tensor | None
+    delta: Delta
+    bits: Tensor | None
+    h: Tensor
+
+
+def _pulled(
+    kept: _Kept, dy: Tensor, into_h: Tensor | None, to_x: bool, to_delta: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, A, B and s."""
+    x, weight, delta, bits, h = kept
+    a, b, s = delta
+    tokens, outputs = dy.shape
+    # T·i·r multiplications for z A, and a pass over dx
+    as_one = weight is not None and into_h is None and bits is None and tokens > outputs and _adds_up(x, weight, delta)
+    dx = None if weight is None or not to_x else dy @ (_sum(weight, delta) if as_one else weight)
+    found: list[Tensor | None] = [None, None, None]
+    parts: list[Tensor] = []
+    size = _rows_at_once(tokens, x, delta, bits)
+    for start in range(0, max(tokens, 1), size):
+        here = slice(start, start + size)
+        above = dy[here].to(b.dtype)
+        dh = above @ b if into_h is None else above @ b + into_h[here]  # (rows, r)
+        z = scaled(dh, s)
+        seen, keep = _seen(x[here], a, bits, start)
+        found[0] = _more(found[0], z.T, seen) if to_delta[0] else None
+        found[1] = _more(found[1], h[here].T, above) if to_delta[1] else None  # faster than dyᵀ h where r is small
+        found[2] = _plus(found[2], (dh * (seen @ a.T)).sum().to(s.dtype)) if to_delta[2] else None
+        if to_x and not as_one:
+            parts.append(_to_input(None if dx is None else dx[here], z, a, keep))
+    if parts and (dx is None or torch.is_grad_enabled()):
+        dx = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return dx, found[0], None if found[1] is None else found[1].T.contiguous(), found[2]
+
+
+def _to_input(dx: Tensor | None, z: Tensor, a: Tensor, keep: Tensor | None) -> Tensor:
+    """dx + m ∘ (z A); dx is written to where no derivative is asked of it."""
+    if dx is None or torch.is_grad_enabled():
+        delta = z @ a if keep is None else (z @ a) * keep
+        return delta if dx is None else dx + delta
+    if dx.dtype != a.dtype:
+        return dx.add_(z @ a if keep is None else (z @ a).mul_(keep))
+    return dx.addmm_(z, a) if keep is None else dx.addcmul_(z @ a, keep)
+
+
+def _more(total: Tensor | None, one: Tensor, other: Tensor) -> Tensor:
+    return one @ other if total is None else total.addmm_(one, other)
+
+
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total + more
