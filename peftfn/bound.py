@@ -10,7 +10,21 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from peftfn import attach, checkpoint, codecs, copies, graft, guards, layers, methods, parts, plain, recompute, stacking
+from peftfn import (
+    attach,
+    checkpoint,
+    codecs,
+    copies,
+    graft,
+    guards,
+    layers,
+    methods,
+    offloaded,
+    parts,
+    plain,
+    recompute,
+    stacking,
+)
 from peftfn.adapter import Adapter, Tree, as_tuple, sorted_tree
 from peftfn.config import PeftConfig
 
@@ -94,6 +108,8 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter]) -> Any:
     if _KEY in model.__dict__:
         raise TypeError("bind was given a bound module; bind the base with a tuple of adapters instead.")
     bound = copies.shared(model, codecs.shared(model))
+    for module in bound.modules():
+        offloaded.bring(module)
     graft.run_packed(bound)
     by_path = dict(layers.named_modules(bound, remove_duplicate=False))
     holder = _Holder(by_path, adapters, tuple(Slots(one.config, {}, {}) for one in adapters), {})
@@ -168,11 +184,6 @@ def _hold(holder: _Holder, path: str, here: list[parts.Part]) -> list[parts.Part
     module = holder.by_path.get(owner)
     if module is None:
         return here  # attach will say that there is no such site
-    if any(getattr(hook, "offload", False) for hook in copies.hooks(module)):
-        raise ValueError(
-            f"accelerate offloads {owner}: it puts its own tensors into the layer at each call, so bind cannot hold an "
-            "adapter there. Load the model without offloading, or use apply."
-        )
     made: list[parts.Part] = []
     numbers = [n for n, one in enumerate(holder.adapters) if path in one.params or path in one.buffers]
     for number, part in zip(numbers, here, strict=True):
