@@ -25,7 +25,7 @@ INSTALL += --no-warn-conflicts
 PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format doctest bench smollm2 transforms docs notebooks test-transformers4 test-peft050 clean
+.PHONY: help demo test lint format doctest bench bench-merge smollm2 transforms docs notebooks test-transformers4 test-peft050 clean
 
 help:  ## list the commands
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 22
@@ -51,6 +51,10 @@ doctest: $(VENV)/dev.stamp  ## run the examples in the docstrings
 bench: $(VENV)/dev.stamp  ## time training steps and many adapters at once against peft and the bare base
 	$(PY) benchmarks/training_step.py $(ARGS)
 	$(PY) benchmarks/many.py $(ARGS)
+
+bench-merge: $(VENV)/dev.stamp  ## time a merge from file to file against peft and a copy (ARGS="--gb 10 --without peft"), and loading
+	$(PY) benchmarks/merge_stream.py $(ARGS)
+	$(PY) -W ignore benchmarks/loading.py
 
 transforms: $(VENV)/dev.stamp  ## write docs/transforms.md: every method under every transform, run
 	$(PY) -W ignore benchmarks/transforms.py $(ARGS)

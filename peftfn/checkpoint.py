@@ -205,8 +205,10 @@ def _read_safetensors(path: Path, device: torch.device) -> tuple[dict[str, Tenso
         opened: Any = safetensors.safe_open(path, framework="pt", device=str(device))
         with opened:
             names: list[str] = opened.keys()
-            # A copy: what safetensors returns is the file itself in memory, and changes when others write into it.
-            return {name: opened.get_tensor(name).clone() for name in names}, opened.metadata() or {}
+            found: dict[str, Tensor] = {name: opened.get_tensor(name) for name in names}
+            # A copy: on CPU what safetensors returns is the file itself in memory, and changes when it does.
+            found = {name: tensor.clone() for name, tensor in found.items()} if device.type == "cpu" else found
+            return found, opened.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
         with path.open("rb") as file:
             pointer = file.read(len(files.POINTER)) == files.POINTER
