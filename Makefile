@@ -27,7 +27,7 @@ INSTALL += --no-warn-conflicts
 PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format doctest bench smollm2 smollm2-quantized transforms docs notebooks test-transformers4 test-peft050 test-gptq test-gptqmodel gptqmodel soak clean
+.PHONY: help demo test lint format doctest bench smollm2 smollm2-quantized transforms docs notebooks test-transformers4 test-peft050 test-gptq test-gptqmodel gptqmodel soak bench-merge clean
 
 help:  ## list the commands
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 22
@@ -56,6 +56,10 @@ bench: $(VENV)/dev.stamp  ## time training steps and many adapters at once again
 
 soak: $(VENV)/dev.stamp  ## 200 adapters, 8 threads, adapters loaded and dropped, five minutes; ARGS="--minutes 1"
 	$(PY) benchmarks/soak.py $(ARGS)
+
+bench-merge: $(VENV)/dev.stamp  ## time a merge from file to file against peft and a copy (ARGS="--gb 10 --without peft"), and loading
+	$(PY) benchmarks/merge_stream.py $(ARGS)
+	$(PY) -W ignore benchmarks/loading.py
 
 transforms: $(VENV)/dev.stamp  ## write docs/transforms.md: every method under every transform, run
 	$(PY) -W ignore benchmarks/transforms.py $(ARGS)

@@ -20,6 +20,7 @@ from peftfn import (
     held,
     layers,
     methods,
+    offloaded,
     parts,
     plain,
     recompute,
@@ -88,6 +89,8 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any =
     if _KEY in model.__dict__:
         raise TypeError("bind was given a bound module; bind the base with a tuple of adapters instead.")
     bound = copies.shared(model, codecs.shared(model))
+    for module in bound.modules():
+        offloaded.bring(module)
     graft.run_packed(bound)
     by_path = dict(layers.named_modules(bound, remove_duplicate=False))
     holder = held.Holder(by_path, adapters, tuple(held.Slots(one.config, {}, {}) for one in adapters), {})

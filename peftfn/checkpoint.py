@@ -209,9 +209,10 @@ def _read_safetensors(path: Path, device: torch.device, mmap: bool) -> tuple[dic
         opened: Any = safetensors.safe_open(path, framework="pt", device=str(device))
         with opened:
             names: list[str] = opened.keys()
-            found = {name: opened.get_tensor(name) for name in names}
-            # A copy: what safetensors returns is the file itself in memory, and changes when others write into it.
-            found = found if mmap else {name: tensor.clone() for name, tensor in found.items()}
+            found: dict[str, Tensor] = {name: opened.get_tensor(name) for name in names}
+            # A copy: on CPU what safetensors returns is the file itself in memory, and changes when it does.
+            if device.type == "cpu" and not mmap:
+                found = {name: tensor.clone() for name, tensor in found.items()}
             return found, opened.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
         with path.open("rb") as file:

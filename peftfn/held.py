@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from peftfn import copies, parts
+from peftfn import parts
 from peftfn.adapter import Adapter
 from peftfn.config import PeftConfig
 
@@ -55,11 +55,6 @@ def hold(holder: Holder, path: str, here: list[parts.Part]) -> list[parts.Part]:
     module = holder.by_path.get(owner)
     if module is None:
         return here  # attach will say that there is no such site
-    if any(getattr(hook, "offload", False) for hook in copies.hooks(module)):
-        raise ValueError(
-            f"accelerate offloads {owner}: it puts its own tensors into the layer at each call, so bind cannot hold an "
-            "adapter there. Load the model without offloading, or use apply."
-        )
     made: list[parts.Part] = []
     numbers = [n for n, one in enumerate(holder.adapters) if path in one.params or path in one.buffers]
     for number, part in zip(numbers, here, strict=True):

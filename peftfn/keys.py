@@ -184,12 +184,15 @@ def _is_trained(config: Any, path: str, name: str, site: str) -> bool:
 def _paths(config: Any, own: Mapping[str, Leaf], source: str, ordered: bool) -> dict[str, str]:
     """The site path of each key: attention's output projection and bare parameters are nested in PEFT's keys."""
     paths: dict[str, str] = {}
+    together: dict[str, list[str]] = {}
+    for site in own:
+        together.setdefault(_owner(site), []).append(site)
     for site in own:
         if site.endswith(f"{_BASE}.out_proj"):
             paths[site] = _owner(site)
             continue
         owner = _owner(site)
-        nested = sorted((one for one in own if _owner(one) == owner), key=len, reverse=True)  # in the module's order
+        nested = sorted(together[owner], key=len, reverse=True)  # in the module's order
         names = [name for name in _names(config) if _owns(name, owner)]
         if nested == [owner] and (not names or matching.is_target(config, owner)):
             paths[site] = owner

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftfn import codecs, layers, methods, stacking
+from peftfn import codecs, layers, methods, offloaded, stacking
 from peftfn.adapter import Adapter, Leaf, as_tuple, is_traced
 from peftfn.codecs.stored import Entry
 from peftfn.layers import Place
@@ -58,7 +58,8 @@ def merge(
         >>> merged["0.weight"] is params["0.weight"], merged["0.bias"] is params["0.bias"]
         (False, True)
     """
-    merged = dict(params)
+    merged = dict(params) if model is None else offloaded.filled(model, params)
+    params = dict(merged)
     packed: dict[str, Entry] = {}
     for one in as_tuple(adapter):
         if isinstance(one.config, stacking.Stacked):
@@ -172,6 +173,11 @@ def changed(one: Change, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = dict(one.replaced)
     if one.place is None:
         return found
+    if params[one.place.name].is_meta and not all(tensor.is_meta for tensor in one.leaf.values() if tensor.dim()):
+        raise ValueError(
+            f"{one.place.name} is on the meta device and has no values to merge into. If accelerate offloads it, pass "
+            "model=model; else load the model with its weights."
+        )
     try:
         there = {key: found.get(key, params.get(key)) for key in one.names.values()}
         given = {name: tensor for name, key in one.names.items() if (tensor := there[key]) is not None}

@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import codecs, copies, tracing
+from peftfn import codecs, copies, offloaded, tracing
 
 # What every module has, and the guards of a view (`peftfn.guards`), which stay the view's: nothing to rebind there.
 _STANDARD = frozenset((*vars(nn.Module()), "_load_from_state_dict", "apply", "requires_grad_"))
@@ -64,6 +64,7 @@ class Twins:
         self.root = self._make(model, "")
         for twin in self._to_rebind:
             self._rebind(twin)
+            offloaded.bring(twin)
         if params:
             self._refuse_meta()
 
@@ -87,7 +88,7 @@ class Twins:
 
     def _refuse_meta(self) -> None:
         named = [*self.root.named_parameters(), *self.root.named_buffers()]
-        left = [name for name, tensor in named if tensor.is_meta]
+        left = [name for name, tensor in offloaded.filled(self.root, dict(named)).items() if tensor.is_meta]
         if left:
             raise ValueError(
                 f"the model is on the meta device and params has no value for {len(left)} of its tensors: "
@@ -113,6 +114,8 @@ class Twins:
         else:
             own["_modules"] = {}
         own.update(_hooks(own))
+        if "_hf_hook" in own:
+            own["_hf_hook"] = offloaded.own(own["_hf_hook"])
         twin.__dict__.update(own)
         if own.get("gradient_checkpointing") and own["training"]:
             self.checkpointing = True

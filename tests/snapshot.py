@@ -26,7 +26,8 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 
 def describe(tensor: torch.Tensor) -> tuple[Any, ...]:
-    bits = tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+    whole = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+    bits = None if tensor.is_meta else whole.numpy().tobytes()
     return (
         id(tensor),
         tensor.data_ptr(),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfn import offloaded
 from peftfn.codecs.stored import Entry
 
 _LINEAR = nn.Linear.forward  # as torch has it: one that somebody put in its place does more
@@ -35,11 +36,17 @@ def affine(forward: Any, module: nn.Module) -> tuple[Tensor, Tensor | None] | No
 
 def shape(module: nn.Module, name: str) -> torch.Size:
     """The weight's own."""
-    return read(module, name).shape
+    return _held(module, name).shape
 
 
 def read(module: nn.Module, name: str) -> Tensor:
-    """The weight itself."""
+    """The weight itself; one that accelerate keeps elsewhere, from there."""
+    found = _held(module, name)
+    there = offloaded.value(module, name) if found.is_meta else None
+    return found if there is None else there
+
+
+def _held(module: nn.Module, name: str) -> Tensor:
     # Past any property of that name: torch's parametrizations have one, and so has a bound module.
     own = module._parameters.get(name)
     return getattr(module, name) if own is None else own
