@@ -38,9 +38,11 @@ LOADS = {"its own choice": BACKEND.AUTO, "BACKEND.GPTQ_TORCH": BACKEND.GPTQ_TORC
 
 def start(layers: int, folder: Path) -> tuple[Any, Any]:
     """The first layers of the model, written to a folder, and its tokenizer."""
-    model, tokenizer = load()
-    model.model.layers = model.model.layers[:layers]
-    model.config.num_hidden_layers = layers
+    whole, tokenizer = load()
+    config = type(whole.config)(**{**whole.config.to_dict(), "num_hidden_layers": layers, "quantization_config": None})
+    del config.quantization_config  # of the file that it came in
+    model = type(whole)(config).eval()
+    model.load_state_dict(whole.state_dict(), strict=False)  # without the other layers
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model, tokenizer
@@ -76,9 +78,9 @@ def against_peft(base: Any, batch: dict[str, Tensor]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         pf.save(adapter, folder)
         theirs: Any = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=True).eval()
+    pf.leaves(adapter)
     ours, expected = pf.apply(base, adapter, batch), theirs(**batch)
     leaves = {(path, name): one for path, leaf in adapter.params.items() for name, one in leaf.items()}
-    pf.leaves(adapter)
     grads = torch.autograd.grad(ours.loss, list(leaves.values()))
     names = [theirs.get_parameter(f"base_model.model.{path}.{name}.default.weight") for path, name in leaves]
     others = torch.autograd.grad(expected.loss, names)
