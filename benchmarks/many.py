@@ -1,8 +1,8 @@
 """Many adapters over one base in one pass, against peft, one adapter after the other.
 
 Groups: one token for 32 rows with an adapter each, and with adapters in another order; a training step of 32 adapters
-on 32 sequences; an ensemble of 8; the adapter gradients of each sample. Each checks that both sides compute the same
-before it is timed.
+on 32 sequences; 200 adapters read from disk and the first batch answered; an ensemble of 8; the adapter gradients of
+each sample. Each checks that both sides compute the same before it is timed.
 """
 
 from __future__ import annotations
@@ -181,6 +181,27 @@ def _flat_tree(tree: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
     return torch.cat([tensor.flatten() for leaf in tree.values() for tensor in leaf.values()])
 
 
+def from_disk(made: Crowd, count: int, folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """Read `count` adapters from disk, then answer one mixed batch: the logits."""
+    for number in range(count):
+        pf.save(made.adapters[number % len(made.adapters)], folder / str(number))
+    order = torch.arange(0, count, max(1, count // 32))[:32]
+    batch, names = {"input_ids": ids(len(order), 1)}, [str(number) for number in order.tolist()]
+    places = [str(folder / str(number)) for number in range(count)]
+
+    def theirs() -> Tensor:
+        model: Any = peft.PeftModel.from_pretrained(copy.deepcopy(made.base), places[0], "0")
+        for number, place in enumerate(places[1:], start=1):
+            model.load_adapter(place, str(number))
+        return model.eval()(**batch, adapter_names=names).logits
+
+    def ours() -> Tensor:
+        return pf.apply(made.base, pf.load_stack(places), batch, index=order).logits
+
+    cases = {FLOOR: lambda: made.base(**batch).logits, PEFT: theirs, "load_stack": ours}
+    return {name: torch.no_grad()(case) for name, case in cases.items()}
+
+
 def check(cases: Mapping[str, Callable[[], Tensor]]) -> None:
     """Stop if a case does not compute what peft does."""
     expected = cases[PEFT]()
@@ -199,9 +220,12 @@ def main() -> None:
     clock, repeats = harness.pin(1), 3 if given.quick else 9
     rows: list[Row] = []
 
-    def timed(group: str, cases: Mapping[str, Callable[[], Tensor]], sizes: setting.Sizes, **more: int) -> None:
+    def timed(
+        group: str, cases: Mapping[str, Callable[[], Tensor]], sizes: setting.Sizes, rounds: int = repeats, **more: int
+    ) -> None:
         check(cases)
-        found = harness.measure(group, cases, clock, sizes._asdict() | more, repeats=repeats)
+        warm_up = min(2, rounds - 1)
+        found = harness.measure(group, cases, clock, sizes._asdict() | more, repeats=rounds, warm_up=warm_up)
         print(harness.table(found), end="\n\n", flush=True)
         rows.extend(found)
 
@@ -211,6 +235,11 @@ def main() -> None:
     timed("training 32 adapters, 16 tokens each", training(made, 32, 16), SMALL, tokens_each=16)
     timed("training 8 adapters, 32 tokens each", training(made, 8, 32), SMALL, tokens_each=32)
     timed("gradients of 8 rows of 32 tokens, each", per_sample(made, 8, 32), SMALL, tokens_each=32)
+    count = 20 if given.quick else 200
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as above
+        # peft takes minutes for them: few rounds
+        timed(f"{count} adapters from disk, then one batch", from_disk(made, count, Path(folder)), SMALL, 2)
     wide = crowd(WIDE, 32)
     timed("ensemble of 8, one token, 32 in peft", ensemble(wide, 8, 1, 1), WIDE)
     top = crowd(WIDE, 8, targets=r".*layers\.(5)\..*_proj")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from peftfn import calls, codecs, graft, inserted, layers, masks, routing
+from peftfn import calls, codecs, graft, inserted, layers, masks, readers, routing
 from peftfn.layers import Place, Site
 from peftfn.parts import How, Part
 
@@ -29,11 +29,13 @@ def attach(root: nn.Module, by_path: Mapping[str, nn.Module], found: Mapping[str
         KeyError: an adapter has a site that the model does not have.
         ValueError: a tensor does not fit its site, or two adapters replace the same tensor.
     """
+    routed: dict[str, list[tuple[str, Place, Sequence[Part]]]] = {}
     for path, here in found.items():
         twin = by_path.get(path)
         if twin is None:
             place = _parameter_place(root, by_path, path)
         else:
+            _refuse_unread(by_path, path, here)
             _replace(twin, path, here, how)
             if not any(part.leaf for part in here):
                 _watch_replaced(twin, path, here, how)
@@ -43,10 +45,14 @@ def attach(root: nn.Module, by_path: Mapping[str, nn.Module], found: Mapping[str
                 continue
             _leave_fast_path(by_path, path)
             place = _module_place(root, by_path, path, twin, here)
-        if place.kind in layers.WEIGHT_KINDS:
-            _adapt_weight(by_path, place, path, here, how)
-        else:
+        if place.kind not in layers.WEIGHT_KINDS:
             _adapt(by_path[place.owner], place, path, here, how)
+        elif any(part.rows is not None for part in here):
+            routed.setdefault(_reader(by_path, place), []).append((path, place, here))
+        else:
+            _adapt_weight(by_path, place, path, here, how)
+    for reader, sites in routed.items():
+        _adapt_reader(by_path, found, reader, sites, how)
 
 
 def _parameter_place(root: nn.Module, by_path: Mapping[str, nn.Module], path: str) -> Place:
@@ -121,6 +127,17 @@ def _module_place(
     return place
 
 
+def _refuse_unread(by_path: Mapping[str, nn.Module], path: str, here: Sequence[Part]) -> None:
+    """Refuse a row's own tensor on a layer whose forward never runs, because an attention reads it itself."""
+    parent = by_path.get(path.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention) and any(part.rows is not None and part.replaced for part in here):
+        raise ValueError(
+            f"{path}: nn.MultiheadAttention reads the tensors of this layer itself, and the adapters replace "
+            f"{', '.join(name for part in here for name in part.replaced)} there: such a tensor cannot differ from row "
+            "to row. Leave it out of routed adapters (bias='none'), or apply them one at a time."
+        )
+
+
 def _replace(twin: nn.Module, path: str, here: Sequence[Part], how: How) -> None:
     """Put whole tensors (heads, biases) in place of the twin's."""
     taken: set[str] = set()
@@ -184,14 +201,43 @@ def _adapt_weight(by_path: Mapping[str, nn.Module], place: Place, path: str, her
     if how.check:
         _check_leaves(twin, place, path, here)
     here = [part for part in here if part.leaf]
-    if any(part.rows is not None for part in here):
-        routing.refuse(path, twin)
     how.hold(twin, place.weight, functools.partial(_merged, twin, place, here))
-    parent = by_path.get(place.owner.rpartition(".")[0])
-    reader = parent if isinstance(parent, nn.MultiheadAttention) else twin
+    reader = by_path[_reader(by_path, place)]
     if how.armed is not None and reader is not by_path[""]:
         run = graft.base_forward(graft.second(reader) if how.apart else reader)
         graft.set_forward(reader, _with_watch(run, path, here, how))
+
+
+def _reader(by_path: Mapping[str, nn.Module], place: Place) -> str:
+    """The path of the module that reads a tensor itself: its owner, or the attention around it."""
+    parent = place.owner.rpartition(".")[0]
+    return parent if isinstance(by_path.get(parent), nn.MultiheadAttention) else place.owner
+
+
+def _adapt_reader(
+    by_path: Mapping[str, nn.Module],
+    found: Mapping[str, Sequence[Part]],
+    path: str,
+    sites: Sequence[tuple[str, Place, Sequence[Part]]],
+    how: How,
+) -> None:
+    """Adapt tensors that a module of the base reads itself, each row's by its own adapter."""
+    reader, inside = by_path[path], f"{path}." if path else ""
+    others = [one for one in found if one.startswith(inside) and one not in {site for site, _, _ in sites}]
+    if others or "forward" in reader.__dict__:
+        raise ValueError(
+            f"{path}: {type(reader).__name__} reads an adapted weight itself, so it runs a row at a time, and the "
+            f"adapters act on {', '.join(others[:3]) or 'it'} in another way too. Leave one of them out of routed "
+            "adapters, or apply them one at a time."
+        )
+    read: list[readers.Read] = []
+    for site, place, here in sites:
+        if how.check:
+            _check_leaves(by_path[place.owner], place, site, here)
+        relative = place._replace(owner=place.owner.removeprefix(path).removeprefix("."))
+        read.append(readers.Read(relative, [part for part in here if part.leaf]))
+    run = readers.by_row(graft.second(reader) if how.apart else reader, path, read)
+    graft.set_forward(reader, _with_watch(run, path, [part for one in read for part in one.here], how))
 
 
 def _with_watch(run: Callable[..., Any], path: str, here: Sequence[Part], how: How) -> Callable[..., Any]:

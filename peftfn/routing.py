@@ -129,14 +129,6 @@ def replaced(twin: nn.Module, path: str, tensors: Mapping[str, Tensor], which: R
     return functools.wraps(type(twin).forward)(forward)
 
 
-def refuse(path: str, twin: nn.Module) -> None:
-    """A site whose tensor the base reads itself has one tensor for the whole batch: it cannot be routed by row."""
-    raise ValueError(
-        f"{path}: {type(twin).__name__} reads this weight itself, so it cannot differ from row to row. Leave the site "
-        "out of routed adapters, or apply them one at a time (or under torch.vmap)."
-    )
-
-
 def _silenced(method: Method, leaf: Mapping[str, Tensor], which: Rows) -> Mapping[str, Tensor]:
     """Each row's slice of the leaf, silent where the row uses the bare base."""
     picked, keep = _pick(leaf, which)

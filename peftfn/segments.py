@@ -93,10 +93,9 @@ def cheapest(
     """The way that takes the least time, or `None` where each row had better get a copy of its adapter's weights.
 
     Counted in numbers moved: a copy of a slice is read, written and read again; sorting reads and writes inputs and
-    outputs, and outputs once more on their way back; ten products of a batched kernel take as long as one number.
-    `benchmarks/crossover.py` prints both sides of the crossover and how often this is right: on one core, over a layer
-    of 512 by 512, with as many rows for each adapter, sorting wins below about 8 tokens a row for a rank of 16, and
-    below about 48 for a rank of 64.
+    outputs, and outputs once more on their way back; four products for places that are left over take as long as one
+    number. Sorting has more kernels, so it has to save three tenths. `benchmarks/crossover.py` prints both sides of the
+    crossover and how often this is right: CROSSOVER
 
     Args:
         ways: what there is to choose from.
@@ -107,12 +106,13 @@ def cheapest(
     """
     if not ways:
         return None
-    tokens = inputs.numel() // max(1, inputs[-1])
-    moved, products = 2 * inputs.numel() + 4 * outputs.numel(), tokens * leaf // 10
+    tokens = inputs.numel() // max(1, inputs[-1] * rows)
+    moved = (2 * inputs.numel() + 4 * outputs.numel()) // rows
 
     def cost(way: Segments) -> int:
+        places = way.number * way.size
         copies = way.number * leaf * (1 if way.adapters is None else 3)
-        return copies + way.number * way.size * (moved + products) // rows
+        return copies + places * moved + max(0, places - rows) * tokens * leaf // 4
 
     best = min(ways, key=cost)
-    return best if cost(best) < 3 * rows * leaf + products else None
+    return best if cost(best) < 0.7 * 3 * rows * leaf else None

@@ -225,7 +225,6 @@ def adalora(*targets: str, **kwargs: Any) -> pf.AdaLoraConfig:
 FLOAT32 = "its norms and rotations run in float32 whatever the dtype: too coarse for finite differences"
 DEFINED = "padding_idx and scale_grad_by_freq say what the gradient is; it is not the slope"
 REPLACED = "two adapters that replace the same tensor are refused (test_bad_input.py)"
-BARE = "the base reads this tensor itself, one for all rows: refused with a clear error (test_bad_input.py)"
 ONES = {"randomness": "it starts at ones, whatever the generator"}
 SMALL = {"r": 4, "lora_alpha": 6}
 
@@ -336,27 +335,25 @@ CASES = [
     Case(
         "conv3d", lambda: nn.Sequential(nn.Conv3d(2, 4, (1, 2, 3), stride=(1, 1, 2))), lora("0"), randn(4, 2, 3, 4, 5)
     ),
-    Case("attention", SelfAttention, lora("attention"), randn(4, 5, 8), {"routing": BARE}),
-    Case("attention-out-only", SelfAttention, lora("attention.out_proj"), randn(4, 5, 8), {"routing": BARE}),
+    Case("attention", SelfAttention, lora("attention"), randn(4, 5, 8)),
+    Case("attention-out-only", SelfAttention, lora("attention.out_proj"), randn(4, 5, 8)),
     Case(
         "experts",
         lambda: nn.Sequential(Experts()),
         pf.LoraConfig(**SMALL, target_parameters=["0.up", "0.down"]),
         randn(4, 8),
-        {"routing": BARE},
     ),
     Case(
         "transposed-experts",
         lambda: nn.Sequential(TransposedExperts()),
         pf.LoraConfig(**SMALL, target_parameters=["0.weight"]),
         randn(4, 6),
-        {"routing": BARE},
     ),
     Case("tied-embedding", Tied, lora("emb"), tokens()),
     Case("tied-head", Tied, lora("head"), tokens()),
     Case("two-paths", Twice, lora("first"), randn(4, 8)),
     Case("fused-parts", gpt2, lora("c_attn.q", "c_attn.v"), lambda: {"input_ids": tokens()()}),
-    Case("fused-attention", SelfAttention, lora("attention.q"), randn(4, 5, 8), {"routing": BARE}),
+    Case("fused-attention", SelfAttention, lora("attention.q"), randn(4, 5, 8)),
     Case("gpt2", gpt2, lora("c_attn", "c_proj"), lambda: {"input_ids": tokens()()}),
     Case(
         "llama",

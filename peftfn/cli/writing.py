@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -60,9 +60,7 @@ def _generate(
     model: Any, stacked: pf.Adapter | None, prompts: list[list[int]], index: list[int], options: GenerateOptions
 ) -> torch.Tensor:
     """(rows, new tokens), greedy or by beams."""
-    config = model.generation_config
-    end = config.eos_token_id
-    pad = next(one for one in (config.pad_token_id, end[0] if isinstance(end, list) else end, 0) if one is not None)
+    pad = _padding(model.generation_config)
     width = max(len(ids) for ids in prompts)
     ids = torch.tensor([[pad] * (width - len(one)) + one for one in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=model.device)
@@ -81,10 +79,9 @@ def _generate(
 def _padding(config: Any) -> int:
     """The token that fills up short rows: a mask hides it."""
     ends: Any = config.eos_token_id
-    for one in (config.pad_token_id, *(ends if isinstance(ends, list) else [ends])):
-        if one is not None:
-            return int(one)
-    return 0
+    ends = cast("list[int | None]", ends if isinstance(ends, list) else [ends])
+    known: list[int | None] = [config.pad_token_id, *ends, 0]
+    return next(one for one in known if one is not None)
 
 
 def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
