@@ -54,6 +54,9 @@ class Held(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return getattr(self._module, self._names[name])
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -94,7 +97,7 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter]) -> Any:
     if _KEY in model.__dict__:
         raise TypeError("bind was given a bound module; bind the base with a tuple of adapters instead.")
     bound = copies.shared(model, codecs.shared(model))
-    graft.run_packed(bound)
+    graft.run_packed(bound.modules())
     by_path = dict(layers.named_modules(bound, remove_duplicate=False))
     holder = _Holder(by_path, adapters, tuple(Slots(one.config, {}, {}) for one in adapters), {})
     held = {path: _hold(holder, path, here) for path, here in parts.of(adapters).items()}
