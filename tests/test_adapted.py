@@ -202,6 +202,7 @@ def mask(x: Tensor, p: float) -> Tensor:
 
 CONVOLUTIONS = {
     "as one": (nn.Conv2d(32, 64, 3, padding=1, bias=False), (2, 32, 12, 12)),
+    "as one, 1d": (nn.Conv1d(64, 128, 3), (2, 64, 90)),
     "as one, strided": (
         nn.Conv2d(32, 64, 3, stride=2, padding=2, dilation=2, padding_mode="circular"),
         (2, 32, 24, 24),

@@ -27,7 +27,7 @@ _WHOLE = (layers.LINEAR, layers.CONVOLUTION)  # where the layer and its delta ma
 def forward(site: Site, delta: Delta, p: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """site(x) + s·B·A·drop(x), in the dtype of site(x); p is the probability of dropout in training."""
     own = site.of_torch if site.kind in _WHOLE and not _is_routed(site, delta) and _is_alone(x, delta) else None
-    if own is None or (site.kind == layers.CONVOLUTION and not _is_cheaper_as_one(site, delta, p, x, own[0])):
+    if own is None or (site.kind == layers.CONVOLUTION and not is_cheaper_as_one(site, delta, p, x, own[0])):
         return add(site, delta, p, x, site(x, *args, **kwargs))
     weight, bias = own
     if site.kind == layers.CONVOLUTION:
@@ -39,7 +39,7 @@ def forward(site: Site, delta: Delta, p: float, x: Tensor, *args: Any, **kwargs:
     return adapted.linear(x, weight, bias, delta, bits)
 
 
-def _is_cheaper_as_one(site: Site, delta: Delta, p: float, x: Tensor, weight: Tensor) -> bool:
+def is_cheaper_as_one(site: Site, delta: Delta, p: float, x: Tensor, weight: Tensor) -> bool:
     """Whether a convolution takes fewer multiplications with the kernel W + s·B·A than beside its delta.
 
     With o outputs, and i·k inputs that each of them sees, the sum takes r·o·i·k, and the delta r·(o + i·k) at each
