@@ -50,8 +50,10 @@ format: $(VENV)/dev.stamp  ## put the code in order
 doctest: $(VENV)/dev.stamp  ## run the examples in the docstrings
 	$(PY) -m pytest --doctest-modules peftfn
 
-bench: $(VENV)/dev.stamp  ## time training steps and many adapters at once against peft and the bare base
+bench: $(VENV)/dev.stamp  ## time and memory of steps, forwards and many adapters, against peft and the bare base
 	$(PY) benchmarks/training_step.py $(ARGS)
+	$(PY) benchmarks/saved.py $(ARGS)
+	$(PY) benchmarks/forwards.py $(ARGS)
 	$(PY) benchmarks/many.py $(ARGS)
 
 soak: $(VENV)/dev.stamp  ## 200 adapters, 8 threads, adapters loaded and dropped, five minutes; ARGS="--minutes 1"

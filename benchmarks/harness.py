@@ -43,6 +43,8 @@ class Row(NamedTuple):
         ms: milliseconds a call.
         to_floor: its time over that of the base alone, in the same round.
         to_peft: the same over peft's.
+        excess: what it takes beyond the base alone, over what peft takes beyond it, of medians; `None` where that is
+            not what the group asks.
         repeats: samples.
         calls: calls in each sample.
         sizes: what the group's model and batch measure.
@@ -53,6 +55,7 @@ class Row(NamedTuple):
     ms: Quartiles
     to_floor: Quartiles
     to_peft: Quartiles
+    excess: float | None
     repeats: int
     calls: int
     sizes: Mapping[str, int]
@@ -87,6 +90,9 @@ def measure(
             samples[name].append(_sample(cases[name], clock, calls))
     gc.unfreeze()
     kept = {name: times[warm_up:] for name, times in samples.items()}
+    beyond = {
+        name: statistics.median(t - f for t, f in zip(times, kept[FLOOR], strict=True)) for name, times in kept.items()
+    }
     return [
         Row(
             group,
@@ -94,6 +100,7 @@ def measure(
             _quartiles([1000 * seconds for seconds in times]),
             _quartiles(_ratios(times, kept[FLOOR])),
             _quartiles(_ratios(times, kept[PEFT])),
+            round(beyond[name] / beyond[PEFT], 3) if beyond[PEFT] > 0 else None,
             repeats,
             calls,
             sizes,
@@ -124,12 +131,13 @@ def table(rows: Sequence[Row]) -> str:
     width = max(len(row.what) for row in rows)
     lines = [
         f"{rows[0].group} ({rows[0].repeats} rounds)",
-        f"  {'':{width}}  {'ms':>7}  {'quartiles':>15}  {'/ base':>6}  {'quartiles':>11}  {'/ peft':>6}",
+        f"  {'':{width}}  {'ms':>7}  {'quartiles':>15}  {'/ base':>6}  {'quartiles':>11}  {'/ peft':>6}  excess",
     ]
     for row in rows:
         ms = f"{row.ms.median:7.1f}  {row.ms.low:7.1f} {row.ms.high:7.1f}"
         ratios = f"{row.to_floor.median:6.3f}  {row.to_floor.low:.3f} {row.to_floor.high:.3f}"
-        lines.append(f"  {row.what:{width}}  {ms}  {ratios}  {row.to_peft.median:6.3f}")
+        excess = "" if row.excess is None else f"{row.excess:6.3f}"
+        lines.append(f"  {row.what:{width}}  {ms}  {ratios}  {row.to_peft.median:6.3f}  {excess}")
     return "\n".join(lines)
 
 

@@ -13,7 +13,6 @@ import argparse
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ import bitsandbytes
 import peft
 import torch
 from harness import FLOOR, PEFT, Row, machine, measure, pin, versions, write
-from setting import FULL, LINEAR, QUICK, Setting, Sizes, llama
+from saved import saved
+from setting import FULL, LINEAR, QUICK, Setting, Sizes, llama, our_dropout
 from torch import Tensor, nn
 from training_step import Step, backward, floor, shown
 
@@ -90,46 +90,19 @@ def steps(given: Setting, bare: Any) -> dict[str, Step]:
     }
 
 
-def check(cases: dict[str, Step], tolerance: float) -> None:
+def check(cases: dict[str, Step], theirs: Any, tolerance: float) -> None:
     """Stop if a case does not compute what peft does."""
     torch.manual_seed(0)
-    logits, grads = cases[PEFT]()
+    with our_dropout(theirs):
+        logits, grads = cases[PEFT]()
     expected = [logits.clone(), *(grad.clone() for grad in grads)]
     for name in cases.keys() - {FLOOR, PEFT}:
         torch.manual_seed(0)  # the same dropout
         logits, grads = cases[name]()
-        for ours, theirs in zip([logits, *grads], expected, strict=True):
-            apart = float((ours - theirs).abs().max() / theirs.abs().max())
+        for ours, reference in zip([logits, *grads], expected, strict=True):
+            apart = float((ours - reference).abs().max() / reference.abs().max())
             if not apart <= tolerance:
                 raise SystemExit(f"{name} is not what peft computes: {apart:.1e} of the largest value apart")
-
-
-def of_the_base(model: nn.Module) -> Iterator[Tensor]:
-    """The base's own tensors, with what its packed weights are read by."""
-    yield from model.parameters()
-    yield from model.buffers()
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        for one in (state, getattr(state, "state2", None), parameter):
-            yield from (value for value in getattr(one, "__dict__", {}).values() if isinstance(value, Tensor))
-
-
-def saved(step: Step, model: nn.Module, adapter: Sequence[Tensor]) -> int:
-    """Bytes that autograd keeps between a step's forward and backward, without the base's own and the adapter's."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*of_the_base(model), *adapter)}
-    seen: dict[int, int] = {}
-    alive: list[Tensor] = []  # so that no address is used twice
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        step()
-    return sum(seen.values())
 
 
 def main() -> None:
@@ -146,7 +119,7 @@ def main() -> None:
     for kind, dtype, dropout in [(k, d, p) for k, types in KINDS.items() for d in types for p in (0.0, 0.1)]:
         made = build(sizes, kind, dtype, dropout)
         cases = steps(made, pack(llama(sizes), kind, dtype).requires_grad_(False))
-        check(cases, TOLERANCE[dtype])
+        check(cases, made.theirs, TOLERANCE[dtype])
         group = f"{kind}, {str(dtype).removeprefix('torch.')}, dropout {dropout:g}"
         rows += shown(measure(group, cases, clock, sizes._asdict(), repeats=given.repeats))
         if kind == "nf4":

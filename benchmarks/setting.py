@@ -14,7 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 
 import peft
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfn as pf
@@ -49,7 +49,7 @@ class Setting(NamedTuple):
     batch: dict[str, Tensor]
 
 
-def llama(sizes: Sizes) -> Any:
+def llama(sizes: Sizes, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -59,15 +59,13 @@ def llama(sizes: Sizes) -> Any:
         num_attention_heads=sizes.hidden // 64,
         use_cache=False,
     )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(config).to(dtype)
 
 
-def build(sizes: Sizes, dropout: float, *, training: bool) -> Setting:
+def build(sizes: Sizes, p: float, *, training: bool, dtype: torch.dtype = torch.float32) -> Setting:
     """A base in training or evaluation mode, and an adapter as it is after some training: no tensor is zero."""
-    base = llama(sizes).train(training)
-    adapter = pf.init(
-        base, pf.LoraConfig(r=sizes.r, target_modules=LINEAR, lora_dropout=dropout, task_type="CAUSAL_LM")
-    )
+    base = llama(sizes, dtype).train(training)
+    adapter = pf.init(base, pf.LoraConfig(r=sizes.r, target_modules=LINEAR, lora_dropout=p, task_type="CAUSAL_LM"))
     noise = torch.Generator().manual_seed(1)
     for leaf in adapter.params.values():
         leaf["lora_B"].normal_(0, 0.02, generator=noise)
@@ -83,7 +81,9 @@ def build(sizes: Sizes, dropout: float, *, training: bool) -> Setting:
 @contextlib.contextmanager
 def our_dropout(theirs: Any) -> Iterator[None]:
     """Let peft's model drop what peftfn drops from the same random state: torch draws its own masks another way."""
-    modules = [module for path, module in theirs.named_modules() if ".lora_dropout." in path]
+    modules = [
+        module for path, module in theirs.named_modules() if ".lora_dropout." in path and isinstance(module, nn.Dropout)
+    ]
     for module in modules:
         module.forward = dropped(module.p)
     try:

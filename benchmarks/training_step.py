@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ import peftfn as pf
 Step = Callable[[], tuple[Tensor, list[Tensor]]]
 """Runs once and returns the logits and the gradients (of the adapter; of the embedding's output for the floor)."""
 
-TOLERANCE = 1e-4  # of the largest value: float32 sums in another order
+# Of the largest value: sums in another order. In bfloat16 each library rounds them at other places; measured: 0.02.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -98,10 +100,12 @@ def check(cases: dict[str, Step], plain: Step, theirs: Any) -> None:
     with theirs.disable_adapter():
         bare = _seeded(plain)
     for name, case in cases.items():
+        if name == PEFT:
+            continue
         (logits, grads), (their_logits, their_grads) = _seeded(case), bare if name == FLOOR else expected
         for ours, reference in zip([logits, *grads], [their_logits, *their_grads], strict=True):
             apart = float((ours - reference).abs().max() / reference.abs().max())
-            if not apart <= TOLERANCE:
+            if not apart <= TOLERANCE[logits.dtype]:
                 raise SystemExit(f"{name} is not what peft computes: {apart:.1e} of the largest value apart")
 
 
@@ -128,11 +132,12 @@ def main() -> None:
     clock = pin(given.threads)
     sizes = QUICK if given.quick else FULL
     rows: list[Row] = []
-    for dropout in (0.0, 0.1):
-        made = build(sizes, dropout, training=True)
+    for dtype, dropout in itertools.product((torch.float32, torch.bfloat16), (0.0, 0.1)):
+        made = build(sizes, dropout, training=True, dtype=dtype)
         cases = steps(made)
         check(cases, floor(made.theirs, made.batch), made.theirs)
-        group = f"training step, dropout {dropout:g}"
+        name = {torch.float32: "float32", torch.bfloat16: "bfloat16 base"}[dtype]
+        group = f"training step, {name}, dropout {dropout:g}"
         rows += shown(measure(group, cases, clock, sizes._asdict(), repeats=given.repeats))
     made = build(DEEP, 0.0, training=False)
     cases = forwards(made)

@@ -182,7 +182,7 @@ def apply(
         rows.refuse_other_batch(which, (*arguments, *keywords.values()))
     made = twins.Twins(model, params)
     tracing = torch.compiler.is_compiling()
-    graft.run_packed(made.root, apart=not tracing)
+    graft.run_packed(made.by_path.values(), apart=not tracing)
     for table in made.tables:
         graft.keep_norms(table)
     masks.suit(made.by_path.values(), keywords)

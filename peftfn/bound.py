@@ -91,7 +91,7 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any =
     bound = copies.shared(model, codecs.shared(model))
     for module in bound.modules():
         offloaded.bring(module)
-    graft.run_packed(bound)
+    graft.run_packed(bound.modules())
     by_path = dict(layers.named_modules(bound, remove_duplicate=False))
     holder = held.Holder(by_path, adapters, tuple(held.Slots(one.config, {}, {}) for one in adapters), {})
     found = {path: held.hold(holder, path, here) for path, here in parts.of(adapters, which).items()}

@@ -6,7 +6,7 @@ Nothing here knows a method or a format; `peftfn.twins` makes the objects, `peft
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -64,12 +64,12 @@ def base_forward(twin: nn.Module) -> Callable[..., Any]:
     return own if own is not None else functools.partial(codecs.of(twin).run, twin)
 
 
-def run_packed(root: nn.Module, apart: bool = False) -> None:
-    """Make the modules with a packed weight run from their codec: their own forward may write to the base's weight.
+def run_packed(modules: Iterable[nn.Module], apart: bool = False) -> None:
+    """Make modules with a packed weight run from their codec: their own forward may write to the base's weight.
 
     With `apart`, on second objects: a module that held a forward that held the module would be a cycle.
     """
-    for module, codec in list(codecs.packed_modules(root)):
+    for module, codec in list(codecs.packed_modules(modules)):
         run = functools.partial(codec.run, second(module) if apart else module)
         # accelerate's hooks set a forward of their own, that calls the old one.
         module.__dict__["_old_forward" if "_old_forward" in module.__dict__ else "forward"] = run

@@ -33,6 +33,9 @@ class Held(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return getattr(self._module, self._names[name])
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

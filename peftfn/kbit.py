@@ -42,7 +42,7 @@ def prepare_for_kbit_training(model: nn.Module) -> Any:
     if not isinstance(cast("object", model), nn.Module):
         raise TypeError(f"prepare_for_kbit_training was given a {type(model).__name__}; expected the base, a module.")
     view = copies.shared(model, [*codecs.shared(model), *(buffer for buffer in model.buffers() if _is_packed(buffer))])
-    graft.run_packed(view)
+    graft.run_packed(view.modules())
     wide: dict[int, nn.Parameter] = {}
     if _format(model) not in _AS_THEY_ARE:
         narrow = {id(p): p for p in view.parameters() if _is_narrow(p)}  # kept, so that no id is used again

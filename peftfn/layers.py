@@ -83,9 +83,9 @@ class Site:
         return self._run(*args, **kwargs)
 
     @property
-    def affine(self) -> tuple[Tensor, Tensor | None] | None:
-        """W and b where `site(x)` is `F.linear(x, W, b)` and no more than that; `None` elsewhere."""
-        return codecs.dense.affine(self._run, self.layer)
+    def of_torch(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias where `site(x)` is torch's own linear layer or convolution and no more; `None` elsewhere."""
+        return codecs.dense.of_torch(self._run, self.layer)
 
     @property
     def weight(self) -> Tensor:

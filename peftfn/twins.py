@@ -116,7 +116,10 @@ class Twins:
         own.update(_hooks(own))
         if "_hf_hook" in own:
             own["_hf_hook"] = offloaded.own(own["_hf_hook"])
-        twin.__dict__.update(own)
+        if self._tracing:
+            twin.__dict__.update(own)
+        else:
+            object.__setattr__(twin, "__dict__", own)  # past nn.Module's, and without copying it once more
         if own.get("gradient_checkpointing") and own["training"]:
             self.checkpointing = True
         if own.get("max_norm") is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -197,3 +198,40 @@ def test_with_the_same_values_dropped_it_is_peft(dtype: torch.dtype, tmp_path: P
 def mask(x: Tensor, p: float) -> Tensor:
     kept = dropout.draw(*x.shape, p, x.device)
     return dropout.mask(kept.bits, len(x), x.dtype) * kept.scale
+
+
+CONVOLUTIONS = {
+    "as one": (nn.Conv2d(32, 64, 3, padding=1, bias=False), (2, 32, 12, 12)),
+    "as one, 1d": (nn.Conv1d(64, 128, 3), (2, 64, 90)),
+    "as one, strided": (
+        nn.Conv2d(32, 64, 3, stride=2, padding=2, dilation=2, padding_mode="circular"),
+        (2, 32, 24, 24),
+    ),
+    "apart": (nn.Conv2d(128, 128, 3, padding=1), (1, 128, 2, 2)),
+    "groups": (nn.Conv1d(256, 256, 3, groups=2), (2, 256, 40)),
+    "small": (nn.Conv1d(8, 8, 3), (2, 8, 40)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_without_gradients_computes_what_it_does_with_them(name: str) -> None:
+    layer, shape = CONVOLUTIONS[name]
+    base = nn.Sequential(layer)
+    adapter = oracle.randomised(pf.init(base, pf.LoraConfig(r=4, target_modules=["0"], lora_dropout=0.5)))
+    kernels: list[Tensor] = []
+    x = torch.randn(shape)
+    base.eval()
+    pf.leaves(adapter)
+    expected = pf.apply(base, adapter, x).detach()
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        for convolve in (F.conv1d, F.conv2d):  # as the layers read them; the delta has its own
+            patch.setattr(F, convolve.__name__, functools.partial(noted, convolve, kernels))
+        found = pf.apply(base, adapter, x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert [kernel.data_ptr() != layer.weight.data_ptr() for kernel in kernels] == [name.startswith("as one")]
+
+
+def noted(convolve: Any, kernels: list[Tensor], x: Tensor, kernel: Tensor, *args: Any) -> Tensor:
+    """What the convolution gives, after its kernel is put on the list."""
+    kernels.append(kernel)
+    return convolve(x, kernel, *args)

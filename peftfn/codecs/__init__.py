@@ -6,7 +6,7 @@ file here and one line in the table, and every method works on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -61,14 +61,15 @@ def of(module: nn.Module) -> Codec:
     if torch.compiler.is_compiling():  # Dynamo would guard on what is in the dictionary, and compile again
         return next(codec for codec in TABLE if codec.matches(module))
     cls = type(module), type(cast("object", module._parameters.get("weight")))
-    if cls not in _BY_CLASS:
-        _BY_CLASS[cls] = next(codec for codec in TABLE if codec.matches(module))
-    return _BY_CLASS[cls]
+    found = _BY_CLASS.get(cls)
+    if found is None:
+        found = _BY_CLASS[cls] = next(codec for codec in TABLE if codec.matches(module))
+    return found
 
 
-def packed_modules(root: nn.Module) -> Iterator[tuple[nn.Module, Codec]]:
-    """The modules whose weight is packed, with their codecs."""
-    for module in root.modules():
+def packed_modules(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Codec]]:
+    """Those of the modules whose weight is packed, with their codecs."""
+    for module in modules:
         codec = of(module)
         if codec is not DENSE:
             yield module, codec
@@ -76,7 +77,7 @@ def packed_modules(root: nn.Module) -> Iterator[tuple[nn.Module, Codec]]:
 
 def shared(root: nn.Module) -> list[Any]:
     """What a copy of a model that shares its weights shares with them."""
-    return [one for module, codec in packed_modules(root) for one in codec.shared(module)]
+    return [one for module, codec in packed_modules(root.modules()) for one in codec.shared(module)]
 
 
 def find(params: Mapping[str, Tensor], name: str, module: nn.Module | None = None) -> Entry | None:

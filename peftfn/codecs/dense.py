@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from peftfn import offloaded
 from peftfn.codecs.stored import Entry
 
-_LINEAR = nn.Linear.forward  # as torch has it: one that somebody put in its place does more
+# As torch has them: one that somebody put in their place does more.
+_FORWARDS = frozenset((nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward))
 _PLAIN = (Tensor, nn.Parameter)  # a subclass may be packed, or spread over devices
 
 
@@ -26,9 +27,9 @@ def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs)
 
 
-def affine(forward: Any, module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """W and b where `forward` is `run` of a module that is torch's own linear layer; else `None`."""
-    if getattr(forward, "func", None) is not run or type(module).forward is not _LINEAR:
+def of_torch(forward: Any, module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias where `forward` is `run` of one of torch's own linear layers and convolutions; else `None`."""
+    if getattr(forward, "func", None) is not run or type(module).forward not in _FORWARDS:
         return None
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     return None if weight is None or type(weight) not in _PLAIN else (weight, bias)

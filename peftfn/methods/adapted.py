@@ -20,11 +20,11 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor  # torch has no public question for this
+from torch._C._functorch import maybe_current_level  # torch has no public question for this
 
 from peftfn.methods import dropout
 
-_SMALL = 2**14  # values of W below which calls, not multiplications, are what takes time
+SMALL = 2**14  # values of W below which calls, not multiplications, are what takes time
 _BLOCK = 5 * 2**15  # values of x that fit a core's cache with what is made of them
 
 
@@ -40,11 +40,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta, bits: T
     """x Wᵀ + b + s·B·A·(m ∘ x), in the dtype of x Wᵀ; `bits` is m, or `None` for all ones."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, *delta)):
         return cast("Any", _Adapted).apply(x, weight, bias, None, *delta, bits)[0]
-    tokens, (outputs, inputs) = x.numel() // max(x.shape[-1], 1), weight.shape
-    if bits is None and tokens * (inputs + outputs) > inputs * outputs and _adds_up(x, weight, delta):
+    if bits is not None or x.dtype != delta.a.dtype or maybe_current_level() is not None:
+        return _run(x, F.linear(x, weight, bias), delta, bits, writes=maybe_current_level() is None)[0]
+    rows, (outputs, inputs) = _flat(x), weight.shape
+    if len(rows) * (inputs + outputs) > inputs * outputs and _adds_up(x, weight, delta):
         return F.linear(x, _sum(weight, delta), bias)
-    is_ours = not any(map(is_functorch_wrapped_tensor, (x, *delta)))  # y, to write to
-    return _run(x, F.linear(x, weight, bias), delta, bits, is_ours)[0]
+    y = F.linear(x, weight, bias)
+    return _flat(y).addmm_(scaled(F.linear(rows, delta.a), delta.s), delta.b.T).view(y.shape)
 
 
 def add(x: Tensor, y: Tensor, delta: Delta, bits: Tensor | None) -> Tensor:
@@ -61,7 +63,7 @@ def scaled(tensor: Tensor, s: Tensor) -> Tensor:
 
 def _adds_up(x: Tensor, weight: Tensor, delta: Delta) -> bool:
     """Whether W + s·B·A is as exact as the two apart, and W large enough for its making to count as multiplications."""
-    return x.dtype == weight.dtype == delta.a.dtype and weight.numel() >= _SMALL
+    return x.dtype == weight.dtype == delta.a.dtype and weight.numel() >= SMALL
 
 
 def _sum(weight: Tensor, delta: Delta) -> Tensor:
@@ -78,7 +80,7 @@ def _rows_at_once(tokens: int, x: Tensor, delta: Delta, bits: Tensor | None) -> 
     passes = bits is not None or x.dtype != delta.a.dtype
     if not passes or x.device.type != "cpu" or torch.is_grad_enabled():
         return max(tokens, 1)
-    return max(_BLOCK // (x.shape[-1] * dropout.ROWS), 1) * dropout.ROWS
+    return max(_BLOCK // max(x.shape[-1] * dropout.ROWS, 1), 1) * dropout.ROWS
 
 
 def _seen(x: Tensor, a: Tensor, bits: Tensor | None, start: int) -> tuple[Tensor, Tensor | None]:

@@ -142,10 +142,11 @@ def _factors(leaf: Mapping[str, Tensor], kind: str) -> tuple[Tensor, Tensor]:
 
 def forward(config: LoraConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """W x + s·B·A·dropout(x), in the dtype of W x."""
-    delta, rows = Delta(*_factors(leaf, site.kind), leaf["scaling"]), leaf.get("rows")
-    if rows is None:
+    first, second = _names(site.kind)
+    delta = Delta(leaf[first], leaf[second], leaf["scaling"])
+    if "rows" not in leaf:
         return running.forward(site, delta, config.lora_dropout, x, *args, **kwargs)
-    y = site(x, *args, **kwargs)
+    rows, y = leaf["rows"], site(x, *args, **kwargs)
     part = running.add(site, delta, config.lora_dropout, x, y.index_select(-1, rows))
     return y.index_copy(-1, rows, part)
 

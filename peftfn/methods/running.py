@@ -6,39 +6,64 @@ plain operations (`lowrank`), as other layers always are.
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor  # torch has no public ones
+from torch._C._functorch import maybe_current_level  # torch has no public question for this
 from torch.autograd import forward_ad
 
-from peftfn import layers
+from peftfn import layers, masks
 from peftfn.layers import Site
 from peftfn.methods import adapted, dropout, lowrank
 from peftfn.methods.adapted import Delta
 
 _LINEAR = (layers.LINEAR, layers.TRANSPOSED)
+_WHOLE = (layers.LINEAR, layers.CONVOLUTION)  # where the layer and its delta may be computed together
 
 
 def forward(site: Site, delta: Delta, p: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """site(x) + s·B·A·drop(x), in the dtype of site(x); p is the probability of dropout in training."""
-    affine = site.affine if site.kind in _LINEAR and _is_alone(x, delta) else None
-    if affine is None:
+    own = site.of_torch if site.kind in _WHOLE and not _is_routed(site, delta) and _is_alone(x, delta) else None
+    if own is None or (site.kind == layers.CONVOLUTION and not is_cheaper_as_one(site, delta, p, x, own[0])):
         return add(site, delta, p, x, site(x, *args, **kwargs))
-    weight, bias = affine
+    weight, bias = own
+    if site.kind == layers.CONVOLUTION:
+        kernel = lowrank.merged(site.kind, *delta, weight)
+        return cast("Any", site.layer)._conv_forward(x, kernel, bias)  # noqa: SLF001  # all that torch's forward does
     seen, delta, bits = _drawn(site, delta, p, x)
-    if _is_mapped(weight) or _is_mapped(bits):
+    if masks.is_mapped(weight) or (bits is not None and masks.is_mapped(bits)):
         return _plain(site, delta, seen, site(x), bits)
     return adapted.linear(x, weight, bias, delta, bits)
+
+
+def is_cheaper_as_one(site: Site, delta: Delta, p: float, x: Tensor, weight: Tensor) -> bool:
+    """Whether a convolution takes fewer multiplications with the kernel W + s·B·A than beside its delta.
+
+    With o outputs, and i·k inputs that each of them sees, the sum takes r·o·i·k, and the delta r·(o + i·k) at each
+    position of the output. In training autograd would compute the gradient of the sum, a convolution as large as the
+    layer's own: never.
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, *delta)):
+        return False
+    if maybe_current_level() is not None or not x.dtype == weight.dtype == delta.a.dtype:
+        return False
+    if (p and site.training) or delta.a.dim() != delta.b.dim() or delta.a.shape[1:] != weight.shape[1:]:
+        return False
+    outputs, inputs = weight.shape[0], weight[0].numel()
+    positions = x.numel() // x.shape[-weight.dim() + 1] // math.prod(cast("Any", site.layer).stride)
+    return weight.numel() >= adapted.SMALL and positions * (outputs + inputs) > outputs * inputs
 
 
 def add(site: Site, delta: Delta, p: float, x: Tensor, y: Tensor) -> Tensor:
     """y + s·B·A·drop(x), in the dtype of y."""
     seen, delta, bits = _drawn(site, delta, p, x)
-    alone = site.kind in _LINEAR and _is_alone(x, delta) and not _is_mapped(y) and not _is_mapped(bits)
-    return adapted.add(x, y, delta, bits) if alone else _plain(site, delta, seen, y, bits)
+    alone = site.kind in _LINEAR and not _is_routed(site, delta) and _is_alone(x, delta)
+    if alone and not masks.is_mapped(y) and (bits is None or not masks.is_mapped(bits)):
+        return adapted.add(x, y, delta, bits)
+    return _plain(site, delta, seen, y, bits)
 
 
 def _drawn(site: Site, delta: Delta, p: float, x: Tensor) -> tuple[Tensor, Delta, Tensor | None]:
@@ -61,22 +86,17 @@ def _plain(site: Site, delta: Delta, x: Tensor, y: Tensor, bits: Tensor | None) 
     return lowrank.TABLE[site.kind].add(site, a, b, s, x, y).to(y.dtype)
 
 
+def _is_routed(site: Site, delta: Delta) -> bool:
+    """Whether the delta of a linear layer has an axis for the rows of x."""
+    return site.kind in _LINEAR and delta.a.dim() > 2
+
+
 def _is_alone(x: Tensor, delta: Delta) -> bool:
     """Whether nothing but autograd, with or without torch.func, looks on at (..., in) -> (..., out)."""
     return (
         not torch.compiler.is_compiling()
         and x.dim() > 1
-        and delta.a.dim() == 2
         and not torch.is_autocast_enabled(x.device.type)
         and cast("int", forward_ad._current_level) < 0  # noqa: SLF001  # torch has no public question for this
-        and not any(map(_is_mapped, (x, *delta)))
+        and (maybe_current_level() is None or not any(map(masks.is_mapped, (x, *delta))))
     )
-
-
-def _is_mapped(tensor: Tensor | None) -> bool:
-    """Whether `torch.vmap` maps over an axis of it."""
-    while tensor is not None and is_functorch_wrapped_tensor(tensor):
-        if is_batchedtensor(tensor):
-            return True
-        tensor = get_unwrapped(tensor)
-    return False
