@@ -69,6 +69,25 @@ class TrainSettings(DataSettings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepSettings(TrainSettings):
+    """Several training runs at once: what they share, and the first value of what they do not."""
+
+    combine: Literal["grid", "zip"] = option(
+        "grid: every combination of the values. zip: the first values together, the second ones, and so on.", "grid"
+    )
+    patience: int | None = option(
+        "An adapter stops when its held-out loss has not fallen for so many epochs; needs --eval-data.", None
+    )
+    replace: bool = option("Replace the sweep that is in --output.", False)
+
+    def __post_init__(self) -> None:
+        """Refuse a patience without anything to lose it over."""
+        super().__post_init__()
+        if self.patience is not None and self.eval_data is None:
+            raise UserError(f"--patience {self.patience} watches the held-out loss; give --eval-data")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalOptions:
     """What `eval` is asked for; what is None is as in the adapter's training, or the default of `train`."""
 
@@ -93,7 +112,8 @@ _NOT_NEGATIVE: _Bound = (lambda value: value >= 0, "a number of at least 0")
 _POSITIVE: _Bound = (lambda value: value > 0, "a number above 0")
 _BOUNDS: dict[str, _Bound] = {
     **dict.fromkeys(
-        ("max_length", "batch_size", "grad_accumulation", "save_every", "max_steps", "threads"), _AT_LEAST_ONE
+        ("max_length", "batch_size", "grad_accumulation", "save_every", "max_steps", "threads", "patience"),
+        _AT_LEAST_ONE,
     ),
     **dict.fromkeys(("weight_decay", "warmup", "max_grad_norm"), _NOT_NEGATIVE),
     **dict.fromkeys(("epochs", "lr"), _POSITIVE),
