@@ -1,8 +1,8 @@
 """Many adapters over one base in one pass, against peft, one adapter after the other.
 
-Groups: one token for 32 rows with an adapter each, and with adapters in another order; a training step of 32 adapters
-on 32 sequences; 200 adapters read from disk and the first batch answered; an ensemble of 8; the adapter gradients of
-each sample. Each checks that both sides compute the same before it is timed.
+Groups: one token for 32 rows with an adapter each, and with adapters in another order; the gradients of 32 adapters on
+32 sequences, and a step of AdamW with them; 200 adapters read from disk and the first batch answered; an ensemble of 8;
+the adapter gradients of each sample. Each checks that both sides compute the same before it is timed.
 """
 
 from __future__ import annotations
@@ -144,6 +144,45 @@ def training(made: Crowd, count: int, tokens: int) -> dict[str, Callable[[], Ten
     return {FLOOR: floor, PEFT: loop, "apply(index=)": routed, "vmap(grad)": mapped}
 
 
+def steps(made: Crowd, count: int, tokens: int) -> dict[str, Callable[[], Tensor]]:
+    """One step of AdamW for `count` adapters, each with a learning rate and a sequence of its own: the new numbers.
+
+    Every call goes on from the one before, in both libraries, so peft's adapters are not what they were after this.
+    """
+    text, order = ids(count, tokens), torch.arange(count)
+    rates, eps = torch.linspace(1e-4, 1e-3, count), 1e-4  # far above rounding: AdamW divides by a gradient's own size
+    now = {"run": pf.sweep.begin(made.adapters[:count])}
+    names = [str(number) for number in range(count)]
+    optimizers: list[Any] = []
+    for name, rate in zip(names, rates.tolist(), strict=True):
+        made.theirs.set_adapter(name)
+        trained = [p for p in made.theirs.parameters() if p.requires_grad]
+        optimizers.append(torch.optim.AdamW(trained, lr=rate, eps=eps))
+
+    def loop() -> Tensor:
+        for number, (name, optimizer) in enumerate(zip(names, optimizers, strict=True)):
+            made.theirs.set_adapter(name)
+            optimizer.zero_grad()
+            row = text[number : number + 1]
+            _loss(made.theirs(input_ids=row).logits, row).backward()
+            optimizer.step()
+        return torch.stack(
+            [torch.cat([p.detach().flatten() for p in one.param_groups[0]["params"]]) for one in optimizers]
+        )
+
+    def losses(stacked: pf.Adapter, text: Tensor) -> Tensor:
+        logits = pf.apply(made.base, stacked, {"input_ids": text}, index=order).logits
+        each = F.cross_entropy(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten(), reduction="none")
+        return each.view(count, -1).sum(1)
+
+    def swept() -> Tensor:
+        now["run"], _ = pf.sweep.step(now["run"], losses, text, lr=rates, eps=eps)
+        members = now["run"].adapter
+        return _flat({t.data_ptr(): t for leaf in members.params.values() for t in leaf.values()}, members)
+
+    return {FLOOR: training(made, count, tokens)[FLOOR], PEFT: loop, "sweep.step": swept}
+
+
 def per_sample(made: Crowd, rows: int, tokens: int) -> dict[str, Callable[[], Tensor]]:
     """One batched gradient in peft's place, and the gradient of each row."""
     text, adapter = ids(rows, tokens), made.adapters[0]
@@ -158,7 +197,16 @@ def per_sample(made: Crowd, rows: int, tokens: int) -> dict[str, Callable[[], Te
         grads = vmap(grad(lambda params, row: value(params, row[None])), in_dims=(None, 0))(adapter.params, text)
         return torch.cat([tensor.sum(0).flatten() for leaf in grads.values() for tensor in leaf.values()])
 
-    return {FLOOR: whole, PEFT: whole, "each row": each}
+    def losses(stacked: pf.Adapter, text: Tensor) -> Tensor:
+        logits = pf.apply(made.base, stacked, {"input_ids": text}, index=torch.arange(rows)).logits
+        found = F.cross_entropy(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten(), reduction="none")
+        return found.view(rows, -1).sum(1)
+
+    def copies() -> Tensor:
+        grads, _ = pf.sweep.gradients(pf.stack([adapter] * rows), losses, text)
+        return torch.cat([tensor.sum(0).flatten() for leaf in grads.values() for tensor in leaf.values()])
+
+    return {FLOOR: whole, PEFT: whole, "each row": each, "an adapter a row": copies}
 
 
 def _loss(logits: Tensor, text: Tensor) -> Tensor:
@@ -234,6 +282,7 @@ def main() -> None:
     timed("one token, 32 rows, in another order", routed(made, torch.arange(32).flip(0)), SMALL)
     timed("training 32 adapters, 16 tokens each", training(made, 32, 16), SMALL, tokens_each=16)
     timed("training 8 adapters, 32 tokens each", training(made, 8, 32), SMALL, tokens_each=32)
+    timed("a step of 32 adapters, 16 tokens each", steps(made, 32, 16), SMALL, tokens_each=16)
     timed("gradients of 8 rows of 32 tokens, each", per_sample(made, 8, 32), SMALL, tokens_each=32)
     count = 20 if given.quick else 200
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():

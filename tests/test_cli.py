@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from peftfn.cli.app import FILLED, app
 
 FILES = Path(__file__).parent / "files"
-COMMANDS = ("train", "eval", "generate", "merge", "convert", "inspect", "demo")
+COMMANDS = ("train", "sweep", "eval", "generate", "merge", "convert", "inspect", "demo")
 
 
 def call(*arguments: object, code: int = 0) -> str:

@@ -8,9 +8,9 @@ import typer
 
 import peftfn as pf
 from peftfn import methods
-from peftfn.cli import options
+from peftfn.cli import grids, options
 from peftfn.cli.errors import one_sentence
-from peftfn.cli.settings import EvalOptions, GenerateOptions, TrainSettings
+from peftfn.cli.settings import EvalOptions, GenerateOptions, SweepSettings, TrainSettings
 
 app: Any = typer.Typer(
     no_args_is_help=True,
@@ -71,6 +71,39 @@ app.command("train")(
             {TrainSettings: "Run"},
             fixed=FILLED,
             one_of=options.OneOf("method", METHODS, "What to train; its options are in the panels below."),
+        )
+    )
+)
+
+
+def sweep(settings: SweepSettings, config: pf.PeftConfig, values: dict[str, list[Any]]) -> None:
+    """Train several adapters over one base at once, one for each combination of the values.
+
+    --lr, --weight-decay, --warmup, --max-grad-norm, --seed and every number of the method's config take several
+    values, by comma or by repeating the option. Each adapter is what `peftfn train` makes of its values, but for
+    dropout, of which each draws its own; it goes into a folder of its own in --output, where summary.csv and a picture
+    of all losses are too. A sweep that is killed does not resume.
+
+    Example: `peftfn sweep --model MODEL --data train.csv --eval-data test.csv --lr 1e-3,3e-3 --r 4,8 --seed 0,1
+    --output sweep`
+    """
+    from peftfn.cli.bases import quiet  # transformers takes seconds to import: not before --help
+    from peftfn.cli.sweeping import describe, fit, prepare
+
+    quiet()
+    plan = prepare(settings, config, values)
+    typer.echo(describe(plan))
+    fit(plan, typer.echo)
+
+
+app.command("sweep")(
+    one_sentence(
+        options.command(
+            sweep,
+            {SweepSettings: "Run"},
+            fixed=(*FILLED, "save_every", "resume"),
+            one_of=options.OneOf("method", METHODS, "What to train; its options are in the panels below."),
+            several=(*grids.OF_RUN, *options.numbers(METHODS.values())),
         )
     )
 )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 import peftfn as pf
 from peftfn.cli import batches
@@ -62,3 +63,27 @@ def evaluate(
             if examples.labels:
                 right += int((output.logits.argmax(-1) == batch["labels"]).sum())
     return Score(losses / terms, right / terms if examples.labels else None)
+
+
+def evaluate_stack(base: Base, task: str, examples: Examples, stacked: pf.Adapter, batch_size: int) -> list[Score]:
+    """The score of each adapter of a stack, all of them in one pass over `examples`."""
+    how, count = TASKS[task], len(pf.unstack(stacked))
+    first = pf.unstack(stacked)[0]
+    losses, right, terms = torch.zeros(count, dtype=torch.float64), torch.zeros(count), 0
+    with mode(base.model, training=False), torch.no_grad():
+        for chosen in batches.in_order([len(ids) for ids in examples.ids], batch_size):
+            made = suited(how.batch(examples, chosen, base.pad), base.model, first)
+            weight = how.weight(made)
+            batch = {name: tensor.to(base.model.device) for name, tensor in made.items()}
+
+            def one(adapter: pf.Adapter, batch: dict[str, Tensor] = batch) -> tuple[Tensor, Tensor]:
+                output = pf.apply(base.model, adapter, batch)
+                return output.loss, output.logits
+
+            loss, logits = torch.vmap(one)(stacked)
+            losses += loss.double().cpu() * weight
+            terms += weight
+            if examples.labels:
+                right += (logits.argmax(-1) == batch["labels"]).sum(1).cpu()
+    shares = [float(one) / terms if examples.labels else None for one in right]
+    return [Score(float(loss) / terms, share) for loss, share in zip(losses, shares, strict=True)]

@@ -121,8 +121,25 @@ def _read(name: str, hint: Any, typed: Any) -> Any:
         raise typer.BadParameter(str(error), param_hint=f"--{name.replace('_', '-')}") from None
 
 
-def parameter(field: dataclasses.Field[Any], hint: Any, panel: str, more: str = "") -> inspect.Parameter:
-    """The typer parameter of one dataclass field: `--its-name`, with the field's type, default and help, and `more`."""
+def _split(typed: Any) -> list[str]:
+    """The parts of comma-separated or repeated values."""
+    texts = cast("list[str]", typed) if isinstance(typed, list) else [str(typed)]
+    return [part.strip() for text in texts for part in text.split(",") if part.strip()]
+
+
+def numbers(kinds_of: Iterable[type]) -> list[str]:
+    """The fields of these dataclasses that are one number each, so that commas can part several of them."""
+    hints = {name: hint for kind in kinds_of for name, hint in get_type_hints(kind).items()}
+    return [n for n, h in hints.items() if {int, float} & set(kinds(h)) and _sequence(h) is None and not _is_json(h)]
+
+
+def parameter(
+    field: dataclasses.Field[Any], hint: Any, panel: str, more: str = "", *, several: bool = False
+) -> inspect.Parameter:
+    """The typer parameter of one dataclass field: `--its-name`, with the field's type, default and help, and `more`.
+
+    With `several` it takes several values.
+    """
     default = _default(field)
     text = field.metadata.get("help", "") + more
     if _sequence(hint) is not None and str in kinds(hint):
@@ -132,10 +149,10 @@ def parameter(field: dataclasses.Field[Any], hint: Any, panel: str, more: str = 
     if kinds(hint) == (bool,):
         annotation: Any = Annotated[bool, typer.Option(**shared)]
         return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-    shared["metavar"] = field.metadata.get("metavar", _metavar(hint))
-    typed: Any = list[str] if _sequence(hint) is not None and not _is_json(hint) else str
+    shared["metavar"] = field.metadata.get("metavar", _metavar(hint)) + (",..." if several else "")
+    typed: Any = list[str] if several or (_sequence(hint) is not None and not _is_json(hint)) else str
     annotation = Annotated[typed if required else typed | None, typer.Option(**shared)]
-    shown = inspect.Parameter.empty if required else _shown(default)
+    shown = inspect.Parameter.empty if required else _shown([default] if several and default is not None else default)
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=shown, annotation=annotation)
 
 
@@ -179,23 +196,29 @@ def command(
     panels: Mapping[type, str],
     fixed: Collection[str] = (),
     one_of: OneOf | None = None,
+    several: Collection[str] | None = None,
 ) -> Callable[..., None]:
     """A typer command whose options are the fields of the dataclasses in `panels`, in order, and of those of `one_of`.
 
     `run` is called with one value of each class. `fixed` names fields that `run` fills itself, of one class of `one_of`
-    alone as `name.field`. A field that several classes of `one_of` have is one option.
+    alone as `name.field`. A field that several classes of `one_of` have is one option. Where `several` is given, the
+    fields that it names take several values: the first is in the class's value, and `run` gets all of them as well,
+    by name, of those that were typed.
     """
     chosen: dict[type, _Hints] = {}
     parameters: _Parameters = {}
     for kind, panel in panels.items():
-        chosen[kind] = _fields(kind, panel, fixed, parameters)
-    choices = _choices(one_of, fixed, parameters) if one_of else {}
+        chosen[kind] = _fields(kind, panel, fixed, parameters, several or ())
+    choices = _choices(one_of, fixed, parameters, several or ()) if one_of else {}
 
     def typed(context: typer.Context, **values: Any) -> None:
         given = {name: value for name, value in values.items() if value not in (None, [])}
-        made = [
+        parts = {n: _split(v) for n, v in given.items() if n in (several or ()) and _is_written(context, n)}
+        given |= {n: some[0] for n, some in parts.items()}
+        made: list[Any] = [
             kind(**{n: _read(n, h, given[n]) for n, h in hints.items() if n in given}) for kind, hints in chosen.items()
         ]
+        name = ""
         if one_of:
             name = one_of.named(given[one_of.option])
             written = {n: v for n, v in given.items() if _is_written(context, n)}
@@ -203,6 +226,9 @@ def command(
             hints = choices[name]
             fields = {n: _read(n, hints[n], v) for n, v in written.items() if n in hints}
             made.append(one_of.kinds[name](**fields))
+        if several is not None:
+            every = {n: h for hints in (*chosen.values(), choices.get(name, {})) for n, h in hints.items()}
+            made.append({n: [_read(n, every[n], part) for part in some] for n, some in parts.items()})
         run(*made)
 
     typed.__name__, typed.__doc__ = run.__name__, run.__doc__
@@ -212,7 +238,9 @@ def command(
     return typed
 
 
-def _fields(kind: type, panel: str, fixed: Collection[str], parameters: _Parameters) -> _Hints:
+def _fields(
+    kind: type, panel: str, fixed: Collection[str], parameters: _Parameters, several: Collection[str]
+) -> _Hints:
     """The types of one class's fields by name, each of them a new parameter."""
     hints = get_type_hints(kind)
     fields = [f for f in dataclasses.fields(kind) if f.init and f.name not in fixed]
@@ -220,11 +248,14 @@ def _fields(kind: type, panel: str, fixed: Collection[str], parameters: _Paramet
     for field in fields:
         if field.name in parameters:
             raise TypeError(f"{kind.__name__}.{field.name} would hide another option of that name")
-        parameters[field.name] = parameter(field, hints[field.name], panel)
+        many = field.name in several
+        parameters[field.name] = parameter(field, hints[field.name], panel, several=many)
     return {field.name: hints[field.name] for field in fields}
 
 
-def _choices(one_of: OneOf, fixed: Collection[str], parameters: _Parameters) -> dict[str, _Hints]:
+def _choices(
+    one_of: OneOf, fixed: Collection[str], parameters: _Parameters, several: Collection[str]
+) -> dict[str, _Hints]:
     """The same for each class of `one_of`; the first that has a field shows it, and says which others have it."""
     flag, first = one_of.option.replace("_", "-"), next(iter(one_of.kinds))
     option: Any = typer.Option(help=one_of.text, metavar="|".join(one_of.kinds), rich_help_panel="Adapter")
@@ -242,8 +273,8 @@ def _choices(one_of: OneOf, fixed: Collection[str], parameters: _Parameters) -> 
             raise TypeError(f"{kind.__name__}.{min(hidden)} would hide another option of that name")
         for field in new:
             others = [other for other, hints in found.items() if field.name in hints and other != name]
-            made = parameter(field, found[name][field.name], f"Adapter: --{flag} {name}", _also(others, len(found)))
-            parameters[field.name] = made
+            panel, more, many = f"Adapter: --{flag} {name}", _also(others, len(found)), field.name in several
+            parameters[field.name] = parameter(field, found[name][field.name], panel, more, several=many)
     return found
 
 

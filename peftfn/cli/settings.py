@@ -66,6 +66,25 @@ class TrainSettings(DataSettings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepSettings(TrainSettings):
+    """Several training runs at once: what they share, and the first value of what they do not."""
+
+    combine: Literal["grid", "zip"] = option(
+        "grid: every combination of the values. zip: the first values together, the second ones, and so on.", "grid"
+    )
+    patience: int | None = option(
+        "An adapter stops when its held-out loss has not fallen for so many epochs; needs --eval-data.", None
+    )
+    replace: bool = option("Replace the sweep that is in --output.", False)
+
+    def __post_init__(self) -> None:
+        """Refuse a patience without anything to lose it over."""
+        super().__post_init__()
+        if self.patience is not None and self.eval_data is None:
+            raise UserError(f"--patience {self.patience} watches the held-out loss; give --eval-data")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalOptions:
     """What `eval` is asked for; what is None is as in the adapter's training, or the default of `train`."""
 
@@ -129,6 +148,7 @@ _BOUNDS: dict[str, _Bound] = {
             "threads",
             "max_new_tokens",
             "num_beams",
+            "patience",
         ),
         _AT_LEAST_ONE,
     ),

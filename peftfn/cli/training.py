@@ -61,13 +61,13 @@ def prepare(
     base = load_base(settings, task, columns.labels, config.revision)
     settings = dataclasses.replace(settings, max_length=min(settings.max_length, base.longest))
     examples, *others = (tasks.TASKS[task].encode(t, columns, base.tokenizer, settings) for t in (table, held_out) if t)
-    config = _completed(config, base, settings.model, task)
+    config = completed(config, base, settings.model, task)
     config = ranks.with_steps(config, _total(settings, examples))
     adapter = pf.init(base.model, config, generator=torch.Generator().manual_seed(settings.seed))
     return Job(settings, base, task, columns, examples, others[0] if others else None, adapter)
 
 
-def _completed(config: pf.PeftConfig, base: Base, name: str, task: str) -> pf.PeftConfig:
+def completed(config: pf.PeftConfig, base: Base, name: str, task: str) -> pf.PeftConfig:
     """The config with what the command knows: base, task, and modules that are new and so must be trained."""
     known: dict[str, Any] = {"task_type": task.upper(), "base_model_name_or_path": name}
     if not hasattr(config, "modules_to_save"):
