@@ -139,10 +139,11 @@ def refuse_tokens(rows: Rows, path: str) -> None:
 
 
 def refuse_other_batch(rows: Rows, given: Iterable[Any]) -> None:
-    """A `ValueError` if no tensor of a call has as many rows as the index."""
-    shape = rows.numbers.shape if rows.tokens is None else rows.tokens
+    """A `ValueError` if no tensor of a call has as many rows as the index, on its first axis or its second."""
     tensors = [one for one in given if isinstance(one, Tensor) and one.dim() > 0]
-    if tensors and all(one.shape[: len(shape)] != shape for one in tensors):
+    shape = rows.numbers.shape if rows.tokens is None else rows.tokens
+    has = any(one.shape[:2] == shape if rows.tokens else rows.size in one.shape[:2] for one in tensors)
+    if tensors and not has:
         raise ValueError(
             f"index has shape {tuple(shape)} and the batch has tensors of shape {[tuple(t.shape) for t in tensors]}; "
             "expected one number for each row of the batch, or for each of its tokens."

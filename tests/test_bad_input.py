@@ -175,7 +175,7 @@ STACKS: Table = {
     "TypeError: index ... dtype torch.float32; expected one integer": lambda w: apply(w, w.stack, index=[0.0, 1, 1]),
     "TypeError: index ... dtype torch.bool; expected one integer": lambda w: apply(w, w.stack, index=[True] * 3),
     "TypeError: index has shape () and dtype torch.int64; expected": lambda w: apply(w, w.stack, index=1),
-    "ValueError: index has 2 rows and the batch has tensors of shape": lambda w: apply(w, w.stack, index=[0, 1]),
+    "ValueError: index has shape (2,) and the batch has tensors of": lambda w: apply(w, w.stack, index=[0, 1]),
     "ValueError: stack was given no adapter": lambda w: pf.stack([]),
     "ValueError: adapters of ['Stacked']; expected single adapters": lambda w: pf.stack([w.stack, w.stack]),
     "ValueError: only some of the adapters replace lin1": lambda w: pf.stack([w.adapter, w.headed]),
