@@ -173,6 +173,10 @@ def test_the_mask_is_that_of_the_random_state() -> None:
     second = dropout.draw(9, 5, 0.5, torch.device("cpu")).bits
     torch.set_rng_state(before)
     assert torch.equal(dropout.draw(9, 5, 0.5, torch.device("cpu")).bits, first)
+    torch.set_rng_state(before)
+    inside: list[Tensor] = []
+    torch.func.grad(lambda x: inside.append(dropout.draw(9, 5, 0.5, x.device).bits) or x.sum())(torch.ones(2))
+    assert torch.equal(inside[0], first)
     assert not torch.equal(first, second)
 
 

@@ -57,8 +57,10 @@ def _bytes(count: int, device: torch.device) -> Tensor:
     size, low = (-(-count // 8),), -(2**63)
     if maybe_current_level() is None:
         random = torch.empty(size, dtype=torch.int64, device=device).random_(low, None)
-    else:  # in place `vmap` draws for its slices only where they differ already
-        random = torch.randint(low, 2**63 - 1, size, dtype=torch.int64, device=device)
+    else:
+        # In place `vmap` draws for its slices only where they differ already. The bits are the same, with the upper one
+        # turned back: `randint` adds `low`.
+        random = torch.randint(low, 2**63 - 1, size, dtype=torch.int64, device=device) ^ low
     return random.view(torch.int8)[:count]
 
 
