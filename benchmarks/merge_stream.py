@@ -237,7 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=2, help="size of the weights")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--without", choices=list(CASES), action="append", default=[], help="a case to leave out")
     parser.add_argument("--quick", action="store_true", help="a small folder, once: to see that it runs")

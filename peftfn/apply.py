@@ -116,7 +116,7 @@ def _own(module: nn.Module) -> tuple[Mapping[str, Tensor | None], Mapping[str, T
 def _bias(module: nn.Module) -> Tensor | None:
     if codecs.of(module) is codecs.DENSE:
         return module._parameters.get("bias")
-    return getattr(module, "bias", None)  # a packed layer may hold it as a buffer
+    return {**module._buffers, **module._parameters}.get("bias")  # a packed layer may hold it as a buffer
 
 
 def _copies(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
