@@ -173,7 +173,7 @@ def test_what_cannot_be_swept_is_one_sentence(settings: SweepSettings, place: Pa
         sweeping.prepare(settings, CONFIG, {"lr": [1e-3]})
     with pytest.raises(UserError, match="zip needs as many values of each option; given: --lr 2, --r 3"):
         sweeping.prepare(dataclasses.replace(settings, combine="zip"), CONFIG, {"lr": [1e-3, 2e-3], "r": [1, 2, 4]})
-    with pytest.raises(UserError, match="adalora allocates its ranks as it trains"):
+    with pytest.raises(UserError, match="adalora: its ranks are allocated as it trains"):
         sweeping.prepare(settings, pf.AdaLoraConfig(), {"lr": [1e-3, 2e-3]})
     with pytest.raises(ValueError, match="adapters with lora_dropout of"):
         sweeping.prepare(settings, CONFIG, {"lora_dropout": [0.0, 0.1]})
