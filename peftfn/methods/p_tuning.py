@@ -125,20 +125,22 @@ def encode(leaf: Mapping[str, Tensor], dropout: float = 0.0) -> Tensor:
 
 def _pass(leaf: Mapping[str, Tensor], x: Tensor, way: str, *, backward: bool = False) -> Tensor:
     """(tokens, hidden): one direction of one layer. Gates and letters as in torch.nn.LSTM's documentation."""
+    x = x.flip(0) if backward else x
     inputs = F.linear(x, leaf[f"lstm_head_weight_ih_{way}"], leaf[f"lstm_head_bias_ih_{way}"])  # (tokens, 4 hidden)
     weight, bias = leaf[f"lstm_head_weight_hh_{way}"], leaf[f"lstm_head_bias_hh_{way}"]
     own = leaf.get(inserted.LENGTH)
     h = c = torch.zeros_like(inputs[0, : weight.shape[-1]])
     outputs: list[Tensor] = []
-    steps = range(inputs.shape[0])
-    for step in reversed(steps) if backward else steps:
-        i, f, g, o = (inputs[step] + F.linear(h, weight, bias)).chunk(4, -1)
+    for number, row in enumerate(inputs.unbind(0)):
+        i, f, g, o = (row + F.linear(h, weight, bias)).chunk(4, -1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
         if own is not None:  # backward, the places after the prompt's own tokens come first: they change nothing
+            step = inputs.shape[0] - 1 - number if backward else number
             c, h = (torch.where(step < own, state, torch.zeros_like(state)) for state in (c, h))
         outputs.append(h)
-    return torch.stack(outputs[::-1] if backward else outputs)
+    stacked = torch.stack(outputs)
+    return stacked.flip(0) if backward else stacked
 
 
 def encoded(config: PromptEncoderConfig, leaf: Mapping[str, Tensor], site: Site) -> dict[str, Tensor]:
