@@ -42,6 +42,8 @@ def suit(twins: Iterable[nn.Module], given: Mapping[str, Any]) -> None:
                 copies[id(config)] = copy.deepcopy(config)
                 setattr(copies[id(config)], "_attn_implementation", _NAME)  # noqa: B010  # transformers' one way to set it
             twin.__dict__["config"] = copies[id(config)]
+        if twin.__dict__.get("attn_implementation") == "sdpa":
+            twin.__dict__["attn_implementation"] = "eager"  # BERT and its kin of transformers 4 choose a mask by this
 
 
 def is_mapped(tensor: Tensor) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from bases import mixtral
+from bases import EXPERTS_ARE_PARAMETERS, mixtral
 from cases import SelfAttention, lora, trained
 from torch import Tensor, nn
 from torch.func import grad
@@ -84,6 +84,7 @@ def experts() -> tuple[Any, list[pf.Adapter], dict[str, Tensor]]:
     return model, adapters, {"input_ids": torch.randint(0, 20, (4, 5))}
 
 
+@pytest.mark.skipif(not EXPERTS_ARE_PARAMETERS, reason="this transformers has no experts as parameters")
 def test_experts_of_each_row_are_what_its_adapter_makes_of_them() -> None:
     model, adapters, batch = experts()
     model.set_experts_implementation("batched_mm")
@@ -93,6 +94,7 @@ def test_experts_of_each_row_are_what_its_adapter_makes_of_them() -> None:
         torch.testing.assert_close(together[row], alone, **CLOSE)
 
 
+@pytest.mark.skipif(not EXPERTS_ARE_PARAMETERS, reason="this transformers has no experts as parameters")
 def test_experts_that_decide_by_values_are_one_clear_error() -> None:
     model, adapters, batch = experts()
     model.set_experts_implementation("eager")

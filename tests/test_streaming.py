@@ -52,6 +52,8 @@ class Case(NamedTuple):
 
 
 ALL = "all-linear"
+# transformers 5 has renamed ViT's layers
+VIT = ["q_proj", "fc1"] if transformers.__version__ >= "5" else ["query", "intermediate.dense"]
 CASES = {
     "llama": Case(BASES["llama"], {"target_modules": ALL}),
     "llama in bfloat16": Case(BASES["llama"], {"target_modules": ALL, "r": 16}, dtype=torch.bfloat16),
@@ -70,7 +72,7 @@ CASES = {
         BASES["bert"], {"kind": "IA3Config", "target_modules": ["key", "dense"], "feedforward_modules": ["dense"]}
     ),
     "t5": Case(BASES["t5"], {"target_modules": ["q", "wo"]}),
-    "vit": Case(BASES["vit"], {"target_modules": ["q_proj", "fc1"], "modules_to_save": ["classifier"]}),
+    "vit": Case(BASES["vit"], {"target_modules": VIT, "modules_to_save": ["classifier"]}),
     "gemma": Case(BASES["gemma"], {"target_modules": ["q_proj"]}),
     "rslora": Case(BASES["llama"], {"target_modules": ["q_proj"], "use_rslora": True, "r": 6}, dtype=torch.bfloat16),
     "attention of mixtral": Case(BASES["mixtral"], {"target_modules": ["q_proj"]}),
