@@ -8,6 +8,7 @@ import torch
 import transformers
 from bases import BASES, EXPERTS_ARE_PARAMETERS, WORDS, Base, ids, randn, text
 from oracle import called, config_of, outputs, randomised
+from snapshot import snapshot
 from torch import Tensor, nn
 
 import peftfn as pf
@@ -107,3 +108,16 @@ def applied(model: nn.Module, adapter: Any, batch: Any) -> Tensor:
 def flat(adapter: pf.Adapter) -> list[Tensor]:
     """The trained tensors, in the order of `pf.leaves`."""
     return [tensor for leaf in adapter.params.values() for tensor in leaf.values()]
+
+
+def check_bound(model: nn.Module, adapter: pf.Adapter, x: Tensor) -> None:
+    """A bound module computes what `apply` does, trains, and leaves the base as it is."""
+    before = snapshot(model)
+    expected = pf.apply(model, adapter, x)
+    bound = pf.bind(model, adapter)
+    assert bound(x).equal(expected)
+    optimizer = torch.optim.SGD([p for p in bound.parameters() if p.requires_grad], lr=0.1)
+    bound.train()(x).square().mean().backward()
+    optimizer.step()
+    assert not bound.eval()(x).equal(expected)
+    assert snapshot(model) == before

@@ -17,6 +17,17 @@ OTHER = ("the", "a", "day", "was", "full", "of", "and", "in", "my", "garden")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>")
 
 
+def call(*arguments: object, code: int = 0, columns: int = 200) -> str:
+    """What a command prints, on a terminal that wide; its exit code has to be `code`."""
+    from typer.testing import CliRunner
+
+    from peftfn.cli.app import app
+
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": str(columns)})
+    assert result.exit_code == code, result.output
+    return result.output
+
+
 def words(folder: Path, closed: bool) -> None:
     """Write a tokenizer of the words below; a closed one puts special tokens around a text."""
     vocabulary = {word: i for i, word in enumerate((*SPECIAL, *GOOD, *BAD, *OTHER))}

@@ -9,8 +9,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+from peftfn.codecs import packed as product
 
 # bitsandbytes says at each call that it computes in float16 what it is given in float32.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
@@ -73,6 +76,19 @@ def ranges(layer: nn.Linear, groups: Tensor, bits: int, sym: bool) -> tuple[Tens
         found.append((quantizer.scale, quantizer.zero))
     scales, zeros = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
     return scales, zeros
+
+
+def products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which products with packed weights are computed from now on, in order."""
+    made: list[str] = []
+    forward = product._Product.forward
+
+    def counted(x: Tensor, bias: Any, what: Any, *tensors: Any) -> Any:
+        made.append(what.product)
+        return forward(x, bias, what, *tensors)
+
+    monkeypatch.setattr(product._Product, "forward", staticmethod(counted))
+    return made
 
 
 KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {

@@ -20,19 +20,12 @@ import peftfn as pf
 pytest.importorskip("typer")
 
 import cli_folders as small
-from typer.testing import CliRunner
+from cli_folders import call
 
-from peftfn.cli.app import FILLED, app
+from peftfn.cli.app import FILLED
 
 FILES = Path(__file__).parent / "files"
 COMMANDS = ("train", "sweep", "eval", "generate", "merge", "convert", "inspect", "demo")
-
-
-def call(*arguments: object, code: int = 0) -> str:
-    """What a command prints; its exit code has to be `code`."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
-    assert result.exit_code == code, result.output
-    return result.output
 
 
 @dataclasses.dataclass

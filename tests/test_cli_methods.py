@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -18,11 +19,12 @@ import peftfn as pf
 pytest.importorskip("typer")
 
 import cli_folders as small
-from typer.testing import CliRunner
 
 from peftfn.cli import tables, tasks, training
-from peftfn.cli.app import FILLED, METHODS, app
+from peftfn.cli.app import FILLED, METHODS
 from peftfn.cli.settings import TrainSettings
+
+call = functools.partial(small.call, columns=250)
 
 PROMPT = ("--num-virtual-tokens", "4", "--lr", "0.05")
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -35,12 +37,6 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "adaption-prompt": ("--adapter-len", "4", "--adapter-layers", "2", "--lr", "0.05"),
 }
 """What each method is trained with here."""
-
-
-def call(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "250"})
-    assert result.exit_code == code, result.output
-    return result.output
 
 
 @pytest.fixture(scope="module")

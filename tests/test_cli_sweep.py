@@ -17,11 +17,10 @@ import peftfn as pf
 pytest.importorskip("typer")
 
 import cli_folders as small
+from cli_folders import call
 from same import assert_same
-from typer.testing import CliRunner
 
 from peftfn.cli import grids, sweeping, training
-from peftfn.cli.app import app
 from peftfn.cli.errors import UserError
 from peftfn.cli.settings import SweepSettings
 
@@ -29,12 +28,6 @@ CONFIG = pf.LoraConfig(r=2, target_modules=["query", "value"])
 # AdamW divides a gradient by its own size: where that is small, rounding of another kernel becomes a share of a step. A
 # tenth of the largest learning rate here, while numbers move by more than ten of them.
 ROUNDING = 2e-3
-
-
-def call(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
-    assert result.exit_code == code, result.output
-    return result.output
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import torch
 import torch.utils._pytree as torch_pytree
 import transformers
 from bases import llama
+from binding import check_bound
 from cases import trained
 from oracle import distance, file_of, furthest, gradients, loaded, loss, quiet_peft
 from snapshot import snapshot
@@ -137,14 +138,7 @@ def test_transforms_are_those_of_plain_layers_with_the_same_weights(kind: dict[s
 
 @some_kinds
 def test_a_mapped_axis_is_folded_into_rows(kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
-    forward = product._Product.forward
-
-    def counted(x: Tensor, bias: Any, what: Any, *tensors: Any) -> Any:
-        made.append(what.product)
-        return forward(x, bias, what, *tensors)
-
-    monkeypatch.setattr(product._Product, "forward", staticmethod(counted))
+    made = quantized.products(monkeypatch)
     model, x = model_of(kind), torch.randn(4, 3, 64)
     stacked = pf.stack([adapter_of(model, seed) for seed in range(3)])
     vmap(grad(lambda p, a: value(model, a, x)(p)))(stacked.params, stacked)
@@ -306,17 +300,10 @@ def test_a_packed_head_is_trained_dense_and_merged(tmp_path: Path) -> None:
 @some_kinds
 def test_a_bound_model_trains_is_saved_and_leaves_the_base(kind: dict[str, Any]) -> None:
     model, x = model_of(kind), torch.randn(4, 64)
-    before = snapshot(model)
     adapter = adapter_of(model)
-    expected = pf.apply(model, adapter, x)
     bound = pf.bind(model, adapter)
     assert bound[0].qweight is model[0].qweight, "packed weights are shared"  # type: ignore[index]
-    assert bound(x).equal(expected)
-    optimizer = torch.optim.SGD([p for p in bound.parameters() if p.requires_grad], lr=0.1)
-    bound.train()(x).square().mean().backward()
-    optimizer.step()
-    assert not bound.eval()(x).equal(expected)
-    assert snapshot(model) == before
+    check_bound(model, adapter, x)
 
 
 # --- a model that transformers loads ---------------------------------------------------------------------------------

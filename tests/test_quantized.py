@@ -12,6 +12,7 @@ import quantized
 import torch
 import transformers
 from bases import llama
+from binding import check_bound
 from bitsandbytes.functional import has_avx512bf16
 from cases import trained
 from oracle import distance, file_of, furthest, gradients, loaded, loss, quiet_peft
@@ -273,16 +274,7 @@ def test_a_weight_that_is_rounded_at_each_call_is_the_layer_s_own() -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_a_bound_model_trains_runs_and_leaves_the_base(name: str) -> None:
     model, x = nn.Sequential(layer_of(name), nn.Tanh(), nn.Linear(64, 4)), inputs()
-    before = snapshot(model)
-    adapter = adapted(model)
-    expected = pf.apply(model, adapter, x)
-    bound = pf.bind(model, adapter)
-    assert bound(x).equal(expected)
-    optimizer = torch.optim.SGD([p for p in bound.parameters() if p.requires_grad], lr=0.1)
-    bound.train()(x).square().mean().backward()
-    optimizer.step()
-    assert not bound.eval()(x).equal(expected)
-    assert snapshot(model) == before
+    check_bound(model, adapted(model), x)
 
 
 @pytest.mark.parametrize("kind", ["4-bit", "4-bit whole", "8-bit"])

@@ -14,7 +14,7 @@ import torch
 import torch.utils._pytree as torch_pytree
 from bases import llama
 from cases import loss, trained
-from quantized import ROUNDING, eight_bit, four_bit, packed
+from quantized import ROUNDING, eight_bit, four_bit, packed, products
 from torch import Tensor, nn
 from torch.func import grad, jacrev, jvp, vjp, vmap
 
@@ -70,15 +70,7 @@ def close(one: Any, other: Any) -> None:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which products were computed, in order."""
-    made: list[str] = []
-    forward = product._Product.forward
-
-    def counted(x: Tensor, bias: Any, what: Any, *tensors: Any) -> Any:
-        made.append(what.product)
-        return forward(x, bias, what, *tensors)
-
-    monkeypatch.setattr(product._Product, "forward", staticmethod(counted))
-    return made
+    return products(monkeypatch)
 
 
 @every_kind

@@ -67,12 +67,11 @@ def evaluate(
 
 def evaluate_stack(base: Base, task: str, examples: Examples, stacked: pf.Adapter, batch_size: int) -> list[Score]:
     """The score of each adapter of a stack, all of them in one pass over `examples`."""
-    how, count = TASKS[task], len(pf.unstack(stacked))
-    first = pf.unstack(stacked)[0]
-    losses, right, terms = torch.zeros(count, dtype=torch.float64), torch.zeros(count), 0
+    how, adapters = TASKS[task], pf.unstack(stacked)
+    losses, right, terms = torch.zeros(len(adapters), dtype=torch.float64), torch.zeros(len(adapters)), 0
     with mode(base.model, training=False), torch.no_grad():
         for chosen in batches.in_order([len(ids) for ids in examples.ids], batch_size):
-            made = suited(how.batch(examples, chosen, base.pad), base.model, first)
+            made = suited(how.batch(examples, chosen, base.pad), base.model, adapters[0])
             weight = how.weight(made)
             batch = {name: tensor.to(base.model.device) for name, tensor in made.items()}
 

@@ -85,14 +85,8 @@ def homes(model: nn.Module) -> Sequence[str]:
     """The module that is given the cache: the model, or what is in it where its head knows none, or its decoder."""
     if prompt_config.is_encoder_decoder(model):
         return (prompt_config.path_of(model, prompt_config.decoder_of(model)),)
-    inner = _inner(model)
+    inner = prompt_config.without_head(model)
     return ("",) if inner is model or calls.takes(model, "past_key_values") else (prompt_config.path_of(model, inner),)
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The model without its head."""
-    inner = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
-    return inner if isinstance(inner, nn.Module) else model
 
 
 def _width(config: PrefixTuningConfig) -> int:
@@ -184,8 +178,7 @@ def _counts(model: Any) -> bool:
     """Whether the model counts positions from 0 in each row: decoders do, encoders may start elsewhere."""
     if prompt_config.is_encoder_decoder(model):
         return False
-    writes = getattr(model, "can_generate", None)
-    is_decoder = (callable(writes) and bool(writes())) or hasattr(_inner(model), "rotary_emb")
+    is_decoder = prompt_config.writes(model) or hasattr(prompt_config.without_head(model), "rotary_emb")
     return is_decoder and calls.takes(model.get_submodule(homes(model)[0]), "position_ids")
 
 

@@ -125,6 +125,18 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def without_head(model: nn.Module) -> nn.Module:
+    """The model inside the one with a head, or the model itself where there is none."""
+    inner = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def writes(model: nn.Module) -> bool:
+    """Whether transformers says that the model can generate."""
+    says: Any = getattr(model, "can_generate", None)
+    return callable(says) and bool(says())
+
+
 def _half(model: nn.Module, name: str) -> nn.Module:
     find: Any = getattr(model, f"get_{name}", None)
     found = find() if callable(find) else None

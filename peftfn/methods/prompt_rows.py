@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,15 +87,14 @@ def reads_last(model: nn.Module) -> bool:
     """Whether a row's end is what the model's heads look at, as a decoder's do; an encoder's look at its start."""
     if prompt_config.is_encoder_decoder(model):
         return False
-    writes: Any = getattr(model, "can_generate", None)
-    if (callable(writes) and bool(writes())) or hasattr(model, "score"):
+    if prompt_config.writes(model) or hasattr(model, "score"):
         return True
     return any(getattr(module, "is_causal", False) is True for module in model.modules())
 
 
 def counts(model: nn.Module) -> bool:
     """Whether the model counts positions from 0 in each row, masked places included, and can be told others."""
-    if prompt_config.is_encoder_decoder(model) or not calls.takes(_inner(model), "position_ids"):
+    if prompt_config.is_encoder_decoder(model) or not calls.takes(prompt_config.without_head(model), "position_ids"):
         return False
     # OPT and its kin count the places that the mask leaves
     return not any(
@@ -124,9 +122,3 @@ def with_positions(model: nn.Module, before: Call, after: Call, added: Added) ->
     bare = F.pad(is_text.cumsum(1) * is_text + padding, (0, added.places), value=padding)  # (rows, length + places)
     prompted = torch.arange(bare.shape[1], device=ids.device) + padding + 1
     return after.having(position_ids=torch.where(added.own.view(-1, 1) == 0, bare, prompted))
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The model without its head."""
-    inner = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
-    return inner if isinstance(inner, nn.Module) else model
