@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn import codecs
+from peftfn.codecs.packed import Packed
 
 LINEAR = "linear"
 TRANSPOSED = "transposed linear"  # transformers' Conv1D: the weight is stored (in, out)
@@ -82,10 +83,12 @@ class Site:
         assert self._run is not None, "a site of init has nothing to run"
         return self._run(*args, **kwargs)
 
-    @property
-    def of_torch(self) -> tuple[Tensor, Tensor | None] | None:
-        """Weight and bias where `site(x)` is torch's own linear layer or convolution and no more; `None` elsewhere."""
-        return codecs.dense.of_torch(self._run, self.layer)
+    def product(self, x: Tensor) -> tuple[Tensor | Packed, Tensor | None] | None:
+        """Weight, dense or packed, and bias where `site(x)` is one product with it and no more; `None` elsewhere."""
+        codec = codecs.of(self.layer)
+        if getattr(self._run, "func", None) is not codec.run:
+            return None
+        return codec.product(cast("Any", self._run).args[0], x)
 
     @property
     def weight(self) -> Tensor:

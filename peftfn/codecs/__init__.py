@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn.codecs import bitsandbytes_4bit, bitsandbytes_8bit, dense, gptq, opaque
+from peftfn.codecs.packed import Packed
 from peftfn.codecs.stored import Entry
 
 
@@ -23,6 +24,7 @@ class Codec(NamedTuple):
         matches: whether a module's weight is of this kind.
         is_linear: whether such a module is a linear layer although it is no `nn.Linear`.
         run: `(module, *args) -> output`, what the layer's own forward computes; writes nothing to the module.
+        product: `(module, x) -> (W, b)` where that is one product with W, dense or packed, and no more; else `None`.
         shape: `(module, name) -> shape` of the weight as a dense tensor.
         read: `(module, name) -> tensor`, the weight as a dense tensor in the layer's own layout.
         find: `(params, name, module or None) -> Entry`: the weight among parameters by name, or `None` where what has
@@ -33,6 +35,7 @@ class Codec(NamedTuple):
     matches: Callable[[nn.Module], bool]
     is_linear: bool
     run: Callable[..., Any]
+    product: Callable[[nn.Module, Tensor], tuple[Tensor | Packed, Tensor | None] | None]
     shape: Callable[[nn.Module, str], torch.Size]
     read: Callable[[nn.Module, str], Tensor]
     find: Callable[[Mapping[str, Tensor], str, nn.Module | None], Entry | None]
@@ -40,7 +43,7 @@ class Codec(NamedTuple):
 
 
 def _codec(of: Any, is_linear: bool = False) -> Codec:
-    return Codec(of.matches, is_linear, of.run, of.shape, of.read, of.find, of.shared)
+    return Codec(of.matches, is_linear, of.run, of.product, of.shape, of.read, of.find, of.shared)
 
 
 DENSE = _codec(dense)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfn.codecs import packed
-from peftfn.codecs.packed import Format, Packed, Tensors
+from peftfn.codecs.packed import Format, Packed, Product, Tensors
 from peftfn.codecs.stored import Entry, is_a, library
 
 _NIBBLES = 2  # values in a byte
@@ -74,10 +74,22 @@ def run(module: Any, x: Tensor) -> Tensor:
             return F.embedding(x, weight, module.padding_idx).to(wanted)
         return packed.look_up(_packed(weight, state, type(module).__name__), x, state.dtype).to(wanted)
     dtype = _compute_dtype(module, x)
-    bias = None if module.bias is None else module.bias.to(dtype)
     if state is None:
-        return F.linear(x.to(dtype), weight.to(dtype), bias).to(x.dtype)
-    return packed.linear(_packed(weight, state, type(module).__name__), x.to(dtype), bias).to(x.dtype)
+        return F.linear(x.to(dtype), weight.to(dtype), _bias(module, dtype)).to(x.dtype)
+    return packed.linear(_packed(weight, state, type(module).__name__), x.to(dtype), _bias(module, dtype)).to(x.dtype)
+
+
+def product(module: Any, x: Tensor) -> Product | None:
+    """W and b where `run` computes in the dtype of x."""
+    weight = _weight(module)
+    state = _state(weight, module)
+    if state is None or _compute_dtype(module, x) != x.dtype:
+        return None
+    return _packed(weight, state, type(module).__name__), _bias(module, x.dtype)
+
+
+def _bias(module: Any, dtype: torch.dtype) -> Tensor | None:
+    return None if module.bias is None else module.bias.to(dtype)
 
 
 def _compute_dtype(module: Any, x: Tensor) -> torch.dtype:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfn.codecs import packed
-from peftfn.codecs.packed import Format, Packed, Tensors
+from peftfn.codecs.packed import Format, Packed, Product, Tensors
 from peftfn.codecs.stored import Entry, is_a, library
 
 _LEVELS = 127.0
@@ -68,18 +68,29 @@ def run(module: Any, x: Tensor) -> Tensor:
         if weight.is_floating_point():
             return F.embedding(x, weight, module.padding_idx).to(wanted)
         return packed.look_up(_packed(weight, _scales(weight, module), where), x, torch.float32).to(wanted)
-    bias = None if module.bias is None else module.bias.to(x.dtype)
-    state = module.state
+    own = product(module, x)
+    if own is None:
+        return F.linear(x, weight.to(x.dtype), _bias(module, x))
+    return packed.linear(own[0], x, own[1])
+
+
+def product(module: Any, x: Tensor) -> Product | None:
+    """W and b, but where a dense weight was put in the place of the packed one."""
+    weight, state, where = module._parameters["weight"], module.state, type(module).__name__
     if not weight.is_floating_point():
         made = _packed(weight, _scales(weight, module), where)
     elif state.has_fp16_weights:
         codes, scales, _ = _op("int8_vectorwise_quant")(weight.detach().half(), 0.0)
         made = _packed(codes, scales, where)
-    else:  # a dense one was put in its place
-        return F.linear(x, weight.to(x.dtype), bias)
+    else:
+        return None
     rounds = not (module.training and x.device.type in ("cpu", "xpu"))
-    made = made._replace(spec=made.spec._replace(threshold=float(state.threshold), rounds=rounds))
-    return packed.linear(made, x, bias)
+    spec = made.spec._replace(threshold=float(state.threshold), rounds=rounds)
+    return made._replace(spec=spec), _bias(module, x)
+
+
+def _bias(module: Any, x: Tensor) -> Tensor | None:
+    return None if module.bias is None else module.bias.to(x.dtype)
 
 
 def _scales(weight: Any, module: nn.Module | None) -> Any:
@@ -114,7 +125,7 @@ def unpacked(weight: Tensor, scales: Tensor | None, where: str) -> Tensor:
 
 def _rows(tensors: Tensors, spec: Spec, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     codes, scales = tensors
-    return codes[start:stop].to(dtype) * (scales[start:stop, None] * (1 / _LEVELS)).to(dtype)
+    return codes[start:stop].to(dtype, copy=True).mul_((scales[start:stop, None] * (1 / _LEVELS)).to(dtype))
 
 
 def _pick(tensors: Tensors, spec: Spec, ids: Tensor, dtype: torch.dtype) -> Tensor:

@@ -27,9 +27,9 @@ def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs)
 
 
-def of_torch(forward: Any, module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias where `forward` is `run` of one of torch's own linear layers and convolutions; else `None`."""
-    if getattr(forward, "func", None) is not run or type(module).forward not in _FORWARDS:
+def product(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of torch's own linear layers and convolutions."""
+    if type(module).forward not in _FORWARDS:
         return None
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     return None if weight is None or type(weight) not in _PLAIN else (weight, bias)

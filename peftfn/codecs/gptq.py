@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfn.codecs import packed, words
-from peftfn.codecs.packed import Format, Packed, Tensors
+from peftfn.codecs.packed import Format, Packed, Product, Tensors
 from peftfn.codecs.stored import Entry, is_a
 
 _BITS = (2, 3, 4, 8)
@@ -88,10 +88,18 @@ def shared(module: nn.Module) -> list[Any]:
 
 def run(module: nn.Module, x: Tensor) -> Tensor:
     """x Wᵀ + b, in the dtype of x."""
-    weight, bias = _dense(module), cast("Tensor | None", getattr(module, "bias", None))
-    if weight is not None:
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return packed.linear(_packed(_parts(module), _zeros_of(module), _name(module)), x, bias)
+    own = product(module, x)
+    if own is not None:
+        return packed.linear(own[0], x, own[1])
+    weight, bias = cast("Tensor", _dense(module)), _bias(module)
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def product(module: nn.Module, x: Tensor) -> Product | None:
+    """W and b, but where a dense weight was put in the place of the packed one."""
+    if _dense(module) is not None:
+        return None
+    return _packed(_parts(module), _zeros_of(module), _name(module)), _bias(module)
 
 
 def unpacked(made: Packed) -> Tensor:
@@ -102,6 +110,10 @@ def unpacked(made: Packed) -> Tensor:
 def _dense(module: nn.Module) -> Tensor | None:
     """A dense weight that was put in the place of the packed one."""
     return module._parameters.get("weight")
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    return cast("Tensor | None", getattr(module, "bias", None))
 
 
 def _name(module: nn.Module) -> str:

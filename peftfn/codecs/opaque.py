@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn.codecs import packed
-from peftfn.codecs.packed import Format, Packed, Tensors
+from peftfn.codecs.packed import Format, Packed, Product, Tensors
 from peftfn.codecs.stored import Entry
 
 _SUBCLASSES = ("torchao",)
@@ -72,8 +72,13 @@ def shared(module: nn.Module) -> list[Any]:
 
 def run(module: nn.Module, x: Tensor) -> Tensor:
     """What the layer computes."""
-    bias = cast("Tensor | None", getattr(module, "bias", None))
-    return packed.linear(_packed(module), x, bias)
+    weight, bias = product(module, x)
+    return packed.linear(weight, x, bias)
+
+
+def product(module: nn.Module, x: Tensor) -> Product:
+    """W and b."""
+    return _packed(module), cast("Tensor | None", getattr(module, "bias", None))
 
 
 def _packed(module: nn.Module) -> Packed:

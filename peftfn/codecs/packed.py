@@ -54,12 +54,26 @@ class Packed(NamedTuple):
     spec: Any
 
 
+Product = tuple[Packed, Tensor | None]
+"""The W and b of x Wᵀ + b."""
+
+
 def linear(packed: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b, (..., in) -> (..., out), differentiable in x and b."""
     inputs = packed.spec.shape[1]
     if x.shape[-1] != inputs:
         raise RuntimeError(f"the layer takes (..., {inputs}) and was given {tuple(x.shape)}")
     return _multiplied(_What(_KERNEL, 0, packed.form, packed.spec), x, bias, packed.tensors)
+
+
+def run(packed: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b for a Function that has a derivative of its own: autograd sees nothing of it."""
+    return _computed(_What(_KERNEL, 0, packed.form, packed.spec), x, bias, packed.tensors)
+
+
+def pulled(packed: Packed, y: Tensor) -> Tensor:
+    """y W, (..., out) -> (..., in), in the dtype of y, differentiable in y."""
+    return _pulled(_What(_GRADIENT, 0, packed.form, packed.spec), y, packed.tensors)
 
 
 def look_up(packed: Packed, ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -114,6 +128,26 @@ def _multiplied(what: _What, x: Tensor, bias: Tensor | None, tensors: Sequence[A
     return function.apply(x, bias, what, *tensors, *(None for _ in range(_SLOTS - len(tensors))))
 
 
+def _computed(what: _What, x: Tensor, bias: Tensor | None, tensors: Tensors) -> Tensor:
+    """The product itself, of which autograd knows nothing."""
+    outputs, inputs = what.spec.shape
+    if x.numel() == 0 or outputs == 0:
+        made = x.new_zeros(*x.shape[:-1], inputs if what.product == _GRADIENT else outputs)
+        return made if bias is None else made + bias
+    if what.product == _KERNEL:
+        return what.form.kernel(tensors, what.spec, x, bias, what.mapped)
+    with _without_autocast(x.device.type):
+        product = _tangent if what.product == _TANGENT else _gradient
+        return product(Packed(what.form, tensors, what.spec), x)
+
+
+def _pulled(what: _What, grad: Tensor, tensors: Sequence[Any]) -> Tensor:
+    """The product that a backward pass takes; a Function only where its own derivative may be asked for."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _multiplied(what, grad, None, tensors)
+    return _computed(what, grad, None, tuple(tensor for tensor in tensors if tensor is not None))
+
+
 class _Traced(torch.autograd.Function):
     """One of the three products; the tangent's gradient is the gradient's product, and the other way round."""
 
@@ -122,16 +156,7 @@ class _Traced(torch.autograd.Function):
     @staticmethod
     # Each tensor by itself: torch.compile takes a Function of `*tensors` for one of the old kind, with a context first.
     def forward(x: Tensor, bias: Any, what: _What, one: Any, two: Any, three: Any, four: Any, five: Any) -> Any:  # noqa: PLR0917
-        outputs, inputs = what.spec.shape
-        if x.numel() == 0 or outputs == 0:
-            made = x.new_zeros(*x.shape[:-1], inputs if what.product == _GRADIENT else outputs)
-            return made if bias is None else made + bias
-        tensors = tuple(tensor for tensor in (one, two, three, four, five) if tensor is not None)
-        if what.product == _KERNEL:
-            return what.form.kernel(tensors, what.spec, x, bias, what.mapped)
-        with _without_autocast(x.device.type):
-            product = _tangent if what.product == _TANGENT else _gradient
-            return product(Packed(what.form, tensors, what.spec), x)
+        return _computed(what, x, bias, tuple(tensor for tensor in (one, two, three, four, five) if tensor is not None))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -148,7 +173,7 @@ class _Traced(torch.autograd.Function):
         x_grad = b_grad = None
         if ctx.needs_input_grad[0]:
             other = _TANGENT if ctx.what.product == _GRADIENT else _GRADIENT
-            x_grad = _multiplied(_product_of(ctx.what, other), grad, None, ctx.saved_tensors).to(ctx.x_dtype)
+            x_grad = _pulled(_product_of(ctx.what, other), grad, ctx.saved_tensors).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             b_grad = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.b_dtype)
         return x_grad, b_grad, None, *(None for _ in range(_SLOTS))

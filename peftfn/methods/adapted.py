@@ -6,7 +6,7 @@ dA = zᵀ (m ∘ x), dB = dyᵀ h, dx = dy W + m ∘ (z A); products with A and 
 
 Where it takes fewer multiplications, y and dx are each one product with W + s·B·A, which is made for it and not kept;
 nothing ever computes the gradient of that sum, which is as large as W. RunLoRA (https://arxiv.org/abs/2312.03415)
-has these and the other orders of the products.
+has these and the other orders of the products. A packed W is only ever multiplied with (`peftfn.codecs.packed`).
 
 The backward pass is made of ordinary operations of torch, so derivatives of any order follow. Under `vmap`, in forward
 mode and while Dynamo traces the caller has no use for this: plain operations are as fast there, or faster.
@@ -14,18 +14,24 @@ mode and while Dynamo traces the caller has no use for this: plain operations ar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import maybe_current_level  # torch has no public question for this
 
+from peftfn.codecs import packed
+from peftfn.codecs.packed import Packed
 from peftfn.methods import dropout
 
 SMALL = 2**14  # values of W below which calls, not multiplications, are what takes time
 _BLOCK = 5 * 2**15  # values of x that fit a core's cache with what is made of them
+
+
+Weight = Tensor | Packed
 
 
 class Delta(NamedTuple):
@@ -36,22 +42,25 @@ class Delta(NamedTuple):
     s: Tensor
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta, bits: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None, delta: Delta, bits: Tensor | None) -> Tensor:
     """x Wᵀ + b + s·B·A·(m ∘ x), in the dtype of x Wᵀ; `bits` is m, or `None` for all ones."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, *delta)):
-        return cast("Any", _Adapted).apply(x, weight, bias, None, *delta, bits)[0]
+    held, tensors = (weight, ()) if isinstance(weight, Tensor) else (None, weight.tensors)
+    given = (x, held, bias, *delta)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
+        how = None if isinstance(weight, Tensor) else functools.partial(_packed, weight.form, weight.spec)
+        return cast("Any", _Adapted).apply(x, held, bias, None, *delta, bits, how, *tensors)[0]
     if bits is not None or x.dtype != delta.a.dtype or maybe_current_level() is not None:
-        return _run(x, F.linear(x, weight, bias), delta, bits, writes=maybe_current_level() is None)[0]
-    rows, (outputs, inputs) = _flat(x), weight.shape
-    if len(rows) * (inputs + outputs) > inputs * outputs and _adds_up(x, weight, delta):
-        return F.linear(x, _sum(weight, delta), bias)
-    y = F.linear(x, weight, bias)
+        return _run(x, _times(x, weight, bias), delta, bits, writes=maybe_current_level() is None)[0]
+    rows = _flat(x)
+    if held is not None and _is_shorter(len(rows), held) and _adds_up(held, x, delta):
+        return F.linear(x, _sum(held, delta), bias)
+    y = _times(x, weight, bias)
     return _flat(y).addmm_(scaled(F.linear(rows, delta.a), delta.s), delta.b.T).view(y.shape)
 
 
 def add(x: Tensor, y: Tensor, delta: Delta, bits: Tensor | None) -> Tensor:
     """y + s·B·A·(m ∘ x), in the dtype of y."""
-    return cast("Any", _Adapted).apply(x, None, None, y, *delta, bits)[0]
+    return cast("Any", _Adapted).apply(x, None, None, y, *delta, bits, None)[0]
 
 
 def scaled(tensor: Tensor, s: Tensor) -> Tensor:
@@ -61,9 +70,19 @@ def scaled(tensor: Tensor, s: Tensor) -> Tensor:
     return (tensor.to(s.dtype) * s).to(tensor.dtype)
 
 
-def _adds_up(x: Tensor, weight: Tensor, delta: Delta) -> bool:
+def _packed(form: packed.Format, spec: Any, tensors: packed.Tensors) -> Packed:
+    return Packed(form, tensors, spec)
+
+
+def _is_shorter(tokens: int, weight: Tensor) -> bool:
+    """Whether the product with W + s·B·A and its making are fewer multiplications than the three apart."""
+    outputs, inputs = weight.shape
+    return tokens * (inputs + outputs) > inputs * outputs
+
+
+def _adds_up(weight: Weight, x: Tensor, delta: Delta) -> TypeGuard[Tensor]:
     """Whether W + s·B·A is as exact as the two apart, and W large enough for its making to count as multiplications."""
-    return x.dtype == weight.dtype == delta.a.dtype and weight.numel() >= SMALL
+    return isinstance(weight, Tensor) and x.dtype == weight.dtype == delta.a.dtype and weight.numel() >= SMALL
 
 
 def _sum(weight: Tensor, delta: Delta) -> Tensor:
@@ -120,28 +139,41 @@ class _Adapted(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Any, bias: Any, y: Any, a: Tensor, b: Tensor, s: Tensor, bits: Any) -> Any:  # noqa: PLR0917  # a Function's tensors
+    def forward(  # noqa: PLR0917  # a Function's tensors
+        x: Tensor,
+        weight: Any,
+        bias: Any,
+        y: Any,
+        a: Tensor,
+        b: Tensor,
+        s: Tensor,
+        bits: Any,
+        how: Any,
+        *tensors: Tensor,
+    ) -> Any:
         delta = Delta(a, b, s)
         if y is not None:
             return _run(x, y, delta, bits, writes=False)
+        weight = weight if how is None else how(tensors)
         # T·o·r multiplications for h Bᵀ, and a pass over y; h itself is needed either way.
-        if bits is None and x.numel() > x.shape[-1] ** 2 and _adds_up(x, weight, delta):
+        if bits is None and x.numel() > x.shape[-1] ** 2 and _adds_up(weight, x, delta):
             return F.linear(x, _sum(weight, delta), bias), scaled(_flat(x) @ a.T, s)
-        return _run(x, F.linear(x, weight, bias), delta, bits, writes=True)
+        return _run(x, _times(x, weight, bias), delta, bits, writes=True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, weight, _, _, a, b, s, bits = inputs
+        x, weight, _, _, a, b, s, bits, ctx.how, *tensors = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, a, b, s, bits, output[1])
+        ctx.save_for_backward(x, weight, a, b, s, bits, output[1], *tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight, a, b, s, bits, h = ctx.saved_tensors
-        to_x, to_weight, to_bias, to_y, *to_delta, _ = ctx.needs_input_grad
+        x, weight, a, b, s, bits, h, *tensors = ctx.saved_tensors
+        weight = weight if ctx.how is None else ctx.how(tuple(tensors))
+        to_x, to_weight, to_bias, to_y, *to_delta = ctx.needs_input_grad[:7]
         dy, into_h = grads
         if dy is None and into_h is None:
-            return (None,) * 8
+            return (None,) * len(ctx.needs_input_grad)
         rows = h.new_zeros(h.shape[0], b.shape[0]) if dy is None else _flat(dy)
         dx, *rest = _pulled(_Kept(_flat(x), weight, Delta(a, b, s), bits, h), rows, into_h, to_x, to_delta)
         return (
@@ -150,7 +182,7 @@ class _Adapted(torch.autograd.Function):
             rows.sum(0) if to_bias else None,
             dy if to_y else None,
             *rest,
-            None,
+            *(None for _ in range(2 + len(tensors))),
         )
 
 
@@ -158,7 +190,7 @@ class _Kept(NamedTuple):
     """What the backward pass has: x is (tokens, in)."""
 
     x: Tensor
-    weight: Tensor | None
+    weight: Weight | None
     delta: Delta
     bits: Tensor | None
     h: Tensor
@@ -172,8 +204,9 @@ def _pulled(
     a, b, s = delta
     tokens, outputs = dy.shape
     # T·i·r multiplications for z A, and a pass over dx
-    as_one = weight is not None and into_h is None and bits is None and tokens > outputs and _adds_up(x, weight, delta)
-    dx = None if weight is None or not to_x else dy @ (_sum(weight, delta) if as_one else weight)
+    sums = to_x and into_h is None and bits is None and tokens > outputs
+    whole = _sum(weight, delta) if sums and weight is not None and _adds_up(weight, x, delta) else None
+    dx = None if weight is None or not to_x else _back(dy, weight if whole is None else whole)
     found: list[Tensor | None] = [None, None, None]
     parts: list[Tensor] = []
     size = _rows_at_once(tokens, x, delta, bits)
@@ -186,11 +219,21 @@ def _pulled(
         found[0] = _more(found[0], z.T, seen) if to_delta[0] else None
         found[1] = _more(found[1], h[here].T, above) if to_delta[1] else None  # faster than dyᵀ h where r is small
         found[2] = _plus(found[2], (dh * (seen @ a.T)).sum().to(s.dtype)) if to_delta[2] else None
-        if to_x and not as_one:
+        if to_x and whole is None:
             parts.append(_to_input(None if dx is None else dx[here], z, a, keep))
     if parts and (dx is None or torch.is_grad_enabled()):
         dx = parts[0] if len(parts) == 1 else torch.cat(parts)
     return dx, found[0], None if found[1] is None else found[1].T.contiguous(), found[2]
+
+
+def _times(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b, where no derivative is asked of it."""
+    return F.linear(x, weight, bias) if isinstance(weight, Tensor) else packed.run(weight, x, bias)
+
+
+def _back(dy: Tensor, weight: Weight) -> Tensor:
+    """dy W."""
+    return dy @ weight if isinstance(weight, Tensor) else packed.pulled(weight, dy)
 
 
 def _to_input(dx: Tensor | None, z: Tensor, a: Tensor, keep: Tensor | None) -> Tensor:

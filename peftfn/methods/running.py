@@ -16,6 +16,7 @@ from torch._C._functorch import maybe_current_level  # torch has no public quest
 from torch.autograd import forward_ad
 
 from peftfn import layers, masks
+from peftfn.codecs.packed import Packed
 from peftfn.layers import Site
 from peftfn.methods import adapted, dropout, lowrank
 from peftfn.methods.adapted import Delta
@@ -26,15 +27,17 @@ _WHOLE = (layers.LINEAR, layers.CONVOLUTION)  # where the layer and its delta ma
 
 def forward(site: Site, delta: Delta, p: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """site(x) + s·B·A·drop(x), in the dtype of site(x); p is the probability of dropout in training."""
-    own = site.of_torch if site.kind in _WHOLE and not _is_routed(site, delta) and _is_alone(x, delta) else None
-    if own is None or (site.kind == layers.CONVOLUTION and not is_cheaper_as_one(site, delta, p, x, own[0])):
+    own = site.product(x) if site.kind in _WHOLE and not _is_routed(site, delta) and _is_alone(x, delta) else None
+    if own is None:
         return add(site, delta, p, x, site(x, *args, **kwargs))
     weight, bias = own
     if site.kind == layers.CONVOLUTION:
+        if isinstance(weight, Packed) or not is_cheaper_as_one(site, delta, p, x, weight):
+            return add(site, delta, p, x, site(x, *args, **kwargs))
         kernel = lowrank.merged(site.kind, *delta, weight)
         return cast("Any", site.layer)._conv_forward(x, kernel, bias)  # noqa: SLF001  # all that torch's forward does
     seen, delta, bits = _drawn(site, delta, p, x)
-    if masks.is_mapped(weight) or (bits is not None and masks.is_mapped(bits)):
+    if (isinstance(weight, Tensor) and masks.is_mapped(weight)) or (bits is not None and masks.is_mapped(bits)):
         return _plain(site, delta, seen, site(x), bits)
     return adapted.linear(x, weight, bias, delta, bits)
 
