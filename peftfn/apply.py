@@ -101,22 +101,16 @@ def _add_replaced(
     for path in paths:
         owner = model.get_submodule(places[path].owner) if path in places else model.get_submodule(path)
         at = places[path].owner if path in places else path
-        params.setdefault(at, {}).update(_copies({"bias": _bias(owner)}))
+        params.setdefault(at, {}).update(_copies({"bias": codecs.bias(owner)}))
 
 
 def _own(module: nn.Module) -> tuple[Mapping[str, Tensor | None], Mapping[str, Tensor | None]]:
     """A module's parameters and persistent buffers; a packed weight, which cannot be trained as it is, is dense."""
     codec = codecs.of(module)
     if codec is not codecs.DENSE:
-        return {"weight": codec.read(module, "weight"), "bias": _bias(module)}, {}
+        return {"weight": codec.read(module, "weight"), "bias": codecs.bias(module)}, {}
     gone = module._non_persistent_buffers_set
     return module._parameters, {name: buffer for name, buffer in module._buffers.items() if name not in gone}
-
-
-def _bias(module: nn.Module) -> Tensor | None:
-    if codecs.of(module) is codecs.DENSE:
-        return module._parameters.get("bias")
-    return {**module._buffers, **module._parameters}.get("bias")  # a packed layer may hold it as a buffer
 
 
 def _copies(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

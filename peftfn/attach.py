@@ -146,8 +146,7 @@ def _replace(twin: nn.Module, path: str, here: Sequence[Part], how: How) -> None
             if name in taken:
                 raise ValueError(f"two of the active adapters replace {path}.{name}; only one can. Apply them apart.")
             taken.add(name)
-            home: dict[str, Any] = twin._parameters if name in twin._parameters else twin._buffers
-            _check_replacement(_shape(home.get(name), twin, name), twin, f"{path}.{name}", tensor, part)
+            _check_replacement(_shape(twin, name), twin, f"{path}.{name}", tensor, part)
             if part.rows is None:
                 graft.put(twin, name, tensor)
         if part.rows is not None and part.replaced:
@@ -162,9 +161,12 @@ def _watch_replaced(twin: nn.Module, path: str, here: Sequence[Part], how: How) 
         graft.set_forward(twin, functools.partial(_watched, run, how.armed, path, trained))
 
 
-def _shape(old: Tensor | None, twin: nn.Module, name: str) -> torch.Size | None:
+def _shape(twin: nn.Module, name: str) -> torch.Size | None:
     codec = codecs.of(twin)  # a packed weight has another shape, and perhaps no tensor of that name
-    return codec.shape(twin, name) if name == "weight" and codec is not codecs.DENSE else getattr(old, "shape", None)
+    if name == "weight" and codec is not codecs.DENSE:
+        return codec.shape(twin, name)
+    home: dict[str, Any] = twin._parameters if name in twin._parameters else twin._buffers
+    return getattr(codecs.bias(twin) if name == "bias" else home.get(name), "shape", None)
 
 
 def _check_replacement(old: torch.Size | None, twin: nn.Module, name: str, tensor: Tensor, part: Part) -> None:

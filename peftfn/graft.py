@@ -42,6 +42,8 @@ def put(twin: nn.Module, name: str, tensor: Tensor) -> None:
     if name in twin._buffers:
         twin._buffers[name] = tensor.clone()  # a forward may write to a buffer, and this one is the adapter's
         return
+    if name == "weight":
+        codecs.keep(twin, codecs.of(twin))
     home: dict[str, Any] = twin._parameters
     home[name] = tensor
     names: list[str] = getattr(twin, "_flat_weights_names", [])

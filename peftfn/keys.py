@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from peftfn import attach, layers, matching, methods, parts, prompt_keys, targets, twins
+from peftfn import attach, codecs, layers, matching, methods, parts, prompt_keys, targets, twins
 from peftfn.adapter import Adapter, Leaf, Tree, sorted_tree
 from peftfn.config import PeftConfig
 from peftfn.methods import Method
@@ -261,13 +261,13 @@ def _replaced(model: nn.Module, config: Any, places: Mapping[str, layers.Place])
     heads = targets.saved_modules(
         model, getattr(config, "modules_to_save", None) or (), optional=matching.HEADS.get(config.task_type, ())
     )
-    found = {path: {name for name, one in part._parameters.items() if one is not None} for path, part in heads.items()}
+    found = {path: codecs.replaceable(part) for path, part in heads.items()}
     everywhere = [path for path, _ in layers.named_modules(model)]
     biased = {"all": everywhere, "lora_only": [place.owner for place in places.values()]}
     for path in biased.get(getattr(config, "bias", "none"), []):
         in_attention = isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention)
         # PEFT 0.17 leaves the bias of an attention's out_proj out of its files.
-        if model.get_submodule(path)._parameters.get("bias") is not None and not in_attention:
+        if codecs.bias(model.get_submodule(path)) is not None and not in_attention:
             found.setdefault(path, set()).add("bias")
     return found
 

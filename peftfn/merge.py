@@ -100,6 +100,9 @@ def _unpack(
     leaf = {**adapter.params.get(path, {}), **adapter.buffers.get(path, {})}
     name = f"{path}.weight" if path else "weight"
     module = layers.module_at(model, path) if model is not None else None
+    bias = None if module is None or codecs.of(module) is codecs.DENSE else codecs.bias(module)
+    if bias is not None:  # one that is neither a parameter nor a buffer would be lost
+        merged.setdefault(f"{path}.bias" if path else "bias", bias)
     if method.kind is not None or ("weight" not in leaf and all(method.replaces(one) for one in leaf)):
         return {}
     entry = codecs.find(merged, name, module)

@@ -108,12 +108,13 @@ def of_call(
 
 def replaced(twin: nn.Module, path: str, tensors: Mapping[str, Tensor], which: Rows) -> Callable[..., Any]:
     """A forward of the twin in which row n is computed with the slice `which[n]` of each tensor."""
+    codec = codecs.of(twin)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         given = rows.flat(x, which, path)
         picked, keep = _pick(tensors, rows.of_input(given, which, path))
         for name, tensor in picked.items():
-            own = codecs.of(twin).read(twin, name) if name == "weight" else getattr(twin, name)
+            own = codec.read(twin, name) if name == "weight" else getattr(twin, name)
             if keep is not None:
                 picked[name] = torch.where(keep.view(-1, *(1 for _ in own.shape)), tensor, own)
 
@@ -121,7 +122,7 @@ def replaced(twin: nn.Module, path: str, tensors: Mapping[str, Tensor], which: R
             inner: nn.Module = object.__new__(type(twin))
             inner.__dict__.update(twin.__dict__)
             inner.__dict__["_parameters"] = {**twin._parameters, **tensors}
-            return codecs.of(inner).run(inner, x.unsqueeze(0), *args, **kwargs).squeeze(0)
+            return codec.run(inner, x.unsqueeze(0), *args, **kwargs).squeeze(0)
 
         found = torch.vmap(one, randomness="different")(picked, given)
         return found if given is x else found.view(*x.shape[:2], *found.shape[1:])

@@ -44,6 +44,25 @@ def eight_bit(layer: nn.Linear, **options: Any) -> nn.Module:
     return made.to(layer.weight.dtype).to("cpu").train(layer.training)
 
 
+@torch.no_grad()  # else its bias is the result of an operation, and cannot be copied
+def hqq(layer: nn.Linear, bits: int = 4) -> nn.Module:
+    """The layer as HQQ packs it: of no format that is known here, so that it can only be run."""
+    core = importlib.import_module("hqq.core.quantize")
+    config = core.BaseQuantizeConfig(nbits=bits, group_size=32)
+    made = core.HQQLinear(copy.deepcopy(layer), config, compute_dtype=layer.weight.dtype, device="cpu")
+    return made.train(layer.training)
+
+
+def torchao(layer: nn.Linear) -> nn.Module:
+    """The layer with torchao's 8-bit weight, a tensor of a class of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its kernels for GPUs are not there
+        quantization = importlib.import_module("torchao.quantization")
+        made = copy.deepcopy(layer)
+        quantization.quantize_(made, quantization.Int8WeightOnlyConfig())
+    return made
+
+
 @torch.no_grad()  # as auto-gptq packs a model
 def gptq(layer: nn.Linear, bits: int = 4, group_size: int = 32, sym: bool = False, desc_act: bool = False) -> nn.Module:
     """The layer as auto-gptq packs it: with the ranges that its quantizer finds, each value rounded to the nearest."""
@@ -96,6 +115,10 @@ KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "fp4": lambda layer: four_bit(layer, "fp4"),
     "8-bit": eight_bit,
 }
+OPAQUE: dict[str, Callable[[nn.Linear], nn.Module]] = {"hqq": hqq, "torchao": torchao}
+KINDS |= {
+    package: make for package, make in OPAQUE.items() if importlib.util.find_spec(package)
+}  # not with transformers 4
 if importlib.util.find_spec("auto_gptq"):  # an environment of its own: make test-gptq
     KINDS = {"gptq": gptq}
     with warnings.catch_warnings():
@@ -114,7 +137,8 @@ def packed(model: nn.Module, kind: str, **options: Any) -> nn.Module:
 
 # LLM.int8() rounds each row of a layer's input to 8 bits, so 1/254 of its largest value is the most that one input is
 # off; what comes out of a few layers in a row was measured to be off by less than 0.01 of its largest value.
-ROUNDING = {"8-bit": 0.02}
+# torchao multiplies with whole numbers and scales the sums, a dense layer scales the weight; 3e-7 was measured.
+ROUNDING = {"8-bit": 0.02, "torchao": 1e-6}
 
 
 def largest(tensor: Tensor) -> float:
@@ -131,6 +155,17 @@ def states(model: nn.Module) -> dict[str, Any]:
     return seen
 
 
+def parts_of(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that a tensor is made of: itself, or what one of a class of its own holds."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    return [tensor] if flatten is None else [getattr(tensor, name) for name in flatten()[0]]
+
+
+def bits_of(tensor: Tensor) -> bytes:
+    """A tensor's values, bit for bit."""
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+
+
 def _own(module: nn.Module) -> dict[str, Any]:
     weight = module._parameters.get("weight")
     return {} if weight is None else vars(weight)
@@ -138,8 +173,8 @@ def _own(module: nn.Module) -> dict[str, Any]:
 
 def _describe(seen: dict[str, Any], name: str, value: Any, depth: int) -> None:
     if isinstance(value, Tensor):
-        bits = value.detach().reshape(-1).contiguous().view(torch.uint8)
-        seen[name] = (value.data_ptr(), value.dtype, tuple(value.shape), bits.numpy().tobytes())
+        held = [(one.data_ptr(), one.dtype, tuple(one.shape), bits_of(one)) for one in parts_of(value)]
+        seen[name] = held
     elif type(value).__module__.startswith("bitsandbytes") and not isinstance(value, nn.Module) and depth < 3:
         seen[name] = id(value)
         for inner, one in vars(value).items():

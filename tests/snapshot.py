@@ -26,14 +26,11 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 
 def describe(tensor: torch.Tensor) -> tuple[Any, ...]:
-    whole = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
-    bits = None if tensor.is_meta else whole.numpy().tobytes()
     return (
         id(tensor),
-        tensor.data_ptr(),
+        [(one.data_ptr(), None if one.is_meta else quantized.bits_of(one)) for one in quantized.parts_of(tensor)],
         tensor._version,
         tensor.requires_grad,
         tensor.grad is None,
         tensor.dtype,
-        bits,
     )

@@ -42,9 +42,9 @@ def every_name(model: nn.Module) -> dict[str, Tensor]:
 
 
 def dense_name(name: str) -> str:
-    """The name of a weight, of one that GPTQ holds in several tensors too."""
+    """The name of a weight, of one that GPTQ and HQQ hold under other names too."""
     path, _, own = name.rpartition(".")
-    return f"{path}.weight" if own in ("qweight", "qzeros", "scales", "g_idx") else name
+    return f"{path}.weight" if own in ("qweight", "qzeros", "scales", "g_idx", "W_q") else name
 
 
 def rows(batch: Any, pick: Any) -> Any:
@@ -106,7 +106,8 @@ def test_merged_weights_compute_what_apply_does(case: Case) -> None:
     merged = pf.merge(params, adapter, model=model)
     adapted = applied(model, adapter, batch)
     assert params.keys() == before.keys()
-    assert {dense_name(name) for name in merged} == {dense_name(name) for name in params}
+    unnamed = {f"{path}.bias" for path, module in model.named_modules() if "bias" in vars(module)}  # HQQ's
+    assert {dense_name(name) for name in merged} - unnamed == {dense_name(name) for name in params}
     assert all(params[name] is before[name] for name in params)
     assert sum(merged[name] is not params.get(name) for name in merged) > 0
     if case.pack:  # the base's own forward takes no dense weight

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-import warnings
+import functools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import quantized
 import torch
 import torch.utils._pytree as torch_pytree
 from cases import trained
-from oracle import distance
+from oracle import distance, file_of, furthest, gradients, loaded, loss
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
@@ -19,24 +22,16 @@ from peftfn.codecs import packed as product
 
 # A dense weight is read by running the layer, in its own dtype: the same numbers, multiplied in another order.
 CLOSE = 1e-5
+# Beside peft the layer runs itself in both: the same products, summed in another order for gradients.
+SAME, SUMS = 1e-6, 3e-6
 
 
-def hqq(layer: nn.Linear, bits: int) -> nn.Module:
-    core = pytest.importorskip("hqq.core.quantize")
-    config = core.BaseQuantizeConfig(nbits=bits, group_size=32)
-    return core.HQQLinear(layer, config, compute_dtype=torch.float32, device="cpu")
-
-
-def torchao(layer: nn.Linear, bits: int) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its kernels for GPUs are not there
-        quantization = pytest.importorskip("torchao.quantization")
-        assert bits == 8
-        quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
-    return layer
-
-
-KINDS = {"hqq 4 bits": (hqq, 4), "hqq 2 bits": (hqq, 2), "hqq 8 bits": (hqq, 8), "torchao int8": (torchao, 8)}
+KINDS: dict[str, tuple[str, Callable[[nn.Linear], nn.Module]]] = {
+    "hqq 4 bits": ("hqq", quantized.hqq),
+    "hqq 2 bits": ("hqq", functools.partial(quantized.hqq, bits=2)),
+    "hqq 8 bits": ("hqq", functools.partial(quantized.hqq, bits=8)),
+    "torchao int8": ("torchao", quantized.torchao),
+}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 METHODS = {
     "lora": pf.LoraConfig(r=4, target_modules=["0", "2"]),
@@ -48,8 +43,9 @@ METHODS = {
 
 def model_of(kind: str) -> nn.Module:
     torch.manual_seed(0)
-    make, bits = KINDS[kind]
-    return nn.Sequential(make(nn.Linear(64, 96), bits), nn.Tanh(), make(nn.Linear(96, 32), bits)).eval()
+    package, make = KINDS[kind]
+    pytest.importorskip(package)
+    return nn.Sequential(make(nn.Linear(64, 96)), nn.Tanh(), make(nn.Linear(96, 32))).eval()
 
 
 def dense_of(model: Any) -> nn.Module:
@@ -97,6 +93,19 @@ def test_it_computes_and_differentiates_as_plain_layers_with_the_same_weights(ki
     routed = pf.apply(model, stacked, x, index=[0, 1, -1, 0])
     assert distance(routed[1], together[1][1]) < CLOSE
     assert bits_of(model) == before
+
+
+@every_kind
+def test_outputs_and_gradients_are_peft_s(kind: str, tmp_path: Path) -> None:
+    model, x = model_of(kind), torch.randn(4, 64)
+    adapter = trained(pf.init(model, METHODS["lora"]), size=0.05)
+    theirs: Any = loaded(model_of(kind), pf.save(adapter, tmp_path))
+    assert "LoraLinear" in type(theirs.get_submodule("base_model.model.0")).__name__
+    assert distance(pf.apply(model, adapter, x), theirs(x)) < SAME
+    names = {name: tensor for name, tensor in theirs.named_parameters() if tensor.requires_grad}
+    grads = torch.autograd.grad(loss(theirs(x)), list(names.values()))
+    expected = file_of(theirs, dict(zip(names, grads, strict=True)))
+    assert furthest(gradients(model, adapter, x), expected) < SUMS
 
 
 @every_kind

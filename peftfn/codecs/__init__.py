@@ -56,11 +56,14 @@ TABLE: tuple[Codec, ...] = (
 )
 
 
+_KEPT = "_peftfn_codec"
 _BY_CLASS: dict[tuple[type, type], Codec] = {}
 
 
 def of(module: nn.Module) -> Codec:
     """The codec of a module's weight: the first of the table that matches its class, and that of its weight."""
+    if _KEPT in module.__dict__:
+        return cast("Codec", module.__dict__[_KEPT])
     if torch.compiler.is_compiling():  # Dynamo would guard on what is in the dictionary, and compile again
         return next(codec for codec in TABLE if codec.matches(module))
     cls = type(module), type(cast("object", module._parameters.get("weight")))
@@ -68,6 +71,26 @@ def of(module: nn.Module) -> Codec:
     if found is None:
         found = _BY_CLASS[cls] = next(codec for codec in TABLE if codec.matches(module))
     return found
+
+
+def keep(twin: nn.Module, codec: Codec) -> None:
+    """Make a twin stay what it was, also with a dense weight in place of its packed one, and run from there."""
+    if codec is not DENSE:
+        twin.__dict__[_KEPT] = codec
+
+
+def bias(module: nn.Module) -> Tensor | None:
+    """A module's bias; a packed layer may hold it as a buffer, or as an attribute that is neither (HQQ's)."""
+    if of(module) is DENSE:
+        return module._parameters.get("bias")
+    return {**module.__dict__, **module._buffers, **module._parameters}.get("bias")
+
+
+def replaceable(module: nn.Module) -> set[str]:
+    """The names of the parameters that can be trained in place of a module's own: a packed weight's is `weight`."""
+    if of(module) is DENSE:
+        return {name for name, one in module._parameters.items() if one is not None}
+    return {"weight"} | ({"bias"} if bias(module) is not None else set())
 
 
 def packed_modules(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Codec]]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfn.codecs import packed
@@ -42,7 +43,7 @@ def matches(module: nn.Module) -> bool:
     """Whether the module is a linear layer whose weight is no plain tensor of numbers."""
     weight = module._parameters.get("weight")
     if isinstance(module, nn.Linear):
-        return type(cast("object", weight)).__module__.partition(".")[0] in _SUBCLASSES
+        return _is_subclass(weight)
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     held = [*module._parameters.values(), *module._buffers.values()]
     is_packed = any(tensor is not None and not tensor.is_floating_point() and tensor.dim() > 1 for tensor in held)
@@ -72,13 +73,28 @@ def shared(module: nn.Module) -> list[Any]:
 
 def run(module: nn.Module, x: Tensor) -> Tensor:
     """What the layer computes."""
-    weight, bias = product(module, x)
-    return packed.linear(weight, x, bias)
+    own, dense = product(module, x), _dense(module)
+    return packed.linear(own[0], x, own[1]) if own is not None else F.linear(x, cast("Tensor", dense), _bias(module))
 
 
-def product(module: nn.Module, x: Tensor) -> Product:
-    """W and b."""
-    return _packed(module), cast("Tensor | None", getattr(module, "bias", None))
+def product(module: nn.Module, x: Tensor) -> Product | None:
+    """W and b, but where a dense weight was put in the place of the packed one."""
+    return None if _dense(module) is not None else (_packed(module), _bias(module))
+
+
+def _dense(module: nn.Module) -> Tensor | None:
+    """A dense weight that was put in the place of the packed one."""
+    weight = module._parameters.get("weight")
+    return None if weight is None or _is_subclass(weight) else weight
+
+
+def _is_subclass(weight: object) -> bool:
+    return type(weight).__module__.partition(".")[0] in _SUBCLASSES
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    given = module._parameters.get("bias")  # HQQ's own is a plain attribute, and would be found first
+    return cast("Tensor | None", getattr(module, "bias", None)) if given is None else given
 
 
 def _packed(module: nn.Module) -> Packed:
