@@ -73,8 +73,12 @@ def shared(module: nn.Module) -> list[Any]:
 
 def run(module: nn.Module, x: Tensor) -> Tensor:
     """What the layer computes."""
-    own, dense = product(module, x), _dense(module)
-    return packed.linear(own[0], x, own[1]) if own is not None else F.linear(x, cast("Tensor", dense), _bias(module))
+    own, bias = product(module, x), _bias(module)
+    if own is None:
+        return F.linear(x, cast("Tensor", _dense(module)), bias)
+    y = packed.linear(own[0], x, None)
+    # Added here, because torch.compile loses the gradient of a bias beside a layer's own Function (HQQ's).
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def product(module: nn.Module, x: Tensor) -> Product | None:
