@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from bases import llama
 from torch import Tensor, nn
 
+import peftfn as pf
 from peftfn.codecs import packed as product
 
 # bitsandbytes says at each call that it computes in float16 what it is given in float32.
@@ -133,6 +135,26 @@ def packed(model: nn.Module, kind: str, **options: Any) -> nn.Module:
             owner, _, name = path.rpartition(".")
             setattr(model.get_submodule(owner), name, KINDS[kind](layer, **options))
     return model
+
+
+def check_checkpointing(kind: str, reentrant: bool) -> None:
+    """A Llama's gradients are the same to the order of sums, with its layers recomputed and without."""
+    torch.manual_seed(0)
+    base: Any = packed(llama(hidden_size=64, intermediate_size=96)(), kind).train()
+    batch = {"input_ids": torch.randint(0, 30, (3, 7))}
+    adapter = pf.init(base, pf.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    leaves = pf.leaves(adapter)
+
+    def gradients() -> list[Tensor | None]:
+        for leaf in leaves:
+            leaf.grad = None
+        pf.apply(base, adapter, batch).logits.square().mean().backward()  # a reentrant checkpoint knows no other way
+        return [leaf.grad for leaf in leaves]
+
+    expected = gradients()
+    assert all(one is not None and one.abs().max() > 0 for one in expected)
+    getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)({"use_reentrant": reentrant})
+    torch.testing.assert_close(gradients(), expected, rtol=1e-5, atol=1e-6)
 
 
 # LLM.int8() rounds each row of a layer's input to 8 bits, so 1/254 of its largest value is the most that one input is

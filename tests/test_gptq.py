@@ -172,6 +172,11 @@ def test_compiled_whole(kind: dict[str, Any]) -> None:
         close(compiled(adapter.params, x), function(adapter.params, x))
 
 
+@pytest.mark.parametrize("reentrant", [False, True], ids=["recomputed", "reentrant"])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    quantized.check_checkpointing("gptq", reentrant)
+
+
 def test_nothing_of_the_weight_s_size_is_saved_or_copied_in_training() -> None:
     model, x = model_of(KINDS[0]).train(), torch.randn(4, 3, 64)
     adapter = adapter_of(model)

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as torch_pytree
-from bases import llama
-from cases import loss, trained
-from quantized import OPAQUE, ROUNDING, eight_bit, four_bit, packed, parts_of, products
+from cases import trained
+from quantized import OPAQUE, ROUNDING, check_checkpointing, eight_bit, four_bit, parts_of, products
 from torch import Tensor, nn
 from torch.func import grad, jacrev, jvp, vjp, vmap
 
@@ -153,22 +152,7 @@ def test_per_sample_gradients(kind: str) -> None:
 @pytest.mark.parametrize("reentrant", [False, True], ids=["recomputed", "reentrant"])
 @pytest.mark.parametrize("kind", ["nf4", "8-bit", *OPAQUE])
 def test_activation_checkpointing(kind: str, reentrant: bool) -> None:
-    torch.manual_seed(0)
-    base: Any = packed(llama(hidden_size=64, intermediate_size=96)(), kind).train()
-    batch = {"input_ids": torch.randint(0, 30, (3, 7))}
-    adapter = trained(pf.init(base, pf.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])), size=0.05)
-    leaves = pf.leaves(adapter)
-
-    def gradients() -> list[Tensor]:
-        for leaf in leaves:
-            leaf.grad = None
-        loss(pf.apply(base, adapter, batch)).backward()  # a reentrant checkpoint knows no other way
-        return [leaf.grad for leaf in leaves if leaf.grad is not None]
-
-    expected = gradients()
-    assert len(expected) == len(leaves)
-    getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)({"use_reentrant": reentrant})
-    close(gradients(), expected)
+    check_checkpointing(kind, reentrant)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13's compiler does so
