@@ -1,9 +1,12 @@
-"""Padding masks that `torch.vmap` maps over: attention that does not look at their values.
+"""transformers' attention in a call that `torch.vmap` maps over.
 
-transformers asks whether a padding mask is all ones, to leave it out; under `torch.vmap` there is no one answer. A
-model of its `sdpa` attention is therefore run, for such a call, with the same attention under a name of its own, whose
-mask is always made. The names are registered where transformers offers it: its `AttentionInterface` and
-`AttentionMaskInterface`. The model's config stays as it is; the call's twins get a copy.
+Padding masks: transformers asks whether a mask is all ones, to leave it out; under `torch.vmap` there is no one answer.
+A model of its `sdpa` attention is therefore run, for such a call, with the same attention under a name of its own,
+whose mask is always made. Attention itself: under that name, and under another with transformers' own masks where none
+is mapped, it is what `peftfn.attention` makes of it, which takes the mapped axis as a part of the batch.
+
+The names are registered where transformers offers it: its `AttentionInterface` and `AttentionMaskInterface`. The
+model's config stays as it is; the call's twins get a copy.
 """
 
 from __future__ import annotations
@@ -11,48 +14,51 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# torch has no public way to ask whether a tensor is mapped over
-from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
+from peftfn import attention
 
 _NAME = "peftfn_sdpa"
+_WHOLE = "peftfn_sdpa_whole"  # whose masks are always made
 
 
 def suit(twins: Iterable[nn.Module], given: Mapping[str, Any]) -> None:
-    """Let the twins of a transformers model run a call whose padding masks are mapped over.
+    """Let the twins of a transformers model run a call that is mapped over.
 
     Args:
         twins: every module of this call.
         given: the call's arguments by name.
     """
-    masks = [value for name, value in given.items() if name.endswith("attention_mask") and isinstance(value, Tensor)]
-    if torch.compiler.is_compiling() or not any(is_mapped(mask) for mask in masks):
+    if torch.compiler.is_compiling() or not attention.is_mapping():
         return  # transformers does not look at masks while Dynamo traces
+    masks = [value for name, value in given.items() if name.endswith("attention_mask") and isinstance(value, Tensor)]
+    whole = any(map(attention.is_mapped, masks))
+    name = _WHOLE if whole else _NAME
     copies: dict[int, Any] = {}
     for twin in twins:
         config = twin.__dict__.get("config")
-        if getattr(config, "_attn_implementation", None) == "sdpa":
+        if getattr(config, "_attn_implementation", None) in ("sdpa", _NAME) and _asks(twin, whole):
             if id(config) not in copies:
                 _register()
                 copies[id(config)] = copy.deepcopy(config)
-                setattr(copies[id(config)], "_attn_implementation", _NAME)  # noqa: B010  # transformers' one way to set it
+                setattr(copies[id(config)], "_attn_implementation", name)  # noqa: B010  # transformers' one way to set it
             twin.__dict__["config"] = copies[id(config)]
-        if twin.__dict__.get("attn_implementation") == "sdpa":
+        if whole and twin.__dict__.get("attn_implementation") == "sdpa":
             twin.__dict__["attn_implementation"] = "eager"  # BERT and its kin of transformers 4 choose a mask by this
 
 
-def is_mapped(tensor: Tensor) -> bool:
-    """Whether a `torch.vmap` that is going on maps over the tensor."""
-    while is_functorch_wrapped_tensor(tensor):
-        if is_batchedtensor(tensor):
-            return True
-        tensor = get_unwrapped(tensor)
-    return False
+def _asks(twin: nn.Module, whole: bool) -> bool:
+    """Whether the twin finds its attention, or the masks that are to be whole, by the name in its config.
+
+    Falcon, for one, has its masks made by that name, but compares it with "sdpa" where it calls torch's attention.
+    """
+    home = sys.modules.get(type(twin).__module__)
+    return hasattr(home, "ALL_ATTENTION_FUNCTIONS") or (whole and hasattr(twin, "_supports_sdpa"))
 
 
 @functools.cache
@@ -60,11 +66,11 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     masking: Any = importlib.import_module("transformers.masking_utils")
-    attention: Any = importlib.import_module("transformers.integrations.sdpa_attention")
 
     def whole(*args: Any, **kwargs: Any) -> Any:
         skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         return masking.sdpa_mask(*args, **kwargs | skips)
 
-    AttentionInterface.register(_NAME, attention.sdpa_attention_forward)
-    AttentionMaskInterface.register(_NAME, whole)
+    for name, mask in ((_NAME, masking.sdpa_mask), (_WHOLE, whole)):
+        AttentionInterface.register(name, attention.of_transformers)
+        AttentionMaskInterface.register(name, mask)

@@ -130,7 +130,7 @@ def test_two_adapters_are_the_second_on_the_merged_first(case: Case) -> None:
 def test_vmap_over_a_stack_is_each_adapter_alone(case: Case) -> None:
     model, batch = case.base(), case.batch()
     adapters = [trained(pf.init(model, case.config), seed) for seed in range(3)]
-    with warnings.catch_warnings():  # torch says that attention falls back to a loop under vmap
+    with warnings.catch_warnings():  # of `nn.MultiheadAttention`, which falls back to a loop under vmap
         warnings.filterwarnings("ignore", message=".*batching rule", category=UserWarning)
         together = vmap(lambda adapter: applied(model, adapter, batch))(pf.stack(adapters))
         gradients = vmap(grad(lambda params, adapter: loss(pf.apply(model, adapter.replace(params=params), batch))))(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,13 +23,6 @@ BUILT_IN = ("albert", "prompt-bert", "prefix-bert") if transformers.__version__ 
 on_texts = pytest.mark.parametrize(
     "case", [BY_NAME[name] for name in NAMES if name not in BUILT_IN], ids=lambda case: case.name
 )
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    with warnings.catch_warnings():  # torch says that attention falls back to a loop under vmap
-        warnings.filterwarnings("ignore", message=".*batching rule", category=UserWarning)
-        yield
 
 
 def padded(case: Case) -> dict[str, Tensor]:

@@ -119,7 +119,6 @@ def run(row: Row, theirs: dict[str, Any], ours: dict[str, Any], folders: tuple[P
         else:
             expected = value(row.theirs, theirs)
     with contextlib.chdir(folders[1]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*batching rule")  # attention falls back to a loop under vmap
         if row.note.startswith("needs a hub"):
             with pytest.raises((OfflineModeIsEnabled, FileNotFoundError)):
                 value(row.ours, ours)

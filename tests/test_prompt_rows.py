@@ -75,7 +75,6 @@ def test_each_row_computes_what_its_own_prompt_computes_alone(case: Case, paddin
 
 # Bloom's activation is an autograd.Function that torch.func cannot go through.
 @pytest.mark.parametrize("case", [case for case in CASES if case.base != "bloom"], ids=str)
-@pytest.mark.filterwarnings("ignore:.*batching rule:UserWarning")  # torch says that attention falls back to a loop
 def test_a_stack_of_unlike_lengths_comes_apart_and_maps(case: Case) -> None:
     if oracle.IS_OLD and case.base.startswith("bert") and "prefix" in case.method:
         pytest.skip("BERT of transformers 4 adds mapped positions in place, which torch.vmap cannot")

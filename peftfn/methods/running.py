@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._C._functorch import maybe_current_level  # torch has no public question for this
 from torch.autograd import forward_ad
 
-from peftfn import layers, masks
+from peftfn import attention, layers
 from peftfn.codecs.packed import Packed
 from peftfn.layers import Site
 from peftfn.methods import adapted, dropout, lowrank
@@ -37,7 +37,7 @@ def forward(site: Site, delta: Delta, p: float, x: Tensor, *args: Any, **kwargs:
         kernel = lowrank.merged(site.kind, *delta, weight)
         return cast("Any", site.layer)._conv_forward(x, kernel, bias)  # noqa: SLF001  # all that torch's forward does
     seen, delta, bits = _drawn(site, delta, p, x)
-    if (isinstance(weight, Tensor) and masks.is_mapped(weight)) or (bits is not None and masks.is_mapped(bits)):
+    if (isinstance(weight, Tensor) and attention.is_mapped(weight)) or (bits is not None and attention.is_mapped(bits)):
         return _plain(site, delta, seen, site(x), bits)
     return adapted.linear(x, weight, bias, delta, bits)
 
@@ -64,7 +64,7 @@ def add(site: Site, delta: Delta, p: float, x: Tensor, y: Tensor) -> Tensor:
     """y + s·B·A·drop(x), in the dtype of y."""
     seen, delta, bits = _drawn(site, delta, p, x)
     alone = site.kind in _LINEAR and not _is_routed(site, delta) and _is_alone(x, delta)
-    if alone and not masks.is_mapped(y) and (bits is None or not masks.is_mapped(bits)):
+    if alone and not attention.is_mapped(y) and (bits is None or not attention.is_mapped(bits)):
         return adapted.add(x, y, delta, bits)
     return _plain(site, delta, seen, y, bits)
 
@@ -101,5 +101,5 @@ def _is_alone(x: Tensor, delta: Delta) -> bool:
         and x.dim() > 1
         and not torch.is_autocast_enabled(x.device.type)
         and cast("int", forward_ad._current_level) < 0  # noqa: SLF001  # torch has no public question for this
-        and (maybe_current_level() is None or not any(map(masks.is_mapped, (x, *delta))))
+        and (maybe_current_level() is None or not any(map(attention.is_mapped, (x, *delta))))
     )
