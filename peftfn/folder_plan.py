@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from peftfn import shards
 from peftfn.adapter import Adapter
 from peftfn.folder_names import Group, Names, Tensors
-from peftfn.merge import Change, change, changed
+from peftfn.merge import Change, change, changed, of_rows
 from peftfn.shards import Entry, Item, Shard
 
 
@@ -21,11 +20,14 @@ class Unit(NamedTuple):
 
     Attributes:
         keys: the tensors of the files that are read for it.
-        make: the new tensors by their keys, from those.
+        make: `(tensors, rows) -> tensors`, the new ones by their keys; given rows, from those of the old one the same
+            of the new one.
+        by_rows: whether it may be given rows: then it makes one tensor from one of the same shape.
     """
 
     keys: tuple[str, ...]
-    make: Callable[[Tensors], dict[str, Tensor]]
+    make: Callable[[Tensors, slice | None], dict[str, Tensor]]
+    by_rows: bool
 
 
 class Plan(NamedTuple):
@@ -174,12 +176,12 @@ def _unit(known: Known, part: _Part, apart: set[str]) -> tuple[Unit, list[Item]]
     homes = {name: _home(name, known, apart) for name in sorted(part.names) if name not in names.groups}
     keys = tuple(dict.fromkeys([*source.values(), *(key for group in groups for key in group.keys)]))
 
-    def run(tensors: Tensors) -> dict[str, Tensor]:
+    def run(tensors: Tensors, rows: slice | None) -> dict[str, Tensor]:
         params = {name: tensors[key] for name, key in source.items()}
         for group in groups:
             params.update(group.to_model({key: tensors[key] for key in group.keys}))
         params = {name: _cast(tensor, known.dtype) for name, tensor in params.items()}
-        for one in part.changes:
+        for one in part.changes if rows is None else _of_rows(part.changes, rows):
             params.update(changed(one, params))
         found = {home: params[name] for name, home in homes.items() if home}
         for group in groups:
@@ -189,7 +191,13 @@ def _unit(known: Known, part: _Part, apart: set[str]) -> tuple[Unit, list[Item]]
 
     items = [_item(home, replaced.get(name, known.shapes[name]), known.dtype) for name, home in homes.items() if home]
     items += [_item(written.get(key, key), meta(known.entries[key]), known.dtype) for one in groups for key in one.keys]
-    return Unit(keys, run), items
+    is_alone = not groups and len(keys) == len(items) == 1 and items[0].shape == known.entries[keys[0]].shape
+    by_rows = is_alone and len(_of_rows(part.changes, slice(0, 1))) == len(part.changes)
+    return Unit(keys, run, by_rows), items
+
+
+def _of_rows(changes: Iterable[Change], rows: slice) -> list[Change]:
+    return [found for one in changes if (found := of_rows(one, rows)) is not None]
 
 
 def _home(name: str, known: Known, apart: set[str]) -> str | None:
@@ -200,8 +208,8 @@ def _home(name: str, known: Known, apart: set[str]) -> str | None:
     return name if name in apart or name not in known.source else None
 
 
-def _recast(name: str, key: str, dtype: torch.dtype, tensors: Tensors) -> dict[str, Tensor]:
-    return {name: tensors[key].to(dtype)}
+def _recast(name: str, key: str, dtype: torch.dtype) -> Callable[[Tensors, slice | None], dict[str, Tensor]]:
+    return lambda tensors, _: {name: tensors[key].to(dtype)}
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -242,5 +250,5 @@ def _kept(known: Known, name: str, key: str, entry: Entry, units: dict[str, Unit
     """An item for a tensor that no adapter touches: its bytes, or, in another dtype, a unit of its own."""
     if known.dtype is None or not shards.is_floating(entry.code) or shards.CODES[entry.code] == known.dtype:
         return Item(name, entry.code, entry.shape, entry)
-    units[name] = Unit((key,), functools.partial(_recast, name, key, known.dtype))
+    units[name] = Unit((key,), _recast(name, key, known.dtype), by_rows=len(entry.shape) > 0)
     return Item(name, shards.NAMES[known.dtype], entry.shape, None)

@@ -1,8 +1,10 @@
-"""Writing one file of a merged folder: the next tensor is read and the last one written while one is computed."""
+"""Writing one file of a merged folder, piece by piece: the next one is read and the last one written meanwhile."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftfn import shards
+from peftfn import blocks, shards
 from peftfn.folder_plan import Unit
 from peftfn.shards import Entry, Item
 
-_AHEAD = 1  # tensors that wait to be written while the next one is computed
+_PIECE = 1 << 20  # values: a few MB stay in a processor's caches while one thread reads, one computes and one writes
+_ROOMS = 4  # the piece that is read, the one that is computed, and what may still be written: its result can be a view
 
 Files = Mapping[Path, FileIO]
 
@@ -41,6 +44,36 @@ class Job(NamedTuple):
         return self.path.with_name(f"{self.path.name}.part")
 
 
+class Piece(NamedTuple):
+    """What is written at once.
+
+    Attributes:
+        items: one that is made, or several that lie side by side in the same file already.
+        rows: those of the one that are made at once; `None` for all.
+    """
+
+    items: list[Item]
+    rows: slice | None
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return (
+            sum(item.size for item in self.items)
+            if self.rows is None
+            else self._up_to(self.rows.stop - self.rows.start)
+        )
+
+    @property
+    def start(self) -> int:
+        """Its first byte in the new file."""
+        return self.items[0].start + (0 if self.rows is None else self._up_to(self.rows.start))
+
+    def _up_to(self, row: int) -> int:
+        item = self.items[0]
+        return row * (item.size // max(1, item.shape[0]))
+
+
 def write(job: Job, units: Mapping[str, Unit], entries: Mapping[str, Entry], safe: bool, bar: Any) -> None:
     """Write the file, from where an earlier run left it: bytes are written in order, so its size says where that is.
 
@@ -55,10 +88,11 @@ def write(job: Job, units: Mapping[str, Unit], entries: Mapping[str, Entry], saf
         bar.update(job.size)
         return
     done = job.part.stat().st_size if job.part.exists() else 0
-    left = job.items if done < len(job.header) else [one for one in job.items if one.start + one.size > done]
-    bar.update(job.size - sum(item.size for item in left))
-    paths = {item.source.path for item in left if item.source}
-    paths |= {entries[key].path for item in left if not item.source for key in units[item.name].keys}
+    items = job.items if done < len(job.header) else [one for one in job.items if one.start + one.size > done]
+    left = [piece for piece in _pieces(items, units) if done < len(job.header) or piece.start + piece.size > done]
+    bar.update(job.size - sum(piece.size for piece in left))
+    paths = {item.source.path for item in items if item.source}
+    paths |= {entries[key].path for item in items if not item.source for key in units[item.name].keys}
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(FileIO(job.part, "r+b" if done else "w+b"))
         # Each thread has files of its own, and with them positions of its own.
@@ -66,18 +100,28 @@ def write(job: Job, units: Mapping[str, Unit], entries: Mapping[str, Entry], saf
         if done < len(job.header):
             target.write(job.header)
         reader, writer = stack.enter_context(ThreadPoolExecutor(1)), stack.enter_context(ThreadPoolExecutor(1))
-        values = _values([item for item in left if item.source is None], units, entries, read, reader, safe)
+        values = _values([piece for piece in left if piece.items[0].source is None], units, entries, read, reader, safe)
         waiting: deque[Future[None]] = deque()
-        for run in _runs(left):
-            tensor = next(values) if run[0].source is None else None
-            waiting.append(writer.submit(_put, waiting[-1] if waiting else None, target, copied, run, tensor, bar))
+        for piece in left:
+            tensor = next(values) if piece.items[0].source is None else None
+            waiting.append(writer.submit(_put, waiting[-1] if waiting else None, target, copied, piece, tensor, bar))
             tensor = None
-            while len(waiting) > _AHEAD:
+            if len(waiting) > 1:
                 waiting.popleft().result()
         for one in waiting:
             one.result()
         os.fsync(target.fileno())
     job.part.rename(job.path)
+
+
+def _pieces(items: Sequence[Item], units: Mapping[str, Unit]) -> Iterator[Piece]:
+    for run in _runs(items):
+        item = run[0]
+        if item.source is None and units[item.name].by_rows:
+            every = blocks.of_rows(item.shape[0], math.prod(item.shape[1:]), _PIECE)
+            yield from (Piece(run, rows) for rows in every)
+        else:
+            yield Piece(run, None)
 
 
 def _runs(items: Sequence[Item]) -> Iterator[list[Item]]:
@@ -94,63 +138,78 @@ def _runs(items: Sequence[Item]) -> Iterator[list[Item]]:
 
 
 def _put(
-    before: Future[None] | None,
-    target: FileIO,
-    sources: Files,
-    run: Sequence[Item],
-    tensor: Tensor | None,
-    bar: Any,
+    before: Future[None] | None, target: FileIO, sources: Files, piece: Piece, tensor: Tensor | None, bar: Any
 ) -> None:
     if before is not None:
         before.result()  # nothing is written after what could not be: the file's size says how much of it is right
-    first, source = run[0], run[0].source
+    source = piece.items[0].source
     if source is None:
         assert tensor is not None, "a tensor without a source is made"
-        shards.write(target, first.start, tensor)
-        bar.update(first.size)
+        shards.write(target, piece.start, tensor)
+        bar.update(piece.size)
     else:
-        size = sum(item.size for item in run)
-        shards.copy_range(sources[source.path], target, source.start, first.start, size, bar.update)
+        shards.copy_range(sources[source.path], target, source.start, piece.start, piece.size, bar.update)
 
 
 def _values(
-    items: Sequence[Item],
+    pieces: Sequence[Piece],
     units: Mapping[str, Unit],
     entries: Mapping[str, Entry],
     sources: Files,
     reader: Executor,
     safe: bool,
 ) -> Iterator[Tensor]:
-    """The tensors of the items, in order; those of the unit after are read meanwhile."""
-    order = [units[item.name] for item in items]
-    order = [unit for unit, before in zip(order, [None, *order], strict=False) if unit is not before]
+    """The tensors of the pieces, in order; what the next one is made from is read meanwhile."""
 
-    def load(unit: Unit) -> dict[str, Tensor]:
-        return {key: shards.read(sources[entries[key].path], entries[key]) for key in unit.keys}
+    def load(unit: Unit, rows: slice | None) -> dict[str, Tensor]:
+        if rows is None:
+            return {key: shards.read(sources[entries[key].path], entries[key]) for key in unit.keys}
+        (key,) = unit.keys
+        entry = entries[key].of_rows(rows)
+        return {key: shards.read(sources[entry.path], entry, next(rooms))}
 
-    upcoming = iter([*(reader.submit(load, unit) for unit in order[:1]), *order[1:], None])
+    # The same memory again and again: what malloc is given back in another order it keeps, and never uses again.
+    rooms = itertools.cycle([torch.empty(_largest(pieces, units, entries), dtype=torch.uint8) for _ in range(_ROOMS)])
+    order = [(units[piece.items[0].name], piece.rows) for piece in pieces]
+    order = [one for one, before in zip(order, [None, *order], strict=False) if one != before]
+    upcoming = iter([*(reader.submit(load, *one) for one in order[:1]), *order[1:], None])
     ahead: Any = next(upcoming)
     current, made = None, dict[str, Tensor]()
-    for item in items:
+    for piece in pieces:
+        item, rows = piece.items[0], piece.rows
         unit = units[item.name]
-        if unit is not current:
+        if (unit, rows) != current:
             tensors: dict[str, Tensor] = ahead.result()
             after: Any = next(upcoming)
-            ahead = reader.submit(load, after) if after is not None else None
+            ahead = reader.submit(load, *after) if after is not None else None
             with torch.no_grad():
-                current, made = unit, unit.make(tensors)
+                current, made = (unit, rows), unit.make(tensors, rows)
             del tensors
-        yield _checked(item, made.pop(item.name), safe)
+        yield _checked(piece, made.pop(item.name), safe)
 
 
-def _checked(item: Item, tensor: Tensor, safe: bool) -> Tensor:
+def _largest(pieces: Sequence[Piece], units: Mapping[str, Unit], entries: Mapping[str, Entry]) -> int:
+    """The bytes of the largest piece that is read for these, of those that are some rows."""
+    read = [
+        entries[key].of_rows(piece.rows)
+        for piece in pieces
+        if piece.rows is not None
+        for key in units[piece.items[0].name].keys
+    ]
+    return max((entry.end - entry.start for entry in read), default=0)
+
+
+def _checked(piece: Piece, tensor: Tensor, safe: bool) -> Tensor:
+    item, rows = piece.items[0], piece.rows
+    shape = item.shape if rows is None else (rows.stop - rows.start, *item.shape[1:])
     tensor = tensor.to(shards.CODES[item.code])
-    if tuple(tensor.shape) != item.shape:
-        raise ValueError(f"{item.name}: the adapter makes it {tuple(tensor.shape)}; its layer has {item.shape}.")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{item.name}: the adapter makes it {tuple(tensor.shape)}; its layer has {shape}.")
     if safe and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         count = int((~torch.isfinite(tensor)).sum())
+        where = f", in rows {rows.start} to {rows.stop - 1}," if rows is not None else ""
         raise ValueError(
-            f"{item.name} would have {count} of {tensor.numel()} values that are NaN or infinite, as merged in "
+            f"{item.name} would have {count} of {tensor.numel()} values{where} that are NaN or infinite, as merged in "
             f"{str(tensor.dtype).removeprefix('torch.')}; a wider dtype holds more, or the base has them already."
         )
     return tensor

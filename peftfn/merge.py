@@ -140,8 +140,9 @@ class Change(NamedTuple):
         """The names of the tensors that the leaf reads, as the method calls them: a weight, and a layer's bias."""
         if self.place is None:
             return {}
-        bias = {"bias": self.place._replace(weight="bias").name}
-        return {"weight": self.place.name} | (bias if self.place.kind not in layers.WEIGHT_KINDS else {})
+        has_bias = "bias" in self.method.reads and self.place.kind not in layers.WEIGHT_KINDS
+        bias = {"bias": self.place._replace(weight="bias").name} if has_bias else {}
+        return {"weight": self.place.name, **bias}
 
 
 def change(params: Mapping[str, Tensor], adapter: Adapter, path: str, model: nn.Module | None) -> Change:
@@ -192,6 +193,12 @@ def changed(one: Change, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
             f"{tuple(params[one.place.name].shape)}: {error}"
         ) from error
     return {**found, **{one.names[name]: tensor for name, tensor in made.items()}}
+
+
+def of_rows(one: Change, rows: slice) -> Change | None:
+    """The change of some rows of a weight alone; `None` where more changes, or its method has nothing of the kind."""
+    leaf = one.method.of_rows(one.leaf, one.place.kind, rows) if one.place and not one.replaced else None
+    return None if leaf is None else one._replace(leaf=leaf)
 
 
 def _guess(params: Mapping[str, Tensor], adapter: Adapter, method: Method, path: str, leaf: Leaf) -> Place:

@@ -53,6 +53,12 @@ class Entry(NamedTuple):
     start: int
     end: int
 
+    def of_rows(self, rows: slice) -> Entry:
+        """Where those rows of it are."""
+        each = (self.end - self.start) // max(1, self.shape[0])
+        shape = (rows.stop - rows.start, *self.shape[1:])
+        return self._replace(shape=shape, start=self.start + rows.start * each, end=self.start + rows.stop * each)
+
 
 class Shard(NamedTuple):
     """One safetensors file, as its header describes it."""
@@ -90,8 +96,10 @@ def read_shard(path: Path) -> Shard:
 
 
 def _entry(path: Path, one: Mapping[str, Any], begin: int) -> Entry:
-    start, end = one["data_offsets"]
-    return Entry(str(one["dtype"]), tuple(map(int, one["shape"])), path, begin + int(start), begin + int(end))
+    code, shape, (start, end) = str(one["dtype"]), tuple(map(int, one["shape"])), map(int, one["data_offsets"])
+    if code in CODES and end - start != math.prod(shape) * CODES[code].itemsize:
+        raise ValueError(f"{shape} in {end - start} bytes")
+    return Entry(code, shape, path, begin + start, begin + end)
 
 
 def _broken(path: Path) -> ValueError:
@@ -129,18 +137,16 @@ def find(folder: Path) -> list[Shard]:
     return shards
 
 
-def read(file: FileIO, entry: Entry) -> Tensor:
-    """The tensor, in memory of its own.
+def read(file: FileIO, entry: Entry, room: Tensor | None = None) -> Tensor:
+    """The tensor, in memory of its own or at the start of `room`, which are bytes.
 
     Raises:
         ValueError: its dtype is not one that torch can compute with.
     """
     if entry.code not in CODES:
         raise ValueError(f"{file.name} has a tensor of dtype {entry.code}, which cannot be read here.")
-    dtype = CODES[entry.code]
-    if entry.end - entry.start != math.prod(entry.shape) * dtype.itemsize:
-        raise ValueError(f"{file.name} has a tensor of shape {entry.shape} in {entry.end - entry.start} bytes.")
-    made = torch.empty(entry.shape, dtype=dtype)
+    dtype, size = CODES[entry.code], entry.end - entry.start
+    made = (torch.empty(size, dtype=torch.uint8) if room is None else room[:size]).view(dtype).view(entry.shape)
     view, done = as_bytes(made), 0
     file.seek(entry.start)
     while done < len(view):

@@ -85,7 +85,7 @@ def merge(
 
     From file to file (`peftfn.merge_folder`), or through the model where the files are not what it computes with.
     """
-    adapter = pf.load(source)
+    adapter = pf.load(source, mmap=True)
     if methods.of(adapter.config).kind is not None:
         raise UserError(
             f"{source} is a {adapter.config.peft_type} adapter, which changes what the model is given and none of its "

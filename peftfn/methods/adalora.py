@@ -126,6 +126,11 @@ def merge(
     return {"weight": lowrank.merged(kind, *_factors(leaf, kind, weight.shape), weight)}
 
 
+def of_rows(leaf: Leaf, kind: str, rows: slice) -> Leaf | None:
+    """The leaf of some rows of the weight, where it has one."""
+    return lowrank.of_rows(NAMES[:2], leaf, kind, rows)
+
+
 def silence(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
     """The leaf with its scaling times `keep`."""
     return {**leaf, "scaling": leaf["scaling"] * keep}
@@ -238,6 +243,8 @@ METHOD = Method(
     buffers=buffers,
     forward=forward,
     merge=merge,
+    reads=("weight",),
+    of_rows=of_rows,
     silence=silence,
     check=check,
     check_file=check_file,

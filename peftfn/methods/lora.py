@@ -168,6 +168,11 @@ def merge(
     return {"weight": weight.index_copy(_outputs(kind), rows, part)}
 
 
+def of_rows(leaf: Leaf, kind: str, rows: slice) -> Leaf | None:
+    """The leaf of some rows of the weight, where it has one."""
+    return lowrank.of_rows(_names(kind), leaf, kind, rows)
+
+
 def check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
     """What is wrong with a leaf for this site, or `None`."""
     first, second = _names(site.kind)
@@ -254,6 +259,8 @@ METHOD = Method(
     buffers=buffers,
     forward=forward,
     merge=merge,
+    reads=("weight",),
+    of_rows=of_rows,
     check=check,
     check_file=check_file,
     kinds=kinds,

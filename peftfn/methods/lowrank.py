@@ -7,15 +7,15 @@ tuple of functions of (A, B); scaling and dtype are the caller's.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfn import layers
-from peftfn.adapter import is_traced
+from peftfn import blocks, layers
+from peftfn.adapter import Leaf, is_traced
 from peftfn.layers import Site
 from peftfn.methods import widening
 from peftfn.methods.adapted import scaled
@@ -56,7 +56,17 @@ _BY_ROWS: dict[str, Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]] = 
     layers.EMBEDDING: lambda a, b, rows: (a[:, rows], b),
 }
 _BLOCK = 1 << 18  # elements: 1 MB of float32 stays in a core's cache
-_ROWS = 64  # blocks of a multiple of these: MKL rounds odd rows otherwise, and a product of all rows is to be had again
+
+
+def of_rows(names: Sequence[str], leaf: Leaf, kind: str, rows: slice) -> Leaf | None:
+    """The leaf, with A and B by these names, that merges into these rows of a weight as the given one into all of it.
+
+    `None` for a layer whose rows are not a matrix's, and for a leaf that acts on some rows only.
+    """
+    if kind not in _BY_ROWS or "rows" in leaf:
+        return None
+    a, b = names
+    return {**leaf, **dict(zip(names, _BY_ROWS[kind](leaf[a], leaf[b], rows), strict=True))}
 
 
 def _fits_blocks(a: Tensor, b: Tensor, scaling: Tensor, weight: Tensor) -> bool:
@@ -72,9 +82,7 @@ def _fits_blocks(a: Tensor, b: Tensor, scaling: Tensor, weight: Tensor) -> bool:
 def _merged_by_blocks(kind: str, a: Tensor, b: Tensor, scaling: Tensor, weight: Tensor) -> Tensor:
     """`merged`, a block of rows at a time: the delta is never there whole, nor written to memory and read again."""
     made = torch.empty_like(weight, requires_grad=False)
-    step = max(1, _BLOCK // weight.shape[1] // _ROWS) * _ROWS
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, start + step)
+    for rows in blocks.of_rows(weight.shape[0], weight.shape[1], _BLOCK):
         old = weight.detach()[rows]
         delta = TABLE[kind].delta(*_BY_ROWS[kind](a, b, rows), old.shape)
         made[rows] = old + scaled(delta, scaling)

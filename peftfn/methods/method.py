@@ -57,6 +57,10 @@ def _linear(leaf: Mapping[str, Tensor], weight: torch.Size) -> list[str]:
     return [layers.LINEAR]
 
 
+def _not_by_rows(leaf: Leaf, kind: str, rows: slice) -> Leaf | None:
+    return None
+
+
 def _alike(configs: Sequence[Any], path: str, leaves: Sequence[Leaf | None]) -> list[Leaf]:
     found = [leaf for leaf in leaves if leaf is not None]
     if len(found) < len(leaves):
@@ -115,6 +119,9 @@ class Method(NamedTuple):
         silence: `(leaf, keep) -> leaf` that does nothing where `keep` is 0 (routing's index -1).
         takes_rows: `(leaf, kind) -> whether forward takes a leaf of which each tensor has an axis for the rows of x
             before the others`; where it does not, `torch.vmap` gives it one row at a time.
+        reads: those of the layer's tensors that `merge` is given; the others stay as they are.
+        of_rows: `(leaf, kind, rows) -> leaf` that merges into these rows of a weight alone as the given one does into
+            all of it; `None` where there is no such leaf.
         encoded: `(config, leaf, site) -> leaf`: what the leaf's network makes of it, which is what rows share; of a
             method that has one.
         held: names of the method's buffers (LoRA: `scaling`).
@@ -146,6 +153,8 @@ class Method(NamedTuple):
     merge: Callable[[Any, Mapping[str, Tensor], str, Mapping[str, Tensor]], Mapping[str, Tensor]]
     silence: Callable[[Mapping[str, Tensor], Tensor], Mapping[str, Tensor]]
     takes_rows: Callable[[Mapping[str, Tensor], str], bool] = _one_by_one
+    reads: Sequence[str] = ("weight", "bias")
+    of_rows: Callable[[Leaf, str, slice], Leaf | None] = _not_by_rows
     encoded: Callable[[Any, Mapping[str, Tensor], Site], Mapping[str, Tensor]] | None = None
     held: frozenset[str] = frozenset()
     resolve: Callable[[nn.Module, Any], Any] = _resolve
