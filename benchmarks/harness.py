@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import timing
 import torch
 from pictures import UNIT, draw
-from records import FLOOR, PEFT, Measured, Quartiles, Row, quartiles, rounded, table, write
+from records import FLOOR, PEFT, RESULTS, Measured, Quartiles, Row, quartiles, rounded, table, write
 from timing import pin
 
 __all__ = [
@@ -45,8 +45,6 @@ __all__ = [
     "versions",
     "write",
 ]
-
-RESULTS = Path(__file__).parent / "results"
 
 
 class Run(NamedTuple):

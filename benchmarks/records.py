@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 FLOOR = "base alone"
 PEFT = "peft"
+RESULTS = Path(__file__).parent / "results"
 
 
 class Quartiles(NamedTuple):
