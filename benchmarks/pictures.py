@@ -89,9 +89,10 @@ def _dots(axes: Any, lines: Sequence[Line], places: int) -> None:
         if value is not None:
             axes.plot([value.low, value.high], [at, at], color="black", linewidth=1)
             axes.plot(value.median, at, "o", color="tab:blue", markersize=4)
-            axes.annotate(
-                f"{value.median:.3g}", (value.high, at), (4, -2.5), textcoords="offset points", fontsize=6, bbox=WHITE
-            )
+            # The number goes behind the goal where it would lie on it.
+            end = goal if goal is not None and value.high < goal < 1.8 * value.high else value.high
+            offset = {"xytext": (4, -2.5), "textcoords": "offset points"}
+            axes.annotate(f"{value.median:.3g}", (end, at), fontsize=6, bbox=WHITE, **offset)
         if goal is not None:
             axes.plot(goal, at, "|", color="tab:green" if met else "tab:red", markersize=9, markeredgewidth=2)
     axes.set_xscale("log", subs=(2, 5))
