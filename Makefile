@@ -27,7 +27,7 @@ INSTALL += --no-warn-conflicts
 PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format doctest bench smollm2 smollm2-quantized transforms docs notebooks test-transformers4 test-peft050 test-gptq test-gptqmodel gptqmodel soak bench-merge clean
+.PHONY: help demo test lint format doctest bench bench-gpu smollm2 smollm2-quantized transforms docs notebooks test-transformers4 test-peft050 test-gptq test-gptqmodel gptqmodel soak bench-merge clean
 
 help:  ## list the commands
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 22
@@ -50,11 +50,21 @@ format: $(VENV)/dev.stamp  ## put the code in order
 doctest: $(VENV)/dev.stamp  ## run the examples in the docstrings
 	$(PY) -m pytest --doctest-modules peftfn
 
-bench: $(VENV)/dev.stamp  ## time and memory of steps, forwards and many adapters, against peft and the bare base
-	$(PY) benchmarks/training_step.py $(ARGS)
-	$(PY) benchmarks/saved.py $(ARGS)
-	$(PY) benchmarks/forwards.py $(ARGS)
-	$(PY) benchmarks/many.py $(ARGS)
+# What is timed: files of benchmarks/, which write rows to benchmarks/results/ unless they are told --quick.
+BENCHMARKS := training_step saved forwards many quantized loading merge_stream
+GPU_BENCHMARKS := training_step saved forwards many
+
+# Quick runs are there to see that all of it works: two at once, and each one's output in one piece.
+bench: $(VENV)/dev.stamp  ## every ratio to peft and to the bare base, into benchmarks/results/; ARGS=--quick is short and writes nothing
+	@$(MAKE) --no-print-directory $(if $(findstring --quick,$(ARGS)),--jobs=2 --output-sync=target) $(BENCHMARKS:%=run-%)
+	$(PY) benchmarks/report.py $(filter --quick,$(ARGS))
+
+bench-gpu: $(VENV)/dev.stamp  ## the same on a GPU, timed by events; needs a torch that sees one
+	@$(MAKE) --no-print-directory $(GPU_BENCHMARKS:%=run-%) ARGS="--device cuda $(ARGS)"
+	$(PY) benchmarks/report.py $(filter --quick,$(ARGS))
+
+run-%:
+	$(PY) -W ignore benchmarks/$*.py $(ARGS)
 
 soak: $(VENV)/dev.stamp  ## 200 adapters, 8 threads, adapters loaded and dropped, five minutes; ARGS="--minutes 1"
 	$(PY) benchmarks/soak.py $(ARGS)

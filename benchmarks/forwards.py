@@ -9,26 +9,22 @@ in turn: peft's `set_adapter` before each, here another module or another argume
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import tempfile
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
 import torch
-from harness import FLOOR, PEFT, Row, machine, measure, pin, versions, write
-from setting import DEEP, LINEAR, QUICK, Sizes, llama
+from harness import FLOOR, PEFT, Row, begin, keep, timed
+from setting import DEEP, LINEAR, QUICK, Sizes, llama, moved, trained
 from torch import Tensor, nn
-from training_step import shown
 
 import peftfn as pf
 from peftfn.methods import running
 
-RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 1e-4  # of the largest value: float32 sums in another order
 NAMES = ("a", "b", "c", "d")
 
@@ -59,12 +55,8 @@ SHAPES = (
 
 
 def adapters(model: nn.Module, config: pf.PeftConfig, count: int) -> list[pf.Adapter]:
-    """Adapters as they are after some training: no tensor is zero."""
-    made = [pf.init(model, config, torch.Generator().manual_seed(seed)) for seed in range(count)]
-    for seed, adapter in enumerate(made):
-        for leaf in adapter.params.values():
-            leaf["lora_B"].normal_(0, 0.02, generator=torch.Generator().manual_seed(seed))
-    return made
+    """So many of them, all different."""
+    return [trained(model, config, torch.Generator().manual_seed(seed)) for seed in range(count)]
 
 
 def in_peft(model: nn.Module, given: list[pf.Adapter]) -> Any:
@@ -79,14 +71,15 @@ def in_peft(model: nn.Module, given: list[pf.Adapter]) -> Any:
     return theirs.eval()
 
 
-def convolution(shape: Shape) -> dict[str, Run]:
+def convolution(shape: Shape, device: torch.device) -> dict[str, Run]:
     """A forward of each kind."""
     torch.manual_seed(0)
     size = (shape.inputs, shape.outputs, shape.kernel, shape.stride, shape.kernel // 2)
     base = nn.Sequential(nn.Conv2d(*size)).eval().requires_grad_(False)
     x = torch.randn(shape.rows, shape.inputs, shape.side, shape.side)
     given = adapters(base, pf.LoraConfig(r=shape.r, target_modules=["0"]), 1)
-    bound, theirs = pf.bind(base, given[0]), in_peft(base, given)
+    base, theirs, given, x = (moved(one, device) for one in (base, in_peft(base, given), given, x))
+    bound = pf.bind(base, given[0])
     rule = running.is_cheaper_as_one
 
     def forced(as_one: bool) -> Tensor:
@@ -105,12 +98,13 @@ def convolution(shape: Shape) -> dict[str, Run]:
     }
 
 
-def switching(sizes: Sizes) -> dict[str, Run]:
+def switching(sizes: Sizes, device: torch.device) -> dict[str, Run]:
     """A forward of one token with each adapter in turn."""
     base = llama(sizes).eval()
     given = adapters(base, pf.LoraConfig(r=sizes.r, target_modules=LINEAR, task_type="CAUSAL_LM"), len(NAMES))
-    theirs, bound = in_peft(base, given), [pf.bind(base, adapter) for adapter in given]
-    ids = torch.ones(1, 1, dtype=torch.long)
+    base, theirs, given = (moved(one, device) for one in (base, in_peft(base, given), given))
+    bound = [pf.bind(base, adapter) for adapter in given]
+    ids = torch.ones(1, 1, dtype=torch.long, device=device)
 
     def by_peft() -> Tensor:
         outputs: list[Tensor] = []
@@ -137,29 +131,19 @@ def check(cases: dict[str, Run]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time convolutions, and switching among adapters.")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes; nothing is written without --output")
-    parser.add_argument("--threads", type=int, default=1, help="threads (1); with one, CPU time is measured")
-    parser.add_argument("--repeats", type=int, default=25, help="samples of each case (25)")
-    parser.add_argument("--output", type=Path, help="folder for the JSON (results, beside this file)")
-    given = parser.parse_args()
-    clock = pin(given.threads)
+    run = begin("Time convolutions, and switching among adapters.", repeats=25)
     rows: list[Row] = []
     with torch.no_grad():
-        sizes = QUICK._replace(rows=1, tokens=1) if given.quick else DEEP
-        cases = switching(sizes)
+        sizes = QUICK._replace(rows=1, tokens=1) if run.quick else DEEP
+        cases = switching(sizes, run.device)
         check(cases)
-        rows += shown(measure("switching", cases, clock, sizes._asdict(), repeats=given.repeats))
-        for shape in SHAPES[: 2 if given.quick else None]:
-            cases = convolution(shape)
+        rows += timed(run, "switching", cases, sizes._asdict())
+        for shape in SHAPES[: 2 if run.quick else None]:
+            cases = convolution(shape, run.device)
             check(cases)
             group = f"convolution {shape.kernel}×{shape.kernel}/{shape.stride} {shape.inputs}→{shape.outputs}"
-            rows += shown(measure(group, cases, clock, shape._asdict(), repeats=given.repeats, calls=3))
-    folder = given.output or (None if given.quick else RESULTS)
-    if folder is not None:
-        about = {"machine": machine(given.threads), "versions": versions("torch", "transformers", "peft", "peftfn")}
-        write(rows, folder / "forwards.json", **about)
-        print(f"written to {folder}")
+            rows += timed(run, group, cases, shape._asdict(), calls=3)
+    keep(run, "forwards", rows)
 
 
 if __name__ == "__main__":

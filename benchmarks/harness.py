@@ -2,70 +2,89 @@
 
 A busy machine slows everything down for a while, so the cases of a group take turns, in a new order each round, and
 ratios are taken within a round before their median is. With one thread the clock is the process's CPU time, which
-does not run while another process has the core. Each sample starts with no garbage from the one before; the collector
-stays on, so that a case pays for the garbage that it makes.
+does not run while another process has the core; on a GPU it is the events that the stream passes before a case and
+after it, and the most memory that the case had allocated beyond what was there before is noted too. Each sample starts
+with no garbage from the one before; the collector stays on, so that a case pays for the garbage that it makes.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib
-import json
 import os
 import platform
 import random
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import timing
 import torch
+from pictures import UNIT, draw
+from records import FLOOR, PEFT, RESULTS, Measured, Quartiles, Row, quartiles, rounded, table, write
+from timing import pin
 
-FLOOR = "base alone"
-PEFT = "peft"
+__all__ = [
+    "FLOOR",
+    "PEFT",
+    "RESULTS",
+    "Quartiles",
+    "Row",
+    "Run",
+    "begin",
+    "draw",
+    "keep",
+    "machine",
+    "measure",
+    "pin",
+    "shown",
+    "table",
+    "timed",
+    "versions",
+    "write",
+]
 
 
-class Quartiles(NamedTuple):
-    """The median of the samples, and the values that a quarter and three quarters of them are below."""
-
-    median: float
-    low: float
-    high: float
-
-
-class Row(NamedTuple):
-    """One measurement.
+class Run(NamedTuple):
+    """What the command line says.
 
     Attributes:
-        group: the cases that it was measured beside.
-        what: its case.
-        ms: milliseconds a call.
-        to_floor: its time over that of the base alone, in the same round.
-        to_peft: the same over peft's.
-        excess: what it takes beyond the base alone, over what peft takes beyond it, of medians; `None` where that is
-            not what the group asks.
-        repeats: samples.
-        calls: calls in each sample.
-        sizes: what the group's model and batch measure.
+        quick: a smaller measurement, of which nothing is kept.
+        repeats: samples of each case.
+        threads: how many torch uses.
+        device: where everything is.
+        clock: what to read before and after a sample on the CPU.
+        folder: where rows go; `None` for nowhere.
     """
 
-    group: str
-    what: str
-    ms: Quartiles
-    to_floor: Quartiles
-    to_peft: Quartiles
-    excess: float | None
+    quick: bool
     repeats: int
-    calls: int
-    sizes: Mapping[str, int]
+    threads: int
+    device: torch.device
+    clock: Callable[[], float]
+    folder: Path | None
 
 
-def pin(threads: int) -> Callable[[], float]:
-    """Fix the number of threads, and return the clock to read for it."""
-    torch.set_num_threads(threads)
-    torch.set_num_interop_threads(threads)
-    return time.process_time if threads == 1 else time.perf_counter
+def begin(description: str, repeats: int = 9, devices: Sequence[str] = tuple(timing.TAKE)) -> Run:
+    """Read the command line of a benchmark, and pin its threads."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="smaller, 3 samples; nothing is written without --output")
+    parser.add_argument("--threads", type=int, default=1, help="threads (1); with one, CPU time is measured")
+    parser.add_argument("--repeats", type=int, help=f"samples of each case ({repeats})")
+    parser.add_argument("--device", default="cpu", help=f"{' or '.join(devices)}; cuda is timed by events (cpu)")
+    parser.add_argument("--output", type=Path, help="folder for the rows (results, beside this file)")
+    given = parser.parse_args()
+    count = (3 if given.quick else repeats) if given.repeats is None else given.repeats
+    if count < 2:
+        parser.error(f"--repeats {count}: quartiles need 2 or more")
+    try:
+        device = timing.place(given.device, devices)
+    except ValueError as error:
+        parser.error(str(error))
+    folder = given.output or (None if given.quick else RESULTS)
+    return Run(given.quick, count, given.threads, device, pin(given.threads), folder)
 
 
 def measure(
@@ -77,9 +96,11 @@ def measure(
     repeats: int,
     warm_up: int = 2,
     calls: int = 1,
+    device: torch.device | str = "cpu",
 ) -> list[Row]:
     """Time the cases in turns: `repeats` samples each, of `calls` calls, after `warm_up` rounds that do not count."""
-    samples: dict[str, list[float]] = {name: [] for name in cases}
+    samples: dict[str, list[timing.Sample]] = {name: [] for name in cases}
+    take = timing.TAKE[torch.device(device).type]
     order = list(cases)
     shuffle = random.Random(0).shuffle
     gc.collect()
@@ -87,63 +108,72 @@ def measure(
     for _ in range(warm_up + repeats):
         shuffle(order)
         for name in order:
-            samples[name].append(_sample(cases[name], clock, calls))
+            samples[name].append(take(cases[name], clock, calls))
     gc.unfreeze()
-    kept = {name: times[warm_up:] for name, times in samples.items()}
-    beyond = {
-        name: statistics.median(t - f for t, f in zip(times, kept[FLOOR], strict=True)) for name, times in kept.items()
+    kept = {name: found[warm_up:] for name, found in samples.items()}
+    times = {name: [one.seconds for one in found] for name, found in kept.items()}
+    peaks = {
+        name: max((one.peak for one in found if one.peak is not None), default=None) for name, found in kept.items()
     }
-    return [
-        Row(
-            group,
-            name,
-            _quartiles([1000 * seconds for seconds in times]),
-            _quartiles(_ratios(times, kept[FLOOR])),
-            _quartiles(_ratios(times, kept[PEFT])),
-            round(beyond[name] / beyond[PEFT], 3) if beyond[PEFT] > 0 else None,
-            repeats,
-            calls,
-            sizes,
-        )
-        for name, times in kept.items()
-    ]
+    return [_row(group, name, times, peaks, (repeats, calls, sizes)) for name in cases]
 
 
-def _sample(run: Callable[[], object], clock: Callable[[], float], calls: int) -> float:
-    gc.collect()
-    start = clock()
-    for _ in range(calls):
-        run()
-    return (clock() - start) / calls
+def _row(
+    group: str,
+    name: str,
+    times: Mapping[str, Sequence[float]],
+    peaks: Mapping[str, int | None],
+    how: tuple[int, int, Mapping[str, int]],
+) -> Row:
+    own, floor = times[name], times[FLOOR]
+    over_floor = [one - other for one, other in zip(own, floor, strict=True)]
+    beyond = statistics.median(one - other for one, other in zip(times[PEFT], floor, strict=True))
+    peak, theirs = peaks[name], peaks[PEFT]
+    return Row(
+        group,
+        name,
+        quartiles([1000 * seconds for seconds in own]),
+        quartiles(_ratios(own, floor)),
+        quartiles(_ratios(own, times[PEFT])),
+        {other: quartiles(_ratios(own, found)) for other, found in times.items() if other != name},
+        quartiles([one / beyond for one in over_floor]) if beyond > 0 else None,
+        *how,
+        peak,
+        None if peak is None or not theirs else rounded(peak / theirs),
+    )
 
 
 def _ratios(times: Sequence[float], others: Sequence[float]) -> list[float]:
     return [one / other for one, other in zip(times, others, strict=True)]
 
 
-def _quartiles(values: Sequence[float]) -> Quartiles:
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Quartiles(round(median, 4), round(low, 4), round(high, 4))
+def timed(
+    run: Run,
+    group: str,
+    cases: Mapping[str, Callable[[], object]],
+    sizes: Mapping[str, int],
+    *,
+    repeats: int | None = None,
+    calls: int = 1,
+) -> list[Row]:
+    """Time the cases as the command line says, and print what came of it."""
+    rounds = repeats or run.repeats
+    how = {"repeats": rounds, "warm_up": min(2, rounds - 1), "calls": calls, "device": run.device}
+    return shown(measure(group, cases, run.clock, sizes, **how))
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The measurements of one group as text: medians and quartiles."""
-    width = max(len(row.what) for row in rows)
-    lines = [
-        f"{rows[0].group} ({rows[0].repeats} rounds)",
-        f"  {'':{width}}  {'ms':>7}  {'quartiles':>15}  {'/ base':>6}  {'quartiles':>11}  {'/ peft':>6}  excess",
-    ]
-    for row in rows:
-        ms = f"{row.ms.median:7.1f}  {row.ms.low:7.1f} {row.ms.high:7.1f}"
-        ratios = f"{row.to_floor.median:6.3f}  {row.to_floor.low:.3f} {row.to_floor.high:.3f}"
-        excess = "" if row.excess is None else f"{row.excess:6.3f}"
-        lines.append(f"  {row.what:{width}}  {ms}  {ratios}  {row.to_peft.median:6.3f}  {excess}")
-    return "\n".join(lines)
+def shown(rows: list[Row]) -> list[Row]:
+    """The same rows, after printing them: the next group takes a minute or two."""
+    print(table(rows), end="\n\n", flush=True)
+    return rows
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Where the numbers come from."""
-    return {"cpu": _cpu(), "cores": os.cpu_count(), "threads": threads, "clock": "cpu" if threads == 1 else "wall"}
+    found = {"cpu": _cpu(), "cores": os.cpu_count(), "threads": threads, "device": torch.device(device).type}
+    if found["device"] == "cuda":
+        return {**found, "gpu": torch.cuda.get_device_name(device), "clock": "events"}
+    return {**found, "clock": "cpu" if threads == 1 else "wall"}
 
 
 def _cpu() -> str:
@@ -164,40 +194,17 @@ def _version(package: str) -> str:
     return str(importlib.import_module(package).__version__)  # also where it runs from a checkout, uninstalled
 
 
-def write(rows: Sequence[Row], path: Path, **about: Any) -> None:
-    """Write a JSON list with one measurement a line; `about` is added to each."""
-    plain = [{k: v._asdict() if isinstance(v, Quartiles) else v for k, v in row._asdict().items()} for row in rows]
-    lines = [json.dumps(row | about) for row in plain]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
-
-
-def draw(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Write a bar chart: for each group, how many times the base's time each case takes, with quartiles.
-
-    One scale for all of them, so that the groups can be compared.
-    """
-    import matplotlib as mpl
-
-    mpl.use("Agg")  # a server has no display
-    import matplotlib.pyplot as plt
-
-    groups = list(dict.fromkeys(row.group for row in rows))
-    widest = 1.25 * max(row.to_floor.high for row in rows)
-    figure, panels = plt.subplots(1, len(groups), figsize=(3.6 * len(groups), 3), squeeze=False)
-    for axes, group in zip(panels[0], groups, strict=True):
-        bars = [row for row in rows if row.group == group]
-        ratios = [row.to_floor for row in bars]
-        colors = [{FLOOR: "tab:gray", PEFT: "tab:orange"}.get(row.what, "tab:blue") for row in bars]
-        medians = [ratio.median for ratio in ratios]
-        whiskers = [[r.median - r.low for r in ratios], [r.high - r.median for r in ratios]]
-        drawn = axes.barh([row.what for row in bars], medians, xerr=whiskers, color=colors, ecolor="black", capsize=2)
-        axes.bar_label(drawn, [f" {median:.2f}" for median in medians], padding=4, fontsize=8)
-        axes.invert_yaxis()
-        axes.set_title(group, fontsize=10)
-        axes.set(xlabel="× the base alone", xlim=(0, widest))
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{title}\nmedians and quartiles; blue: peftfn", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def keep(
+    run: Run, name: str, rows: Sequence[Measured], packages: Sequence[str] = ("peftfn",), unit: str = UNIT
+) -> None:
+    """Write the rows of a run, and a picture of them, where the command line says so."""
+    if run.folder is None:
+        return
+    on = machine(run.threads, run.device)
+    used = versions("torch", "transformers", "peft", *packages)
+    stem = name if on["device"] == "cpu" else f"{name}-{on['device']}"
+    write(rows, run.folder / f"{stem}.json", machine=on, versions=used)
+    hardware = on.get("gpu") or f"{on['cpu']}, {run.threads} thread{'s' if run.threads > 1 else ''}"
+    title = f"{hardware}, torch {used['torch']}, peft {used['peft']}"
+    draw(rows, run.folder / f"{stem}.png", title, unit=unit)
+    print(f"written to {run.folder / stem}.json and .png")

@@ -7,7 +7,6 @@ the adapter gradients of each sample. Each checks that both sides compute the sa
 
 from __future__ import annotations
 
-import argparse
 import copy
 import tempfile
 import warnings
@@ -15,18 +14,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import harness
 import peft
 import setting
 import torch
 import torch.nn.functional as F
-from harness import FLOOR, PEFT, Row
+from harness import FLOOR, PEFT, Row, begin, keep, timed
 from torch import Tensor
 from torch.func import grad, vmap
 
 import peftfn as pf
 
-RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 1e-5
 SMALL = setting.Sizes(layers=4, hidden=384, intermediate=1024, rows=32, tokens=1)
 WIDE = setting.Sizes(layers=6, hidden=512, intermediate=1376, rows=1, tokens=1)
@@ -41,16 +38,11 @@ class Crowd(NamedTuple):
     theirs: Any
 
 
-def crowd(sizes: setting.Sizes, count: int, targets: Any = setting.LINEAR) -> Crowd:
-    """Adapters as they are after some training, in both libraries."""
+def crowd(sizes: setting.Sizes, count: int, device: torch.device, targets: Any = setting.LINEAR) -> Crowd:
+    """Adapters in both libraries."""
     base = setting.llama(sizes).eval()
-    adapters: list[pf.Adapter] = []
-    for number in range(count):
-        noise = torch.Generator().manual_seed(number)
-        adapter = pf.init(base, pf.LoraConfig(r=sizes.r, target_modules=targets, task_type="CAUSAL_LM"), noise)
-        for leaf in adapter.params.values():
-            leaf["lora_B"].normal_(0, 0.02, generator=noise)
-        adapters.append(adapter)
+    config = pf.LoraConfig(r=sizes.r, target_modules=targets, task_type="CAUSAL_LM")
+    adapters = [setting.trained(base, config, torch.Generator().manual_seed(number)) for number in range(count)]
     theirs: Any = None
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft 0.21 with transformers 5.23: about names inside it
@@ -60,16 +52,19 @@ def crowd(sizes: setting.Sizes, count: int, targets: Any = setting.LINEAR) -> Cr
                 theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), place, str(number), is_trainable=True)
             else:
                 theirs.load_adapter(place, str(number), is_trainable=True)
-    return Crowd(base, adapters, pf.stack(adapters), theirs.eval())
+    made = Crowd(base, adapters, pf.stack(adapters), theirs.eval())
+    return Crowd(*(setting.moved(one, device) for one in made))
 
 
-def ids(rows: int, tokens: int) -> Tensor:
-    return torch.randint(0, setting.VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(1))
+def ids(made: Crowd, rows: int, tokens: int) -> Tensor:
+    """Random words, where the base is."""
+    words = torch.randint(0, setting.VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(1))
+    return words.to(made.base.device)
 
 
 def routed(made: Crowd, order: Tensor) -> dict[str, Callable[[], Tensor]]:
     """One token for each row, with the adapter that `order` says."""
-    batch, names = {"input_ids": ids(len(order), 1)}, [str(number) for number in order.tolist()]
+    batch, names = {"input_ids": ids(made, len(order), 1)}, [str(number) for number in order.tolist()]
     return {
         FLOOR: torch.no_grad()(lambda: made.base(**batch).logits),
         PEFT: torch.no_grad()(lambda: made.theirs(**batch, adapter_names=names).logits),
@@ -79,7 +74,7 @@ def routed(made: Crowd, order: Tensor) -> dict[str, Callable[[], Tensor]]:
 
 def ensemble(made: Crowd, count: int, rows: int, tokens: int) -> dict[str, Callable[[], Tensor]]:
     """The logits of `count` members, (members, rows, tokens, words)."""
-    batch = {"input_ids": ids(rows, tokens)}
+    batch = {"input_ids": ids(made, rows, tokens)}
     members = pf.stack(made.adapters[:count])
 
     def loop() -> Tensor:
@@ -103,7 +98,7 @@ def ensemble(made: Crowd, count: int, rows: int, tokens: int) -> dict[str, Calla
 
 def training(made: Crowd, count: int, tokens: int) -> dict[str, Callable[[], Tensor]]:
     """The gradients of `count` adapters, each on a sequence of its own, flat."""
-    text, order = ids(count, tokens), torch.arange(count)
+    text, order = ids(made, count, tokens), torch.arange(count)
     members = pf.stack(made.adapters[:count])
     leaves = pf.leaves(members)
     names = [str(number) for number in range(count)]
@@ -149,7 +144,7 @@ def steps(made: Crowd, count: int, tokens: int) -> dict[str, Callable[[], Tensor
 
     Every call goes on from the one before, in both libraries, so peft's adapters are not what they were after this.
     """
-    text, order = ids(count, tokens), torch.arange(count)
+    text, order = ids(made, count, tokens), torch.arange(count)
     rates, eps = torch.linspace(1e-4, 1e-3, count), 1e-4  # far above rounding: AdamW divides by a gradient's own size
     now = {"run": pf.sweep.begin(made.adapters[:count])}
     names = [str(number) for number in range(count)]
@@ -185,7 +180,7 @@ def steps(made: Crowd, count: int, tokens: int) -> dict[str, Callable[[], Tensor
 
 def per_sample(made: Crowd, rows: int, tokens: int) -> dict[str, Callable[[], Tensor]]:
     """One batched gradient in peft's place, and the gradient of each row."""
-    text, adapter = ids(rows, tokens), made.adapters[0]
+    text, adapter = ids(made, rows, tokens), made.adapters[0]
 
     def value(params: Any, batch: Tensor) -> Tensor:
         return _loss(pf.apply(made.base, adapter.replace(params=params), {"input_ids": batch}).logits, batch)
@@ -234,7 +229,7 @@ def from_disk(made: Crowd, count: int, folder: Path) -> dict[str, Callable[[], T
     for number in range(count):
         pf.save(made.adapters[number % len(made.adapters)], folder / str(number))
     order = torch.arange(0, count, max(1, count // 32))[:32]
-    batch, names = {"input_ids": ids(len(order), 1)}, [str(number) for number in order.tolist()]
+    batch, names = {"input_ids": ids(made, len(order), 1)}, [str(number) for number in order.tolist()]
     places = [str(folder / str(number)) for number in range(count)]
 
     def theirs() -> Tensor:
@@ -244,7 +239,7 @@ def from_disk(made: Crowd, count: int, folder: Path) -> dict[str, Callable[[], T
         return model.eval()(**batch, adapter_names=names).logits
 
     def ours() -> Tensor:
-        return pf.apply(made.base, pf.load_stack(places), batch, index=order).logits
+        return pf.apply(made.base, pf.load_stack(places, device=made.base.device), batch, index=order).logits
 
     cases = {FLOOR: lambda: made.base(**batch).logits, PEFT: theirs, "load_stack": ours}
     return {name: torch.no_grad()(case) for name, case in cases.items()}
@@ -262,41 +257,36 @@ def check(cases: Mapping[str, Callable[[], Tensor]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few rounds; nothing is written")
-    given = parser.parse_args()
-    clock, repeats = harness.pin(1), 3 if given.quick else 9
+    run = begin(__doc__.splitlines()[0])
     rows: list[Row] = []
 
-    def timed(
-        group: str, cases: Mapping[str, Callable[[], Tensor]], sizes: setting.Sizes, rounds: int = repeats, **more: int
+    def add(
+        group: str,
+        cases: Mapping[str, Callable[[], Tensor]],
+        sizes: setting.Sizes,
+        rounds: int | None = None,
+        **more: int,
     ) -> None:
         check(cases)
-        warm_up = min(2, rounds - 1)
-        found = harness.measure(group, cases, clock, sizes._asdict() | more, repeats=rounds, warm_up=warm_up)
-        print(harness.table(found), end="\n\n", flush=True)
-        rows.extend(found)
+        rows.extend(timed(run, group, cases, sizes._asdict() | more, repeats=rounds))
 
-    made = crowd(SMALL, 32)
-    timed("one token, 32 rows, an adapter each", routed(made, torch.arange(32)), SMALL)
-    timed("one token, 32 rows, in another order", routed(made, torch.arange(32).flip(0)), SMALL)
-    timed("training 32 adapters, 16 tokens each", training(made, 32, 16), SMALL, tokens_each=16)
-    timed("training 8 adapters, 32 tokens each", training(made, 8, 32), SMALL, tokens_each=32)
-    timed("a step of 32 adapters, 16 tokens each", steps(made, 32, 16), SMALL, tokens_each=16)
-    timed("gradients of 8 rows of 32 tokens, each", per_sample(made, 8, 32), SMALL, tokens_each=32)
-    count = 20 if given.quick else 200
+    made = crowd(SMALL, 32, run.device)
+    add("one token, 32 rows, an adapter each", routed(made, torch.arange(32)), SMALL)
+    add("one token, 32 rows, in another order", routed(made, torch.arange(32).flip(0)), SMALL)
+    add("training 32 adapters, 16 tokens each", training(made, 32, 16), SMALL, tokens_each=16)
+    add("training 8 adapters, 32 tokens each", training(made, 8, 32), SMALL, tokens_each=32)
+    add("a step of 32 adapters, 16 tokens each", steps(made, 32, 16), SMALL, tokens_each=16)
+    add("gradients of 8 rows of 32 tokens, each", per_sample(made, 8, 32), SMALL, tokens_each=32)
+    count = 20 if run.quick else 200
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as above
         # peft takes minutes for them: few rounds
-        timed(f"{count} adapters from disk, then one batch", from_disk(made, count, Path(folder)), SMALL, 2)
-    wide = crowd(WIDE, 32)
-    timed("ensemble of 8, one token, 32 in peft", ensemble(wide, 8, 1, 1), WIDE)
-    top = crowd(WIDE, 8, targets=r".*layers\.(5)\..*_proj")
-    timed("ensemble of 8, adapted at the top, 4×64 tokens", ensemble(top, 8, 4, 64), WIDE)
-    if not given.quick:
-        used = harness.versions("torch", "transformers", "peft", "peftfn")
-        harness.write(rows, RESULTS / "many.json", machine=harness.machine(1), versions=used)
-        harness.draw(rows, RESULTS / "many.png", f"many adapters at once, torch {used['torch']}, peft {used['peft']}")
+        add(f"{count} adapters from disk, then one batch", from_disk(made, count, Path(folder)), SMALL, 2)
+    for loaded in (8, 32):
+        add(f"ensemble of 8, one token, {loaded} in peft", ensemble(crowd(WIDE, loaded, run.device), 8, 1, 1), WIDE)
+    top = crowd(WIDE, 8, run.device, targets=r".*layers\.(5)\..*_proj")
+    add("ensemble of 8, adapted at the top, 4×64 tokens", ensemble(top, 8, 4, 64), WIDE)
+    keep(run, "many", rows)
 
 
 if __name__ == "__main__":

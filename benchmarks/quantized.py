@@ -9,27 +9,23 @@ bitsandbytes keeps the inputs of its 8-bit layers where no hook sees them, so on
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import bitsandbytes
 import peft
 import torch
-from harness import FLOOR, PEFT, Row, machine, measure, pin, versions, write
-from saved import saved
-from setting import FULL, LINEAR, QUICK, Setting, Sizes, llama, our_dropout
+from harness import FLOOR, PEFT, Row, begin, keep, timed
+from saved import Kept, compared, saved
+from setting import FULL, LINEAR, QUICK, Setting, Sizes, llama, our_dropout, trained
 from torch import Tensor, nn
-from training_step import Step, backward, floor, shown
+from training_step import Step, backward, floor
 
 import peftfn as pf
 
 # Gradients of a bfloat16 base are sums of rounded numbers, taken in another order in each library; measured: 0.02.
 TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 1e-4}
-RESULTS = Path(__file__).parent / "results"
 KINDS = {"nf4": (torch.bfloat16, torch.float32), "8-bit": (torch.float32,)}
 
 
@@ -51,13 +47,11 @@ def pack(model: Any, kind: str, dtype: torch.dtype) -> Any:
 
 
 def build(sizes: Sizes, kind: str, dtype: torch.dtype, dropout: float) -> Setting:
-    """A packed base for each library, and an adapter as it is after some training."""
+    """A packed base for each library, and an adapter."""
     base, other = (pack(llama(sizes), kind, dtype) for _ in range(2))
     config = pf.LoraConfig(r=sizes.r, target_modules=LINEAR, lora_dropout=dropout, task_type="CAUSAL_LM")
-    adapter = pf.init(base, config)
     noise = torch.Generator().manual_seed(1)
-    for leaf in adapter.params.values():
-        leaf["lora_B"].normal_(0, 0.02, generator=noise)
+    adapter = trained(base, config, noise)
     with tempfile.TemporaryDirectory() as folder:
         pf.save(adapter, folder)
         theirs: Any = peft.PeftModel.from_pretrained(other, folder, is_trainable=True)
@@ -106,40 +100,25 @@ def check(cases: dict[str, Step], theirs: Any, tolerance: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time a training step on packed bases, and count what it saves.")
-    parser.add_argument("--quick", action="store_true", help="a smaller model; nothing is written without --output")
-    parser.add_argument("--threads", type=int, default=1, help="threads (1); with one, CPU time is measured")
-    parser.add_argument("--repeats", type=int, default=9, help="samples of each case (9)")
-    parser.add_argument("--output", type=Path, help="folder for the JSON (results, beside this file)")
-    given = parser.parse_args()
+    run = begin("Time a training step on packed bases, and count what it saves.", devices=("cpu",))
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    clock, sizes = pin(given.threads), QUICK if given.quick else FULL
+    sizes = QUICK if run.quick else FULL
     rows: list[Row] = []
-    kept: list[dict[str, Any]] = []
+    kept: list[Kept] = []
     for kind, dtype, dropout in [(k, d, p) for k, types in KINDS.items() for d in types for p in (0.0, 0.1)]:
         made = build(sizes, kind, dtype, dropout)
-        cases = steps(made, pack(llama(sizes), kind, dtype).requires_grad_(False))
+        bare = pack(llama(sizes), kind, dtype).requires_grad_(False)
+        cases = steps(made, bare)
         check(cases, made.theirs, TOLERANCE[dtype])
         group = f"{kind}, {str(dtype).removeprefix('torch.')}, dropout {dropout:g}"
-        rows += shown(measure(group, cases, clock, sizes._asdict(), repeats=given.repeats))
+        rows += timed(run, f"training step, {group}", cases, sizes._asdict())
         if kind == "nf4":
             leaves = pf.leaves(made.adapter)
-            ours = saved(backward(lambda: pf.apply(made.base, made.adapter, made.batch), leaves), made.base, leaves)  # noqa: B023  # called at once
-            theirs = saved(cases[PEFT], made.theirs, [])
-            kept.append({"group": group, "saved": ours, "saved by peft": theirs, "ratio": round(ours / theirs, 3)})
-            print(
-                f"  saved: {ours / 2**20:.1f} MiB, by peft {theirs / 2**20:.1f} MiB: {ours / theirs:.3f}\n", flush=True
-            )
-    folder = given.output or (None if given.quick else RESULTS)
-    if folder is not None:
-        about = {
-            "machine": machine(given.threads),
-            "versions": versions("torch", "transformers", "peft", "bitsandbytes"),
-        }
-        write(rows, folder / "quantized.json", **about)
-        lines = ",\n".join(json.dumps(one | about) for one in kept)
-        (folder / "quantized_saved.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-        print(f"written to {folder}")
+            step = backward(lambda: pf.apply(made.base, made.adapter, made.batch), leaves)  # noqa: B023  # called at once
+            counts = saved(step, made.base, leaves), saved(cases[PEFT], made.theirs, []), saved(cases[FLOOR], bare, [])
+            kept += compared(f"kept, {group}", *counts, sizes)
+    keep(run, "quantized", rows, ("peftfn", "bitsandbytes"))
+    keep(run, "quantized_saved", kept, ("peftfn", "bitsandbytes"), unit="× what the base alone keeps")
 
 
 if __name__ == "__main__":

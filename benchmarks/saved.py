@@ -8,22 +8,43 @@ the frozen base keeps is taken off both; before anything is counted the step is 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
-import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
-from harness import PEFT, machine, pin, versions
-from setting import FULL, QUICK, build
+from harness import FLOOR, PEFT, Quartiles, begin, keep
+from records import exactly
+from setting import FULL, QUICK, Sizes, build
 from torch import Tensor, nn
-from training_step import Step, backward, check, floor, steps
+from training_step import NAMES, Step, backward, check, floor, group_of, steps
 
 import peftfn as pf
 
-RESULTS = Path(__file__).parent / "results"
+
+class Kept(NamedTuple):
+    """One count.
+
+    Attributes:
+        group: the setting that it is of.
+        what: whose step.
+        bytes: what autograd keeps.
+        to_floor: that over what the step of the base alone keeps.
+        to_peft: over what peft's keeps.
+        excess: what is kept beyond the base alone, over what peft keeps beyond it.
+        repeats: one; it is the same each time.
+        sizes: what the model and the batch measure.
+    """
+
+    group: str
+    what: str
+    bytes: int
+    to_floor: Quartiles
+    to_peft: Quartiles
+    excess: Quartiles
+    repeats: int
+    sizes: Mapping[str, int]
 
 
 def of_the_base(model: nn.Module) -> Iterator[Tensor]:
@@ -54,33 +75,43 @@ def saved(step: Step, model: nn.Module, adapter: Sequence[Tensor]) -> int:
     return sum(seen.values())
 
 
+def compared(group: str, ours: int, theirs: int, bare: int, sizes: Sizes) -> list[Kept]:
+    """The rows of one setting, and a line that says what came of it."""
+    found = {FLOOR: bare, PEFT: theirs, "peftfn": ours}
+    print(
+        f"{group}: beyond the base {(ours - bare) / 2**20:.1f} MiB, peft {(theirs - bare) / 2**20:.1f} MiB: "
+        f"{(ours - bare) / (theirs - bare):.3f}",
+        flush=True,
+    )
+    return [
+        Kept(
+            group,
+            what,
+            kept,
+            exactly(kept / bare),
+            exactly(kept / theirs),
+            exactly((kept - bare) / (theirs - bare)),
+            1,
+            sizes._asdict(),
+        )
+        for what, kept in found.items()
+    ]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Count what a training step keeps for its backward pass.")
-    parser.add_argument("--quick", action="store_true", help="a smaller model; nothing is written without --output")
-    parser.add_argument("--output", type=Path, help="folder for the JSON (results, beside this file)")
-    given = parser.parse_args()
-    pin(1)
-    sizes = QUICK if given.quick else FULL
-    rows = []
-    for dtype, p in itertools.product((torch.float32, torch.bfloat16), (0.0, 0.1)):
-        made = build(sizes, p, training=True, dtype=dtype)
+    run = begin("Count what a training step keeps for its backward pass.")
+    sizes = QUICK if run.quick else FULL
+    rows: list[Kept] = []
+    for dtype, p in itertools.product(NAMES, (0.0, 0.1)):
+        made = build(sizes, p, training=True, dtype=dtype, device=run.device)
         cases = steps(made)
         check(cases, floor(made.theirs, made.batch), made.theirs)
         leaves = pf.leaves(made.adapter)
         frozen, bound = copy.deepcopy(made.base).requires_grad_(False), pf.bind(made.base, made.adapter)
         bare = saved(floor(frozen, made.batch), frozen, [])
-        ours = saved(backward(lambda: bound(**made.batch), []), made.base, leaves) - bare  # noqa: B023  # called at once
-        theirs = saved(cases[PEFT], made.theirs, []) - bare
-        what = f"{str(dtype).removeprefix('torch.')} base, dropout {p:g}"
-        rows.append({"what": what, "ours": ours, "peft": theirs, "base": bare, "ratio": round(ours / theirs, 3)})
-        print(f"{what:30}  {ours / 2**20:7.1f} MiB, peft {theirs / 2**20:7.1f} MiB: {ours / theirs:.3f}", flush=True)
-    folder = given.output or (None if given.quick else RESULTS)
-    if folder is not None:
-        about = {"sizes": sizes._asdict(), "machine": machine(1), "versions": versions("torch", "transformers", "peft")}
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(row | about) for row in rows)
-        (folder / "saved.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-        print(f"written to {folder}")
+        ours = saved(backward(lambda: bound(**made.batch), []), made.base, leaves)  # noqa: B023  # called at once
+        rows += compared(f"kept, {group_of(dtype, p)}", ours, saved(cases[PEFT], made.theirs, []), bare, sizes)
+    keep(run, "saved", rows, unit="× what the base alone keeps")
 
 
 if __name__ == "__main__":

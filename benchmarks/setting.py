@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 
 import peft
 import torch
+import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -48,6 +49,17 @@ class Setting(NamedTuple):
     adapter: pf.Adapter
     batch: dict[str, Tensor]
 
+    def on(self, device: torch.device | str) -> Setting:
+        """The same on a device. Everything is made on the CPU first: the same numbers wherever it runs."""
+        return Setting(*(moved(one, device) for one in self))
+
+
+def moved(what: Any, device: torch.device | str) -> Any:
+    """A module, or the tensors in a pytree, on the device."""
+    if isinstance(what, nn.Module):
+        return what.to(device)
+    return torch_pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), what)
+
 
 def llama(sizes: Sizes, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
@@ -62,20 +74,34 @@ def llama(sizes: Sizes, dtype: torch.dtype = torch.float32) -> Any:
     return LlamaForCausalLM(config).to(dtype)
 
 
-def build(sizes: Sizes, p: float, *, training: bool, dtype: torch.dtype = torch.float32) -> Setting:
-    """A base in training or evaluation mode, and an adapter as it is after some training: no tensor is zero."""
-    base = llama(sizes, dtype).train(training)
-    adapter = pf.init(base, pf.LoraConfig(r=sizes.r, target_modules=LINEAR, lora_dropout=p, task_type="CAUSAL_LM"))
-    noise = torch.Generator().manual_seed(1)
+def trained(base: nn.Module, config: pf.PeftConfig, noise: torch.Generator) -> pf.Adapter:
+    """An adapter as it is after some training: no tensor is zero."""
+    adapter = pf.init(base, config, noise)
     for leaf in adapter.params.values():
         leaf["lora_B"].normal_(0, 0.02, generator=noise)
+    return adapter
+
+
+def build(
+    sizes: Sizes,
+    p: float,
+    *,
+    training: bool,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Setting:
+    """A base in training or evaluation mode, and an adapter for all its linear layers."""
+    base = llama(sizes, dtype).train(training)
+    noise = torch.Generator().manual_seed(1)
+    config = pf.LoraConfig(r=sizes.r, target_modules=LINEAR, lora_dropout=p, task_type="CAUSAL_LM")
+    adapter = trained(base, config, noise)
     with tempfile.TemporaryDirectory() as folder:
         pf.save(adapter, folder)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 with transformers 5.23: about names inside it
             theirs: Any = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=True)
     ids = torch.randint(0, VOCABULARY, (sizes.rows, sizes.tokens), generator=noise)
-    return Setting(base, theirs.train(training), adapter, {"input_ids": ids, "labels": ids})
+    return Setting(base, theirs.train(training), adapter, {"input_ids": ids, "labels": ids}).on(device)
 
 
 @contextlib.contextmanager

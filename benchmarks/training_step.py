@@ -10,15 +10,13 @@ dropped that peftfn drops.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from harness import FLOOR, PEFT, Row, draw, machine, measure, pin, table, versions, write
+from harness import FLOOR, PEFT, Row, begin, keep, timed
 from setting import DEEP, FULL, QUICK, Setting, build, our_dropout
 from torch import Tensor
 
@@ -29,7 +27,7 @@ Step = Callable[[], tuple[Tensor, list[Tensor]]]
 
 # Of the largest value: sums in another order. In bfloat16 each library rounds them at other places; measured: 0.02.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
-RESULTS = Path(__file__).parent / "results"
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16 base"}
 
 
 def steps(given: Setting) -> dict[str, Step]:
@@ -115,52 +113,25 @@ def _seeded(step: Step) -> tuple[Tensor, list[Tensor]]:
     return logits.clone(), [grad.clone() for grad in grads]
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time a training step of peftfn, of peft, and of the base alone.")
-    parser.add_argument("--quick", action="store_true", help="a smaller model; nothing is written without --output")
-    parser.add_argument("--threads", type=int, default=1, help="threads (1); with one, CPU time is measured")
-    parser.add_argument("--repeats", type=int, default=9, help="samples of each case (9)")
-    parser.add_argument("--output", type=Path, help="folder for the JSON and the picture (results, beside this file)")
-    given = parser.parse_args()
-    if given.repeats < 2:
-        parser.error(f"--repeats {given.repeats}: quartiles need 2 or more")
-    return given
+def group_of(dtype: torch.dtype, dropout: float) -> str:
+    """What a training step of these is called in every table."""
+    return f"{NAMES[dtype]}, dropout {dropout:g}"
 
 
 def main() -> None:
-    given = arguments()
-    clock = pin(given.threads)
-    sizes = QUICK if given.quick else FULL
+    run = begin("Time a training step, and a forward of one token.")
+    sizes = QUICK if run.quick else FULL
     rows: list[Row] = []
-    for dtype, dropout in itertools.product((torch.float32, torch.bfloat16), (0.0, 0.1)):
-        made = build(sizes, dropout, training=True, dtype=dtype)
+    for dtype, dropout in itertools.product(NAMES, (0.0, 0.1)):
+        made = build(sizes, dropout, training=True, dtype=dtype, device=run.device)
         cases = steps(made)
         check(cases, floor(made.theirs, made.batch), made.theirs)
-        name = {torch.float32: "float32", torch.bfloat16: "bfloat16 base"}[dtype]
-        group = f"training step, {name}, dropout {dropout:g}"
-        rows += shown(measure(group, cases, clock, sizes._asdict(), repeats=given.repeats))
-    made = build(DEEP, 0.0, training=False)
+        rows += timed(run, f"training step, {group_of(dtype, dropout)}", cases, sizes._asdict())
+    made = build(DEEP, 0.0, training=False, device=run.device)
     cases = forwards(made)
     check(cases, cases[PEFT], made.theirs)
-    rows += shown(measure("forward of one token", cases, clock, DEEP._asdict(), repeats=3 * given.repeats, calls=5))
-    folder = given.output or (None if given.quick else RESULTS)
-    if folder is not None:
-        report(rows, folder, given.threads)
-
-
-def shown(rows: list[Row]) -> list[Row]:
-    """The same rows, after printing them: the next group takes a minute or two."""
-    print(table(rows), end="\n\n", flush=True)
-    return rows
-
-
-def report(rows: Sequence[Row], folder: Path, threads: int) -> None:
-    """Write the JSON and the picture."""
-    place, used = machine(threads), versions("torch", "transformers", "peft", "peftfn")
-    write(rows, folder / "training_step.json", machine=place, versions=used)
-    on = f"{place['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
-    draw(rows, folder / "training_step.png", f"{on}, torch {used['torch']}, peft {used['peft']}")
-    print(f"written to {folder}")
+    rows += timed(run, "forward of one token", cases, DEEP._asdict(), repeats=3 * run.repeats, calls=5)
+    keep(run, "training_step", rows)
 
 
 if __name__ == "__main__":

@@ -57,25 +57,27 @@ def init(
     params: Tree = {}
     buffers: Tree = {}
     places = method.sites(model, resolved)
-    for path, place in places.items():
-        site = layers.Site(path, place.kind, model.get_submodule(place.owner), place.weight, rows=place.rows)
-        at = layers.pattern_path(path, places)
-        params[path], buffers[path] = method.init(resolved, at, site, generator, dtype)
-        params[path] = _detached(params[path])
-    _mark_square(model, places, buffers)
+    with generator.device:  # where numbers are drawn, whatever torch's default device is; methods move them
+        for path, place in places.items():
+            site = layers.Site(path, place.kind, model.get_submodule(place.owner), place.weight, rows=place.rows)
+            at = layers.pattern_path(path, places)
+            params[path], buffers[path] = method.init(resolved, at, site, generator, dtype)
+            params[path] = _detached(params[path])
+    _mark_square(model, places, params, buffers)
     _add_replaced(model, resolved, heads, places, params, buffers)
     resolved = _with_base(model, resolved, any(place.kind == layers.TRANSPOSED for place in places.values()))
     return Adapter(sorted_tree(params), sorted_tree(buffers), resolved)
 
 
-def _mark_square(model: nn.Module, places: Mapping[str, layers.Place], buffers: Tree) -> None:
+def _mark_square(model: nn.Module, places: Mapping[str, layers.Place], params: Tree, buffers: Tree) -> None:
     """Where weights are stored both ways, note for each square one which way it is: its shape does not tell."""
     kinds = {layers.LINEAR, layers.TRANSPOSED}
     if kinds <= {place.kind for place in places.values()}:
         for path, place in places.items():
             shape = layers.shape_of(model.get_submodule(place.owner), place.weight) if place.kind in kinds else (0, 1)
             if shape[0] == shape[1]:
-                buffers[path]["transposed"] = torch.tensor(place.kind == layers.TRANSPOSED)
+                device = next(iter(params[path].values())).device
+                buffers[path]["transposed"] = torch.tensor(place.kind == layers.TRANSPOSED, device=device)
 
 
 def _detached(leaf: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -143,7 +143,8 @@ def load(
         tensors, config = older.in_present_names(tensors, config, model, str(source))
     note = metadata.get(_PARTS_KEY, "")
     ours = _CONFIG_KEY in metadata
-    adapter = keys.from_keys(tensors, config, str(source), ordered=ours, model=model, pieces=fused.noted(note))
+    pieces = fused.noted(note, device)
+    adapter = keys.from_keys(tensors, config, str(source), ordered=ours, model=model, pieces=pieces)
     adapter = encoders.restored(adapter, origin, device)
     if note:
         adapter = adapter.replace(config=fused.named_config(adapter, note))

@@ -123,7 +123,9 @@ def _common_method(adapters: Sequence[Adapter]) -> Method:
 def _as_weights(weights: Sequence[float | Tensor] | Tensor, count: int) -> tuple[Tensor, ...]:
     if isinstance(weights, Tensor) and weights.dim() != 1:
         raise ValueError(f"weights is a tensor of shape {tuple(weights.shape)}; expected one axis of {count}.")
-    given = tuple(one if isinstance(one, Tensor) else torch.tensor(one, dtype=torch.float64) for one in weights)
+    given = tuple(
+        one if isinstance(one, Tensor) else torch.tensor(one, dtype=torch.float64, device="cpu") for one in weights
+    )
     if len(given) != count:
         raise ValueError(f"combine was given {count} adapters and {len(given)} weights; expected one for each.")
     if any(one.dim() for one in given):

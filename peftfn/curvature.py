@@ -128,7 +128,9 @@ def private_gradient(
     total, found = clipped_sum(loss, params, batch, max_norm, chunk=chunk)
 
     def noisy(tensor: Tensor) -> Tensor:
-        drawn = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype, device=tensor.device)
+        drawn = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype, device=generator.device).to(
+            tensor.device
+        )
         return (tensor + drawn * (noise * max_norm)) / len(found)
 
     return {path: {name: noisy(tensor) for name, tensor in leaf.items()} for path, leaf in total.items()}

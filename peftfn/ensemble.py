@@ -83,7 +83,7 @@ def _mapped(model: nn.Module, stacked: Adapter, batch: Any, params: Mapping[str,
 def _folded(model: nn.Module, stacked: Adapter, batch: Any, params: Mapping[str, Tensor] | None) -> Tensor:
     count = stacking.size(stacked)
     first = next(iter(batch.values()))
-    index = torch.arange(count).repeat_interleave(first.shape[0])
+    index = torch.arange(count, device="cpu").repeat_interleave(first.shape[0])
     repeated = {name: tensor.repeat(count, *(1 for _ in tensor.shape[1:])) for name, tensor in batch.items()}
     logits = _logits(apply(model, stacked, repeated, params=params, index=index))
     return logits.view(count, -1, *logits.shape[1:])

@@ -85,14 +85,15 @@ def _runs(rows: Tensor) -> list[list[int]]:
     return [[int(run[0]), int(run[-1]) + 1] for run in rows.tensor_split(cuts)]
 
 
-def noted(text: str) -> Tree:
-    """The buffers that a note holds, by site."""
+def noted(text: str, device: torch.device) -> Tree:
+    """The buffers that a note holds, by site, on a device."""
     sites: Mapping[str, Any] = json.loads(text)["sites"] if text else {}
     found: Tree = {}
     for path, one in sites.items():
-        found[path] = {name: torch.tensor(one[name]) for name in ("outputs", "transposed") if name in one}
+        there = [name for name in ("outputs", "transposed") if name in one]
+        found[path] = {name: torch.tensor(one[name], device=device) for name in there}
         if "rows" in one:
-            found[path]["rows"] = torch.cat([torch.arange(start, end) for start, end in one["rows"]])
+            found[path]["rows"] = torch.cat([torch.arange(*run, device=device) for run in one["rows"]])
     return found
 
 
@@ -114,7 +115,7 @@ def _blocks(outputs: int, sizes: Sequence[int], names: Sequence[str]) -> Parts:
     unit, rest = divmod(outputs, sum(sizes))
     if rest:
         return {}
-    rows = torch.split(torch.arange(outputs), [size * unit for size in sizes])
+    rows = torch.split(torch.arange(outputs, device="cpu"), [size * unit for size in sizes])
     return dict(zip(names, rows, strict=True))
 
 
@@ -122,7 +123,7 @@ def _by_head(heads: int, outputs: int) -> Parts:
     """For each head its query, key and value: (heads, 3, head dimension)."""
     if not heads or outputs % (3 * heads):
         return {}
-    rows = torch.arange(outputs).view(heads, 3, -1)
+    rows = torch.arange(outputs, device="cpu").view(heads, 3, -1)
     return {name: rows[:, number].reshape(-1) for number, name in enumerate(QKV)}
 
 

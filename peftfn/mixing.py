@@ -57,8 +57,8 @@ def mixed(tensors: Sequence[Tensor], weights: Sequence[Tensor], recipe: Recipe) 
 
 def _pruned(tensor: Tensor, recipe: Recipe, density: float) -> Tensor:
     if recipe.method.startswith("dare"):
-        # Drawn on the CPU: the same numbers on every device.
-        chances = torch.full(tensor.shape, density, dtype=tensor.dtype)
+        # Drawn where the generator is, the CPU if nothing else is said: the same numbers on every device.
+        chances = torch.full(tensor.shape, density, dtype=tensor.dtype, device=recipe.generator.device)
         return tensor * torch.bernoulli(chances, generator=recipe.generator).to(tensor.device) / density
     flat = tensor.flatten()
     largest = flat.abs().topk(int(density * flat.numel())).indices

@@ -68,7 +68,7 @@ def of_index(index: Any, adapters: int) -> Rows:
     Raises:
         TypeError, ValueError: it is something else; values are looked at only outside transforms.
     """
-    given = torch.as_tensor(index)
+    given = index if isinstance(index, Tensor) else torch.as_tensor(index, device="cpu")
     if given.dim() not in (1, 2) or given.is_floating_point() or given.dtype == torch.bool:
         raise TypeError(
             f"index has shape {tuple(given.shape)} and dtype {given.dtype}; expected one integer per row of the batch, "
@@ -81,7 +81,7 @@ def of_index(index: Any, adapters: int) -> Rows:
             f"index has values from {int(rows.min())} to {int(rows.max())}; this stack has adapters 0 to "
             f"{adapters - 1}, and -1 is the bare base."
         )
-    in_order = known and len(rows) == adapters and bool((rows == torch.arange(adapters)).all())
+    in_order = known and len(rows) == adapters and bool((rows == torch.arange(adapters, device=rows.device)).all())
     return Rows(
         numbers=rows.clamp(min=0),
         keep=rows >= 0,

@@ -76,9 +76,11 @@ def _built(numbers: Tensor, rows: Tensor | None, counts: Tensor, size: int, segm
     """Segments of `size` places, of which each adapter has so many."""
     order = numbers.argsort(stable=True)
     owner = numbers[order]
-    rank = torch.arange(len(numbers)) - (counts.cumsum(0) - counts)[owner]  # among the rows of its adapter
+    rank = (
+        torch.arange(len(numbers), device=numbers.device) - (counts.cumsum(0) - counts)[owner]
+    )  # among the rows of its adapter
     at = (segments.cumsum(0) - segments)[owner] * size + rank  # (rows,), in sorted order
-    adapters = torch.arange(len(counts)).repeat_interleave(segments)
+    adapters = torch.arange(len(counts), device=counts.device).repeat_interleave(segments)
     sorted_rows = order if rows is None else rows[order]
     # What is left over repeats a row of the same adapter: so a row that is not finite spoils no other's gradient.
     first = sorted_rows[(counts.cumsum(0) - counts).clamp(max=len(numbers) - 1)]

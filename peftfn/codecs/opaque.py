@@ -129,7 +129,7 @@ def _kernel(tensors: Tensors, spec: Spec, x: Tensor, bias: Tensor | None, mapped
 
 def _columns(tensors: Tensors, spec: Spec, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     ones = torch.zeros(stop - start, spec.shape[1], dtype=spec.dtype, device=spec.device)
-    ones[torch.arange(stop - start), torch.arange(start, stop)] = 1
+    ones.diagonal(start).fill_(1)
     return spec.forward(ones).T.to(dtype)
 
 
