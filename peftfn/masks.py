@@ -3,7 +3,8 @@
 transformers asks whether a padding mask is all ones, to leave it out; under `torch.vmap` there is no one answer. A
 model of its `sdpa` attention is therefore run, for such a call, with the same attention under a name of its own, whose
 mask is always made. The names are registered where transformers offers it: its `AttentionInterface` and
-`AttentionMaskInterface`. The model's config stays as it is; the call's twins get a copy.
+`AttentionMaskInterface`. Of `eager` attention each architecture has its own, found by that name, so there only what
+makes the mask, the model, is told another one. The model's config stays as it is; the call's twins get a copy.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 # torch has no public way to ask whether a tensor is mapped over
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 
-_NAME = "peftfn_sdpa"
+_NAMES = {"sdpa": "peftfn_sdpa", "eager": "peftfn_eager"}
 
 
 def suit(twins: Iterable[nn.Module], given: Mapping[str, Any]) -> None:
@@ -33,14 +34,17 @@ def suit(twins: Iterable[nn.Module], given: Mapping[str, Any]) -> None:
     masks = [value for name, value in given.items() if name.endswith("attention_mask") and isinstance(value, Tensor)]
     if torch.compiler.is_compiling() or not any(is_mapped(mask) for mask in masks):
         return  # transformers does not look at masks while Dynamo traces
+    from transformers import PreTrainedModel
+
     copies: dict[int, Any] = {}
     for twin in twins:
         config = twin.__dict__.get("config")
-        if getattr(config, "_attn_implementation", None) == "sdpa":
+        kind = getattr(config, "_attn_implementation", None)
+        if kind == "sdpa" or (kind == "eager" and isinstance(twin, PreTrainedModel)):
             if id(config) not in copies:
                 _register()
                 copies[id(config)] = copy.deepcopy(config)
-                setattr(copies[id(config)], "_attn_implementation", _NAME)  # noqa: B010  # transformers' one way to set it
+                setattr(copies[id(config)], "_attn_implementation", _NAMES[kind])  # noqa: B010  # transformers' one way to set it
             twin.__dict__["config"] = copies[id(config)]
         if twin.__dict__.get("attn_implementation") == "sdpa":
             twin.__dict__["attn_implementation"] = "eager"  # BERT and its kin of transformers 4 choose a mask by this
@@ -62,9 +66,13 @@ def _register() -> None:
     masking: Any = importlib.import_module("transformers.masking_utils")
     attention: Any = importlib.import_module("transformers.integrations.sdpa_attention")
 
-    def whole(*args: Any, **kwargs: Any) -> Any:
-        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        return masking.sdpa_mask(*args, **kwargs | skips)
+    def whole(make: Any) -> Any:
+        def made(*args: Any, **kwargs: Any) -> Any:
+            skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+            return make(*args, **kwargs | skips)
 
-    AttentionInterface.register(_NAME, attention.sdpa_attention_forward)
-    AttentionMaskInterface.register(_NAME, whole)
+        return made
+
+    AttentionInterface.register(_NAMES["sdpa"], attention.sdpa_attention_forward)
+    AttentionMaskInterface.register(_NAMES["sdpa"], whole(masking.sdpa_mask))
+    AttentionMaskInterface.register(_NAMES["eager"], whole(masking.eager_mask))
