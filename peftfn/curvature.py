@@ -140,7 +140,7 @@ def influence(loss: RowLoss, params: Tree, first: Any, second: Any, *, chunk: in
     """gᵢ·gⱼ for each sample i of one batch and j of another, (rows of first, rows of second).
 
     To first order, a step of gradient descent on sample j with rate η lowers the loss of sample i by η·gᵢ·gⱼ (TracIn,
-    Pruthi et al. 2020, https://arxiv.org/abs/2002.08484, equation 1). The gradients of `second` are held whole.
+    Pruthi et al. 2020, https://arxiv.org/abs/2002.08484, section 3.2). The gradients of `second` are held whole.
 
     Args:
         loss: of one row.

@@ -2,7 +2,7 @@
 
 θ ~ N(θ*, (F + λ)⁻¹), where F is the Fisher of the training rows at the trained θ* and λ the precision of a Gaussian
 prior. Logits are taken as linear in θ, so those of a row are Gaussian too: around what the model gives, with covariance
-J·(F + λ)⁻¹·Jᵀ, J their Jacobian (Immer et al. 2021, https://arxiv.org/abs/2008.08216, section 3; for LoRA: Yang et al.
+J·(F + λ)⁻¹·Jᵀ, J their Jacobian (Immer et al. 2021, https://arxiv.org/abs/2008.08400, section 3; for LoRA: Yang et al.
 2023, https://arxiv.org/abs/2308.13111). Mean probabilities over that Gaussian are less sure where the training rows
 have left θ open.
 
