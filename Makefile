@@ -86,7 +86,7 @@ docs: $(VENV)/docs.stamp  ## write the reference to site/, from the docstrings
 	$(PY) -m pdoc --docformat google --math --output-directory site peftfn
 
 notebooks: $(VENV)/dev.stamp  ## run every notebook
-	$(PY) -m pytest --nbmake --nbmake-timeout=600 notebooks
+	$(PY) $(PYTEST) --nbmake --nbmake-timeout=600 notebooks
 
 # One compile test a kind of layer is left out: torch is the same in both environments, and they take minutes.
 test-transformers4: $(TF4)/dev.stamp  ## the tests with transformers 4.57 and peft 0.17

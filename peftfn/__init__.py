@@ -1,6 +1,6 @@
 """peftfn: parameter-efficient fine-tuning as pure functions on `torch.func`."""
 
-from peftfn import adalora, curvature, optimizers, sweep
+from peftfn import adalora, curvature, laplace, optimizers, sweep
 from peftfn.adapter import Adapter, Count, count, leaves
 from peftfn.apply import apply, init
 from peftfn.auto import load_with_model
@@ -47,6 +47,7 @@ __all__ = [
     "curvature",
     "ensemble",
     "init",
+    "laplace",
     "leaves",
     "load",
     "load_stack",

@@ -30,7 +30,9 @@ RowLoss = Callable[[Tree, Any], Tensor]
 
 
 class Kronecker(NamedTuple):
-    """A Fisher of one tensor, seen as a matrix (m, n) of its first axis and all others: F ≈ left ⊗ right.
+    """A Fisher of one tensor, seen as a matrix (m, n) of its first axis and all others: F ≈ left ⊗ right / tr left.
+
+    Both are sums over the rows, and both have F's trace.
 
     Attributes:
         left: (m, m).
@@ -87,7 +89,7 @@ def clipped_sum(
     """
     found: list[Tensor] = []
     total: Any = None
-    for rows in _chunks(batch, chunk):
+    for rows in chunks(batch, chunk):
         grads = vmap(grad(loss), (None, 0), randomness="different")(params, rows)
         lengths = vmap(optimizers.norm)(grads)
         share = (max_norm / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)).clamp(max=1.0)
@@ -140,7 +142,7 @@ def influence(loss: RowLoss, params: Tree, first: Any, second: Any, *, chunk: in
     """gᵢ·gⱼ for each sample i of one batch and j of another, (rows of first, rows of second).
 
     To first order, a step of gradient descent on sample j with rate η lowers the loss of sample i by η·gᵢ·gⱼ (TracIn,
-    Pruthi et al. 2020, https://arxiv.org/abs/2002.08484, equation 1). The gradients of `second` are held whole.
+    Pruthi et al. 2020, https://arxiv.org/abs/2002.08484, section 3.2). The gradients of `second` are held whole.
 
     Args:
         loss: of one row.
@@ -224,7 +226,7 @@ def diagonal(found: Tree) -> Tree:
 
 
 def kronecker(found: Tree) -> dict[str, dict[str, Kronecker]]:
-    """F = Σ s·sᵀ of each tensor alone as one Kronecker product: left ⊗ right with left = Σ S·Sᵀ, right = Σ Sᵀ·S / tr F.
+    """F = Σ s·sᵀ of each tensor alone as one Kronecker product: left = Σ S·Sᵀ, right = Σ Sᵀ·S, F ≈ left ⊗ right / tr F.
 
     S is the score as a matrix of the tensor's first axis and all others. These are F's partial traces, so the product
     has F's trace, and is F where that is a Kronecker product at all (Morwani et al. 2024,
@@ -241,12 +243,10 @@ def kronecker(found: Tree) -> dict[str, dict[str, Kronecker]]:
 def _factors(tensor: Tensor) -> Kronecker:
     matrix = tensor.reshape(tensor.shape[0], tensor.shape[1] if tensor.dim() > 1 else 1, -1)  # (scores, m, n)
     left = torch.einsum("sij,skj->ik", matrix, matrix)
-    right = torch.einsum("sij,sik->jk", matrix, matrix)
-    trace = left.diagonal().sum()
-    return Kronecker(left, right / trace.clamp(min=torch.finfo(trace.dtype).tiny))
+    return Kronecker(left, torch.einsum("sij,sik->jk", matrix, matrix))
 
 
-def _chunks(batch: Any, size: int | None) -> Iterator[Any]:
+def chunks(batch: Any, size: int | None) -> Iterator[Any]:
     """The batch in pieces of so many rows."""
     tensors: list[Tensor] = cast("Any", optree.tree_leaves(batch))
     rows = tensors[0].shape[0]

@@ -2,8 +2,11 @@
 
 Padding masks: transformers asks whether a mask is all ones, to leave it out; under `torch.vmap` there is no one answer.
 A model of its `sdpa` attention is therefore run, for such a call, with the same attention under a name of its own,
-whose mask is always made. Attention itself: under that name, and under another with transformers' own masks where none
-is mapped, it is what `peftfn.attention` makes of it, which takes the mapped axis as a part of the batch.
+whose mask is always made. Of `eager` attention each architecture has its own, found by its name, so there only the
+model, which makes the mask, is told another one.
+
+Attention itself: under that name, and under another with transformers' own masks where none is mapped, `sdpa` is what
+`peftfn.attention` makes of it, which takes the mapped axis as a part of the batch.
 
 The names are registered where transformers offers it: its `AttentionInterface` and `AttentionMaskInterface`. The
 model's config stays as it is; the call's twins get a copy.
@@ -25,6 +28,7 @@ from peftfn import attention
 
 _NAME = "peftfn_sdpa"
 _WHOLE = "peftfn_sdpa_whole"  # whose masks are always made
+_EAGER = "peftfn_eager"  # the same of the attention that each architecture has
 
 
 def suit(twins: Iterable[nn.Module], given: Mapping[str, Any]) -> None:
@@ -38,11 +42,11 @@ def suit(twins: Iterable[nn.Module], given: Mapping[str, Any]) -> None:
         return  # transformers does not look at masks while Dynamo traces
     masks = [value for name, value in given.items() if name.endswith("attention_mask") and isinstance(value, Tensor)]
     whole = any(map(attention.is_mapped, masks))
-    name = _WHOLE if whole else _NAME
     copies: dict[int, Any] = {}
     for twin in twins:
         config = twin.__dict__.get("config")
-        if getattr(config, "_attn_implementation", None) in ("sdpa", _NAME) and _asks(twin, whole):
+        name = _instead(twin, getattr(config, "_attn_implementation", None), whole)
+        if name is not None:
             if id(config) not in copies:
                 _register()
                 copies[id(config)] = copy.deepcopy(config)
@@ -50,6 +54,13 @@ def suit(twins: Iterable[nn.Module], given: Mapping[str, Any]) -> None:
             twin.__dict__["config"] = copies[id(config)]
         if whole and twin.__dict__.get("attn_implementation") == "sdpa":
             twin.__dict__["attn_implementation"] = "eager"  # BERT and its kin of transformers 4 choose a mask by this
+
+
+def _instead(twin: nn.Module, kind: str | None, whole: bool) -> str | None:
+    """The name that the twin is to find its attention by, or `None` for the one that it has."""
+    if kind in ("sdpa", _NAME) and _asks(twin, whole):
+        return _WHOLE if whole else _NAME
+    return _EAGER if kind == "eager" and whole and hasattr(twin, "_supports_sdpa") else None
 
 
 def _asks(twin: nn.Module, whole: bool) -> bool:
@@ -67,10 +78,14 @@ def _register() -> None:
 
     masking: Any = importlib.import_module("transformers.masking_utils")
 
-    def whole(*args: Any, **kwargs: Any) -> Any:
-        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        return masking.sdpa_mask(*args, **kwargs | skips)
+    def whole(make: Any) -> Any:
+        def made(*args: Any, **kwargs: Any) -> Any:
+            skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+            return make(*args, **kwargs | skips)
 
-    for name, mask in ((_NAME, masking.sdpa_mask), (_WHOLE, whole)):
+        return made
+
+    for name, mask in ((_NAME, masking.sdpa_mask), (_WHOLE, whole(masking.sdpa_mask))):
         AttentionInterface.register(name, attention.of_transformers)
         AttentionMaskInterface.register(name, mask)
+    AttentionMaskInterface.register(_EAGER, whole(masking.eager_mask))

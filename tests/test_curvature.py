@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import optree
 import pytest
 import torch
 from bases import BASES
@@ -154,6 +155,18 @@ def test_scores_make_the_fisher_and_its_diagonal() -> None:
     close(flat(curvature.diagonal(found)), expected.diagonal())
 
 
+def product(factors: curvature.Kronecker) -> Tensor:
+    return torch.kron(factors.left, factors.right) / factors.left.trace()
+
+
+def test_fishers_of_parts_of_a_batch_add_up_to_that_of_the_whole() -> None:
+    small = Small()
+    for form in (curvature.diagonal, curvature.kronecker):
+        parts = [form(curvature.scores(small.logits, small.params, x)) for x in (small.x[:3], small.x[3:])]
+        whole = form(curvature.scores(small.logits, small.params, small.x))
+        close(optree.tree_leaves(optree.tree_map(torch.add, *parts)), optree.tree_leaves(whole))
+
+
 def test_kronecker_factors_are_the_fishers_partial_traces_and_keep_its_trace() -> None:
     small = Small()
     factors = curvature.kronecker(curvature.scores(small.logits, small.params, small.x))
@@ -166,8 +179,8 @@ def test_kronecker_factors_are_the_fishers_partial_traces_and_keep_its_trace() -
             found = factors[path][name]
             trace = whole[start:end, start:end].trace()
             close(found.left, torch.einsum("ijkj->ik", block))
-            close(found.right * trace, torch.einsum("ijil->jl", block))
-            close(torch.kron(found.left, found.right).trace(), trace)
+            close(found.right, torch.einsum("ijil->jl", block))
+            close(product(found).trace(), trace)
             start = end
     assert start == whole.shape[0]
 
@@ -177,7 +190,7 @@ def test_a_fisher_that_is_a_kronecker_product_is_found_exactly() -> None:
     # vec(a_i b_jᵀ) over all i and j: Σ (a_i⊗b_j)(a_i⊗b_j)ᵀ = (Σ a aᵀ) ⊗ (Σ b bᵀ)
     found = torch.einsum("si,tj->stij", a, b).flatten(0, 1)
     factors = curvature.kronecker({"0": {"w": found}})["0"]["w"]
-    close(torch.kron(factors.left, factors.right), torch.kron(a.T @ a, b.T @ b))
+    close(product(factors), torch.kron(a.T @ a, b.T @ b))
 
 
 def test_padded_rows_of_a_transformer_are_those_of_each_alone() -> None:

@@ -36,7 +36,18 @@ def alone(model: Any, adapter: pf.Adapter, params: Any, row: dict[str, Tensor]) 
 
 @on_texts
 def test_gradients_of_padded_rows_are_those_of_each_row_alone(case: Case) -> None:
-    model, batch = case.base(), padded(case)
+    assert_mapped_rows_are_those_alone(case, case.base())
+
+
+@pytest.mark.parametrize("name", ["albert", "prompt-bert", "prompt-t5", "llama", "gpt2"])
+def test_so_they_are_where_attention_is_eager(name: str) -> None:
+    model = BY_NAME[name].base()
+    model.set_attn_implementation("eager")
+    assert_mapped_rows_are_those_alone(BY_NAME[name], model)
+
+
+def assert_mapped_rows_are_those_alone(case: Case, model: Any) -> None:
+    batch = padded(case)
     adapter = trained(pf.init(model, case.config))
     before, kind = snapshot(model), model.config._attn_implementation
     one = grad(lambda params, row: alone(model, adapter, params, row))
