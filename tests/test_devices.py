@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import quantized
 import torch
 import torch.utils._pytree as torch_pytree
 from cases import CASES, Case, lora, loss, mlp, output, trained
@@ -44,7 +45,7 @@ def same_with_another_default(compute: Callable[[], Any]) -> None:
     with torch.device("meta"):
         found = compute()
     for one, other in zip(*map(torch_pytree.tree_leaves, (found, expected)), strict=True):
-        torch.testing.assert_close(one, other, **SAME)
+        torch.testing.assert_close(*map(quantized.parts_of, (one, other)), **SAME)
 
 
 @each(CASES)
