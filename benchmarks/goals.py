@@ -114,7 +114,7 @@ GOALS = (
         "Files",
         ("merge of 2 GB from file to file: wall time", 0.3, "merge of 2 GB", "merge_folder"),
         ("merge of 10 GB: wall time", 0.3, "merge of 10 GB", "merge_folder"),
-        ("from files to the first adapted output, 224 sites", 0.3, "files to first output", "load + apply"),
+        ("from files to the first adapted output, 224 sites", 0.3, "files to first output, 224 sites", "peftfn"),
     ),
     *_goals(
         "Files",

@@ -158,7 +158,8 @@ def timed(
 ) -> list[Row]:
     """Time the cases as the command line says, and print what came of it."""
     rounds = repeats or run.repeats
-    how = {"repeats": rounds, "warm_up": min(2, rounds - 1), "calls": calls, "device": run.device}
+    warm_up = 1 if run.quick else min(2, rounds - 1)
+    how = {"repeats": rounds, "warm_up": warm_up, "calls": calls, "device": run.device}
     return shown(measure(group, cases, run.clock, sizes, **how))
 
 

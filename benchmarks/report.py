@@ -32,7 +32,8 @@ COLUMNS = {
     "peak_to_peft": "peak memory over peft",
 }
 TO_PEFT = {"to_peft": "", "excess": ", beyond the base", "peak_to_peft": ", peak memory"}
-NOT_OURS = {FLOOR, PEFT, "always apart", "always as one", "copy", "copy, on disk"}
+COPIES = {"read and write", "read and write, fsync", "copy in the kernel"}
+NOT_OURS = {FLOOR, PEFT, "always apart", "always as one"} | COPIES
 
 
 class Found(NamedTuple):
@@ -58,8 +59,14 @@ def read(folder: Path) -> list[Record]:
                     f"{path}, row {number} has no {', '.join(sorted(missing))}; expected a row as records.write writes "
                     "it: measure again."
                 )
-            rows.append({"command": f"python benchmarks/{path.stem}.py", **row})
+            rows.append({"command": made_by(path), **row})
     return rows
+
+
+def made_by(path: Path) -> str:
+    """The command of a row that does not name its own: the script of the file's name, if there is one."""
+    script = Path(__file__).with_name(f"{path.stem}.py")
+    return f"python benchmarks/{script.name}" if script.is_file() else "?"
 
 
 def ratio(row: Record, name: str) -> Quartiles | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import json
 from collections.abc import Callable
@@ -50,6 +51,13 @@ def test_committed_page_is_what_the_committed_rows_give(at: Modules) -> None:
     folder = ROOT / "benchmarks" / "results"
     written = (folder / "README.md").read_text(encoding="utf-8")
     assert written == at.report.page(at.report.read(folder)), "python benchmarks/report.py writes it again"
+
+
+def test_goal_of_a_measurement_that_is_there_names_one_of_its_cases(at: Modules) -> None:
+    rows = at.report.read(ROOT / "benchmarks" / "results")
+    for goal in at.goals.GOALS:
+        cases = {row["what"] for row in rows if fnmatch.fnmatchcase(row["group"], goal.group)}
+        assert not cases or goal.case in cases, goal
 
 
 @pytest.mark.parametrize(
