@@ -100,5 +100,5 @@ def test_a_fisher_of_other_parameters_is_refused(form: Any) -> None:
     with pytest.raises(ValueError, match="the parameters have no such tensor"):
         laplace.predict(small.logits, small.params, missing, small.x, 1.0)
     exchanged = {"0": {"lora_B": found["2"]["weight"]}}
-    with pytest.raises(ValueError, match="15 numbers at 0.lora_B, and the parameters have 10 numbers there"):
+    with pytest.raises(ValueError, match=r"15 numbers at 0\.lora_B, .* have 10 numbers there"):
         laplace.predict(small.logits, small.params, exchanged, small.x, 1.0)
