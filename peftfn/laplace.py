@@ -97,7 +97,7 @@ def predict(
         chunk: for how many rows Jacobians are held at a time; all by default.
 
     Raises:
-        ValueError: a precision is not positive.
+        ValueError: a precision is not positive, or the Fisher is not one of these parameters.
 
     Example:
         >>> import torch, peftfn as pf
@@ -111,6 +111,7 @@ def predict(
     asked = torch.as_tensor(precision, dtype=torch.float64)
     if not bool((asked > 0).all()):
         raise ValueError(f"precision is {precision}; expected positive numbers, the precision of the prior.")
+    _refuse_other(found, params)
 
     def both(params: Tree, row: Any) -> tuple[Tensor, Tensor]:
         values = logits(params, row)
@@ -149,6 +150,19 @@ def probabilities(belief: Belief, generator: torch.Generator, draws: int = 500) 
     for drawn in normal:
         total += (mean + root @ drawn).softmax(-1)
     return total / draws
+
+
+def _refuse_other(found: Fisher, params: Tree) -> None:
+    for path, leaf in found.items():
+        for name, one in leaf.items():
+            numbers = one.left.shape[0] * one.right.shape[0] if isinstance(one, Kronecker) else one.numel()
+            tensor = params.get(path, {}).get(name)
+            if tensor is None or tensor.numel() != numbers:
+                has = "no such tensor" if tensor is None else f"{tensor.numel()} numbers there"
+                raise ValueError(
+                    f"the Fisher is of {numbers} numbers at {path}.{name}, and the parameters have {has}; expected "
+                    "what peftfn.laplace.fisher returned for the same parameters, or a part of it."
+                )
 
 
 def _spectrum(found: Any) -> _Spectrum:

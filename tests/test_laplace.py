@@ -90,3 +90,15 @@ def test_a_prior_without_precision_is_refused(precision: Any) -> None:
     found = laplace.fisher(curvature.diagonal, small.logits, small.params, small.x)
     with pytest.raises(ValueError, match="expected positive numbers"):
         laplace.predict(small.logits, small.params, found, small.x, precision)
+
+
+@FORMS
+def test_a_fisher_of_other_parameters_is_refused(form: Any) -> None:
+    small = Small()
+    found = laplace.fisher(form, small.logits, small.params, small.x)
+    missing = {path: {f"{name}_x": one for name, one in leaf.items()} for path, leaf in found.items()}
+    with pytest.raises(ValueError, match="the parameters have no such tensor"):
+        laplace.predict(small.logits, small.params, missing, small.x, 1.0)
+    exchanged = {"0": {"lora_B": found["2"]["weight"]}}
+    with pytest.raises(ValueError, match=r"15 numbers at 0\.lora_B, .* have 10 numbers there"):
+        laplace.predict(small.logits, small.params, exchanged, small.x, 1.0)
