@@ -69,7 +69,7 @@ run-%:
 soak: $(VENV)/dev.stamp  ## 200 adapters, 8 threads, adapters loaded and dropped, five minutes; ARGS="--minutes 1"
 	$(PY) benchmarks/soak.py $(ARGS)
 
-bench-merge: $(VENV)/dev.stamp  ## time a merge from file to file against peft and a copy (ARGS="--gb 10 --without peft"), and loading
+bench-merge: $(VENV)/dev.stamp  ## time a merge from file to file against peft and a copy (ARGS="--gb 10": 30 GB of disk), and loading
 	$(PY) benchmarks/merge_stream.py $(ARGS)
 	$(PY) -W ignore benchmarks/loading.py
 

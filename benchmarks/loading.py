@@ -10,7 +10,6 @@ import argparse
 import copy
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,9 +18,11 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 
+import harness
 import peft
 import torch
 from setting import LINEAR
+from spread import quartiles
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfn as pf
@@ -71,19 +72,23 @@ def main() -> None:
         torch.testing.assert_close(found["peftfn"], found["peft"], atol=1e-4, rtol=1e-4)
         repeats = 1 if chosen.quick else chosen.repeats
         rounds = [{name: timed(run, model)[0] for name, run in cases.items()} for _ in range(repeats)]
-    ratio = statistics.median(one["peftfn"] / one["peft"] for one in rounds)
-    ms = {name: 1000 * statistics.median(one[name] for one in rounds) for name in cases}
-    row = {
-        "what": "files to first output",
-        "sites": len(adapter.params),
-        "ms": ms,
-        "to_peft": ratio,
-        "repeats": repeats,
-    }
-    print(f"{len(adapter.params)} sites: peftfn {ms['peftfn']:.1f} ms, peft {ms['peft']:.1f} ms, ratio {ratio:.3f}")
+    rows = [
+        {
+            "group": f"files to first output, {len(adapter.params)} sites",
+            "what": name,
+            "ms": quartiles([1000 * one[name] for one in rounds]),
+            "to_peft": quartiles([one[name] / one["peft"] for one in rounds]),
+            "repeats": repeats,
+            "machine": harness.machine(1),
+            "versions": harness.versions("torch", "transformers", "peft"),
+        }
+        for name in cases
+    ]
+    for row in rows:
+        print(f"{row['group']}: {row['what']} {row['ms']['median']:.1f} ms, to peft {row['to_peft']['median']:.3f}")
     if not chosen.quick:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "loading.json").write_text(json.dumps([{**row, "torch": torch.__version__}]) + "\n")
+        (RESULTS / "loading.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 if __name__ == "__main__":

@@ -1,118 +1,48 @@
 """Time and memory of a streamed merge of a large folder, beside peft's and beside copying the files.
 
 Each sample is a process of its own, so that peak memory is its own; the cases take turns. The clock starts when the
-libraries are imported. The results of both libraries are compared, bit for bit, before anything is timed.
+libraries are imported, and peak memory counts them. The results of both libraries are compared, bit for bit, before
+anything is timed.
+
+`merge_folder` ends with its files on disk, and peft with them in the kernel's memory; so there are two plain copies,
+by reading and writing 1 MiB at a time, one with an fsync of each file and one without, and the kernel's own copy
+without. A merge is held against the copy that ends as it does.
 
     python benchmarks/merge_stream.py --gb 2 --repeats 3
-    python benchmarks/merge_stream.py --gb 10 --without peft
+    python benchmarks/merge_stream.py --gb 10 --repeats 3
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
-import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 
+import harness
 import torch
+from spread import quartiles
 
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-OURS, PEFT, COPY, SYNCED = "merge_folder", "peft", "copy", "copy, on disk"
+OURS, PEFT = "merge_folder", "peft"
+COPY, SYNCED, KERNEL = "read and write", "read and write, fsync", "copy in the kernel"
 RESULTS = Path(__file__).parent / "results"
-SHARD = 1 << 30  # bytes
-
-
-class Sizes(NamedTuple):
-    """A Llama."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    vocabulary: int = 32_000
-
-    @staticmethod
-    def of(gigabytes: float) -> Sizes:
-        """One whose weights in bfloat16 take about that much."""
-        hidden, intermediate, vocabulary = (4096, 11_008, 32_000) if gigabytes > 5 else (2048, 5632, 32_000)
-        if gigabytes < 1:
-            hidden, intermediate, vocabulary = 512, 1408, 4000
-        each = 2 * (4 * hidden**2 + 3 * hidden * intermediate)
-        return Sizes(hidden, intermediate, round((gigabytes * 1e9 - 4 * vocabulary * hidden) / each), vocabulary)
-
-
-def make_folder(folder: Path, sizes: Sizes) -> int:
-    """Write a model of random weights, file by file; its bytes."""
-    import transformers
-    from safetensors.torch import save_file
-
-    config = transformers.LlamaConfig(
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.hidden // 64,
-        vocab_size=sizes.vocabulary,
-        dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
-    )
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config)
-    shards: list[dict[str, torch.Size]] = [{}]
-    held = 0
-    for name, parameter in model.named_parameters():
-        size = 2 * parameter.numel()
-        if shards[-1] and held + size > SHARD:
-            shards.append({})
-            held = 0
-        shards[-1][name] = parameter.shape
-        held += size
-    where: dict[str, str] = {}
-    numbers = 0.02 * torch.randn(1 << 22).bfloat16()  # the same ones again and again: quick, and as good here
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        made = {name: _filled(shape, numbers) for name, shape in shard.items()}
-        save_file(made, folder / file, {"format": "pt"})
-        where.update(dict.fromkeys(shard, file))
-    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return total
-
-
-def _filled(shape: torch.Size, numbers: torch.Tensor) -> torch.Tensor:
-    return numbers.repeat(-(-shape.numel() // len(numbers)))[: shape.numel()].clone().view(shape)
-
-
-def make_adapter(folder: Path, base: Path, r: int) -> None:
-    """Write a LoRA adapter for all linear layers of the folder, none of whose factors is zero."""
-    import transformers
-
-    import peftfn as pf
-
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(base))
-    config = pf.LoraConfig(
-        r=r, lora_alpha=2 * r, target_modules=list(LINEAR), init_lora_weights=False, task_type="CAUSAL_LM"
-    )
-    pf.save(pf.init(model, config), folder)
 
 
 def _ours(base: Path, adapter: Path, output: Path) -> Callable[[], object]:
     import peftfn as pf
 
-    return lambda: pf.merge_folder(base, pf.load(adapter), output, progress=False)
+    return lambda: pf.merge_folder(base, pf.load(adapter, mmap=True), output, progress=False)
 
 
 def _peft(base: Path, adapter: Path, output: Path) -> Callable[[], object]:
@@ -127,25 +57,36 @@ def _peft(base: Path, adapter: Path, output: Path) -> Callable[[], object]:
     return run
 
 
-def _copy(sync: bool) -> Callable[[Path, Path, Path], Callable[[], object]]:
+def _copy(copied: Callable[[Path, Path], object]) -> Callable[[Path, Path, Path], Callable[[], object]]:
     def prepare(base: Path, adapter: Path, output: Path) -> Callable[[], object]:
         del adapter
 
         def run() -> None:
             output.mkdir()
             for path in base.iterdir():
-                with path.open("rb", buffering=0) as source, (output / path.name).open("wb", buffering=0) as target:
-                    while block := source.read(1 << 23):
-                        target.write(block)
-                    if sync:
-                        os.fsync(target.fileno())
+                copied(path, output / path.name)
 
         return run
 
     return prepare
 
 
-CASES = {OURS: _ours, PEFT: _peft, COPY: _copy(False), SYNCED: _copy(True)}
+def _read_and_write(source: Path, target: Path, *, sync: bool) -> None:
+    room = memoryview(bytearray(1 << 20))  # one piece of memory throughout: the fastest of the sizes that were tried
+    with source.open("rb", buffering=0) as old, target.open("wb", buffering=0) as new:
+        while count := old.readinto(room):
+            new.write(room[:count])
+        if sync:
+            os.fsync(new.fileno())
+
+
+CASES = {
+    OURS: _ours,
+    PEFT: _peft,
+    COPY: _copy(functools.partial(_read_and_write, sync=False)),
+    SYNCED: _copy(functools.partial(_read_and_write, sync=True)),
+    KERNEL: _copy(shutil.copyfile),
+}
 
 
 def child(case: str, base: Path, adapter: Path, output: Path, threads: int) -> None:
@@ -155,8 +96,16 @@ def child(case: str, base: Path, adapter: Path, output: Path, threads: int) -> N
     wall, cpu = time.perf_counter(), time.process_time()
     run()
     took = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    print(json.dumps({**took, "peak": peak}))
+    print(json.dumps({**took, "peak": _peak()}))
+
+
+def _peak() -> int:
+    """The most memory that this process had, in bytes.
+
+    Not getrusage's: that one starts with the peak of the process that started this one.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def sample(case: str, place: Path, threads: int) -> dict[str, float]:
@@ -189,18 +138,12 @@ def _opened(folder: Path, safe_open: Any) -> dict[str, Any]:
     return {key: file for file in files for key in file.keys()}  # noqa: SIM118  # no mapping
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    lines = ["| what | wall, s | CPU, s | peak memory, GB | wall to peft | peak to peft | wall to the copy |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for row in rows:
-        numbers = (row["wall"], row["cpu"], row["peak"] / 1e9, row["to_peft"], row["peak_to_peft"], row["to_copy"])
-        lines.append(f"| {row['what']} | " + " | ".join("–" if one is None else f"{one:.2f}" for one in numbers) + " |")
-    return "\n".join(lines)
+UNITS = {"wall": 1.0, "cpu": 1.0, "peak": 1e-9}  # seconds, seconds, GB
+RATIOS = {"to_peft": (PEFT, "wall"), "peak_to_peft": (PEFT, "peak"), "to_copy": (SYNCED, "wall")}
 
 
-def measure(place: Path, cases: Sequence[str], repeats: int, threads: int) -> list[dict[str, Any]]:
-    """The medians of each case, and of its ratios within a round. The files were read before, by `check`."""
+def measure(place: Path, cases: Sequence[str], repeats: int, threads: int, group: str) -> list[dict[str, Any]]:
+    """The quartiles of each case, and of its ratios within a round. The files were read before, by `check`."""
     taken: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
     order, shuffle = list(cases), random.Random(0).shuffle
     for turn in range(repeats):
@@ -209,23 +152,55 @@ def measure(place: Path, cases: Sequence[str], repeats: int, threads: int) -> li
             taken[case].append(sample(case, place, threads))
             print(f"{turn} {case}: {taken[case][-1]}", file=sys.stderr, flush=True)
 
-    def ratio(case: str, other: str, what: str) -> float | None:
-        if other not in taken:
-            return None
-        return statistics.median(one[what] / two[what] for one, two in zip(taken[case], taken[other], strict=True))
-
-    return [
-        {
-            "what": case,
-            **{what: statistics.median(one[what] for one in found) for what in ("wall", "cpu", "peak")},
-            "to_peft": ratio(case, PEFT, "wall"),
-            "peak_to_peft": ratio(case, PEFT, "peak"),
-            "cpu_to_peft": ratio(case, PEFT, "cpu"),
-            "to_copy": ratio(case, SYNCED, "wall"),
-            "samples": found,
+    def row(case: str) -> dict[str, Any]:
+        found = taken[case]
+        own = {what: quartiles([unit * one[what] for one in found]) for what, unit in UNITS.items()}
+        others = {
+            name: quartiles([one[what] / two[what] for one, two in zip(found, taken[other], strict=True)])
+            for name, (other, what) in RATIOS.items()
+            if other in taken
         }
-        for case, found in taken.items()
-    ]
+        return {"group": group, "what": case, **own, **others, "repeats": repeats}
+
+    return [row(case) for case in cases]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a Markdown table: medians, and quartiles of the times."""
+    lines = ["| what | wall, s | CPU, s | peak memory, GB | wall to peft | peak to peft | wall to the copy on disk |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in rows:
+        spread = "{median:.2f} ({low:.2f}–{high:.2f})".format_map
+        cells = [spread(row["wall"]), spread(row["cpu"]), f"{row['peak']['median']:.2f}"]
+        cells += [f"{row[name]['median']:.3f}" if name in row else "–" for name in RATIOS]
+        lines.append(f"| {row['what']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Write a chart of wall time, CPU time and peak memory: medians, with quartiles."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")  # a server has no display
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(UNITS), figsize=(3.6 * len(UNITS), 2.8), sharey=True)
+    colors = [{OURS: "tab:blue", PEFT: "tab:orange"}.get(row["what"], "tab:gray") for row in rows]
+    labels = {"wall": "wall, s", "cpu": "CPU, s", "peak": "peak memory, GB"}
+    for axes, what in zip(panels, UNITS, strict=True):
+        found = [row[what] for row in rows]
+        medians = [one["median"] for one in found]
+        whiskers = [[one["median"] - one["low"] for one in found], [one["high"] - one["median"] for one in found]]
+        names = [row["what"] for row in rows]
+        drawn = axes.barh(names, medians, xerr=whiskers, color=colors, ecolor="black", capsize=2)
+        axes.bar_label(drawn, [f" {median:.2f}" for median in medians], padding=4, fontsize=8)
+        axes.set(xlabel=labels[what], xlim=(0, 1.3 * max(one["high"] for one in found)))
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()
+    figure.suptitle(f"{title}\nmedians and quartiles; blue: peftfn", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -234,6 +209,8 @@ def main() -> None:
         case, base, adapter, output, threads = sys.argv[2:]
         child(case, Path(base), Path(adapter), Path(output), int(threads))
         return
+    from large_folder import Sizes, make_adapter, make_folder  # not in a child, whose memory is measured
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=2, help="size of the weights")
     parser.add_argument("--repeats", type=int, default=3)
@@ -251,19 +228,18 @@ def main() -> None:
         cases = [case for case in CASES if case not in chosen.without]
         if PEFT in cases:
             check(place, chosen.threads)
-        rows = measure(place, cases, chosen.repeats, chosen.threads)
-    text = (
-        f"{total / 1e9:.2f} GB in bfloat16, rank {chosen.rank}, {chosen.threads} threads, {chosen.repeats} rounds\n\n"
-    )
-    text += table(rows)
+        rows = measure(place, cases, chosen.repeats, chosen.threads, f"merge of {chosen.gb:g} GB")
+    title = f"A merge of {total / 1e9:.2f} GB in bfloat16 from file to file, rank {chosen.rank}"
+    text = f"{title}; {chosen.threads} threads, {chosen.repeats} rounds\n\n{table(rows)}"
     print(text)
     if not chosen.quick:
+        about = {"bytes": total, "rank": chosen.rank, "machine": harness.machine(chosen.threads) | {"clock": "wall"}}
+        about["versions"] = harness.versions("torch", "transformers", "peft", "safetensors")
         RESULTS.mkdir(exist_ok=True)
-        about = {"bytes": total, "rank": chosen.rank, "threads": chosen.threads, "torch": torch.__version__}
-        (RESULTS / f"merge-{chosen.gb:g}gb.json").write_text(
-            json.dumps([{**about, **row} for row in rows], indent=1) + "\n"
-        )
+        lines = ",\n".join(json.dumps(row | about) for row in rows)
+        (RESULTS / f"merge-{chosen.gb:g}gb.json").write_text(f"[\n{lines}\n]\n")
         (RESULTS / f"merge-{chosen.gb:g}gb.md").write_text(text + "\n")
+        draw(rows, RESULTS / f"merge-{chosen.gb:g}gb.png", title)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from peftfn.checkpoint import load, push_to_hub, save
 from peftfn.combine import combine
 from peftfn.config import PeftConfig
 from peftfn.ensemble import Ensemble, ensemble
+from peftfn.folders.merging import merge_folder
 from peftfn.inits import loftq, olora, pissa
 from peftfn.kbit import prepare_for_kbit_training
 from peftfn.merge import merge
@@ -22,7 +23,6 @@ from peftfn.methods.prompt_config import PromptLearningConfig
 from peftfn.methods.prompt_tuning import PromptTuningConfig
 from peftfn.shelf import load_stack
 from peftfn.stacking import stack, unstack
-from peftfn.streaming import merge_folder
 
 __version__ = "0.1.0"
 

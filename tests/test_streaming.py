@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn import shards
+from peftfn.folders import shards
 
 # Of a merged model and an adapted one: products in another order, in float32.
 SUMS = 2e-5
@@ -292,6 +292,13 @@ def test_what_cannot_be_merged_says_why_and_leaves_nothing(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="holds quantized weights"):
         pf.merge_folder(folder, adapter, tmp_path / "merged", progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "bin", "empty"]
+
+
+def test_a_header_that_contradicts_itself_is_a_broken_file(tmp_path: Path) -> None:
+    header = json.dumps({"0.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 28]}}).encode()
+    (tmp_path / shards.SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(28))
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
+        shards.read_shard(tmp_path / shards.SINGLE)
 
 
 @pytest.mark.parametrize("cut", [4, 100, -1])

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn import blocks, shards
+from peftfn import blocks
+from peftfn.folders import shards
 
 ODD = (1, 63, 64, 65, 127, 129, 1000, 4097, 4099)
 

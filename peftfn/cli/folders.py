@@ -15,10 +15,11 @@ import torch
 import transformers
 
 import peftfn as pf
-from peftfn import hub, methods, streaming
+from peftfn import hub, methods
 from peftfn.cli import state
 from peftfn.cli.bases import from_pretrained, load_model, quiet
 from peftfn.cli.errors import UserError
+from peftfn.folders import merging
 
 AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -96,7 +97,7 @@ def merge(
         raise UserError(f"{output} is there already; give a folder that is new or empty, or --overwrite")
     quiet()
     folder = hub.fetch(base_name(adapter, model), adapter.config.revision)
-    if not streaming.can_stream(folder):
+    if not merging.can_stream(folder):
         return _merge_in_memory(adapter, source, target, model, dtype, device)
     return pf.merge_folder(
         folder,

@@ -10,22 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfn import (
-    files,
-    folder_config,
-    folder_names,
-    folder_plan,
-    folder_write,
-    matching,
-    shards,
-    stacking,
-    unfinished,
-)
+from peftfn import files, matching, stacking
 from peftfn.adapter import Adapter, as_tuple
-from peftfn.folder_names import Names
-from peftfn.folder_plan import Plan
+from peftfn.folders import beside, naming, planning, shards, unfinished, writing
+from peftfn.folders.naming import Names
+from peftfn.folders.planning import Plan
+from peftfn.folders.shards import Shard
 from peftfn.merge import refuse_not_finite
-from peftfn.shards import Shard
 
 
 def merge_folder(
@@ -42,11 +33,12 @@ def merge_folder(
 ) -> Path:
     """The folder `output`, which `from_pretrained` loads as the base of `folder` with the adapters merged in.
 
-    The weights go from file to file: about three tensors are in memory at a time, and what no adapter touches is copied
-    by the kernel. The values are those of `merge`: for LoRA W + s·B·A (https://arxiv.org/abs/2106.09685), rounded once
-    to the dtype of W. Files, their order and their keys stay as they are, and so do the tokenizer and whatever else
-    lies beside them, but for weights of other formats and the model card. The config is changed only where the adapters
-    change what it says: a head, a vocabulary that has grown, embeddings that are no longer tied, a dtype.
+    The weights go from file to file: a few blocks of rows are in memory at a time, or about three tensors where a
+    method has nothing for rows alone or tensors change together; what no adapter touches is copied by the kernel. The
+    values are those of `merge`: for LoRA W + s·B·A (https://arxiv.org/abs/2106.09685), rounded once to the dtype of W.
+    Files, their order and their keys stay as they are, and so do the tokenizer and whatever else lies beside them, but
+    for weights of other formats and the model card. The config is changed only where the adapters change what it says:
+    a head, a vocabulary that has grown, embeddings that are no longer tied, a dtype.
 
     The output is whole or not there. Killed at any moment and called again with the same arguments, it goes on: what
     was written is not computed again. Until then the work lies in `.<output>.unfinished` beside it.
@@ -87,17 +79,17 @@ def merge_folder(
     _check(folder, adapters)
     found = shards.find(folder)
     names, plan = _plan(folder, found, adapters, dtype, model)
-    beside = folder_config.writes(folder, adapters, names, plan, dtype, Path(tokenizer) if tokenizer else None)
+    others = beside.writes(folder, adapters, names, plan, dtype, Path(tokenizer) if tokenizer else None)
     layouts = {shard.path.name: shards.layout(plan.files[shard.path.name], shard.metadata) for shard in found}
     what = _digest(found, adapters, layouts, str(dtype))
     with unfinished.making(output, what, overwrite) as work:
         if work is not None:
-            jobs = [folder_write.Job(work.folder / name, *layout) for name, layout in layouts.items()]
+            jobs = [writing.Job(work.folder / name, *layout) for name, layout in layouts.items()]
             entries = {key: entry for shard in found for key, entry in shard.entries.items()}
             with _bar(sum(job.size for job in jobs), progress) as bar:
                 for job in jobs:
-                    folder_write.write(job, plan.units, entries, safe, bar)
-            for name, write in beside.items():
+                    writing.write(job, plan.units, entries, safe, bar)
+            for name, write in others.items():
                 files.write_atomic(work.folder / name, write)
     return output
 
@@ -105,7 +97,7 @@ def merge_folder(
 def can_stream(folder: Path) -> bool:
     """Whether the folder's weights are safetensors that are what the model computes with, not packed ones."""
     there = (folder / shards.SINGLE).is_file() or (folder / shards.INDEX).is_file()
-    return there and "quantization_config" not in folder_config.read(folder)
+    return there and "quantization_config" not in beside.read(folder)
 
 
 def _check(folder: Path, adapters: Sequence[Adapter]) -> None:
@@ -123,27 +115,27 @@ def _plan(
     folder: Path, found: Sequence[Shard], adapters: Sequence[Adapter], dtype: torch.dtype | None, model: Any
 ) -> tuple[Names, Plan]:
     """By the files' own names where they settle everything, else by those of the model."""
-    shapes = {key: folder_plan.meta(entry) for shard in found for key, entry in shard.entries.items()}
-    config = folder_config.read(folder)
+    shapes = {key: planning.meta(entry) for shard in found for key, entry in shard.entries.items()}
+    config = beside.read(folder)
     if "quantization_config" in config:
         raise ValueError(
             f"{folder} holds quantized weights, and its files are not what the model computes with. Load it, and merge "
             "in memory: peftfn.bind(model, adapter).save_pretrained(output)."
         )
     if model is None:
-        names = folder_names.plain(shapes)
+        names = naming.plain(shapes)
         try:
-            plan = folder_plan.make(found, adapters, names, dtype)
-            sizes = folder_config.vocabularies(config)
+            plan = planning.make(found, adapters, names, dtype)
+            sizes = beside.vocabularies(config)
             has_head = any(one.config.task_type in matching.HEADS for one in adapters)  # which the folder may lack
             if not config or not (has_head or plan.resized or _touches_vocabulary(plan, shapes, sizes)):
                 return names, plan
         except (KeyError, ValueError):
             if not config:
                 raise
-        model = folder_names.model_of(str(folder), adapters)
-    names = folder_names.of_model(model, shapes)
-    plan = folder_plan.make(found, adapters, names, dtype)
+        model = naming.model_of(str(folder), adapters)
+    names = naming.of_model(model, shapes)
+    plan = planning.make(found, adapters, names, dtype)
     brought = {f"{path}.{name}" for one in adapters for path, leaf in one.params.items() for name in leaf}
     if lost := [name for name in names.missing if name not in brought]:
         raise ValueError(

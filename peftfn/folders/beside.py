@@ -11,11 +11,12 @@ from typing import Any, cast
 
 import torch
 
-from peftfn import files, plain, shards
+from peftfn import files, plain
 from peftfn.adapter import Adapter
 from peftfn.files import Write
-from peftfn.folder_names import Names
-from peftfn.folder_plan import Plan
+from peftfn.folders import shards
+from peftfn.folders.naming import Names
+from peftfn.folders.planning import Plan
 
 NAME = "config.json"
 _WEIGHTS = (

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftfn import shards
 from peftfn.adapter import Adapter
-from peftfn.folder_names import Group, Names, Tensors
+from peftfn.folders import shards
+from peftfn.folders.naming import Group, Names, Tensors
+from peftfn.folders.shards import Entry, Item, Shard
 from peftfn.merge import Change, change, changed, of_rows
-from peftfn.shards import Entry, Item, Shard
 
 
 class Unit(NamedTuple):

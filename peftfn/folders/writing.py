@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftfn import blocks, shards
-from peftfn.folder_plan import Unit
-from peftfn.shards import Entry, Item
+from peftfn import blocks
+from peftfn.folders import shards
+from peftfn.folders.planning import Unit
+from peftfn.folders.shards import Entry, Item
 
 _PIECE = 1 << 20  # values: a few MB stay in a processor's caches while one thread reads, one computes and one writes
 _ROOMS = 4  # the piece that is read, the one that is computed, and what may still be written: its result can be a view
