@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import math
 import os
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from io import FileIO
@@ -22,7 +21,7 @@ from peftfn.folders.planning import Unit
 from peftfn.folders.shards import Entry, Item
 
 _PIECE = 1 << 20  # values: a few MB stay in a processor's caches while one thread reads, one computes and one writes
-_ROOMS = 4  # the piece that is read, the one that is computed, and what may still be written: its result can be a view
+_ROOMS = 3  # for what is read, what is computed and what is written, whose result may be a view of what it came from
 
 Files = Mapping[Path, FileIO]
 
@@ -102,15 +101,16 @@ def write(job: Job, units: Mapping[str, Unit], entries: Mapping[str, Entry], saf
             target.write(job.header)
         reader, writer = stack.enter_context(ThreadPoolExecutor(1)), stack.enter_context(ThreadPoolExecutor(1))
         values = _values([piece for piece in left if piece.items[0].source is None], units, entries, read, reader, safe)
-        waiting: deque[Future[None]] = deque()
+        before: Future[None] | None = None
         for piece in left:
             tensor = next(values) if piece.items[0].source is None else None
-            waiting.append(writer.submit(_put, waiting[-1] if waiting else None, target, copied, piece, tensor, bar))
+            after = writer.submit(_put, before, target, copied, piece, tensor, bar)
             tensor = None
-            if len(waiting) > 1:
-                waiting.popleft().result()
-        for one in waiting:
-            one.result()
+            if before is not None:
+                before.result()
+            before = after
+        if before is not None:
+            before.result()
         os.fsync(target.fileno())
     job.part.rename(job.path)
 
