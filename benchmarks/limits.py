@@ -28,10 +28,10 @@ def _llama() -> nn.Module:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=20)).eval()
 
 
-def _bert(attention: str = "sdpa", dropout: float = 0.0) -> nn.Module:
+def _bert(dropout: float = 0.0) -> nn.Module:
     sizes: Any = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0, "vocab_size": 20}
-    return transformers.BertModel(transformers.BertConfig(**sizes, attn_implementation=attention)).eval()
+    return transformers.BertModel(transformers.BertConfig(**sizes)).eval()
 
 
 def _bloom() -> nn.Module:
@@ -120,15 +120,6 @@ def _traced(loss_type: str | None) -> None:
     torch.compile(lambda one: pf.apply(model, one, given).loss, fullgraph=True, backend="eager")(adapter)
 
 
-def _rows(attention: str) -> None:
-    model = _bert(attention)
-    adapter = pf.init(model, pf.LoraConfig())
-    with sdpa_kernel(SDPBackend.MATH):
-        vmap(lambda ids, mask: pf.apply(model, adapter, {"input_ids": ids[None], "attention_mask": mask[None]})[0])(
-            IDS, torch.ones_like(IDS)
-        )
-
-
 def _dropout(**kwargs: Any) -> None:
     model = _bert(dropout=0.5).train()
     stacked = pf.stack([pf.init(model, pf.LoraConfig())] * 2)
@@ -161,12 +152,6 @@ LIMITS = (
         lambda: _traced(None),
         '`model.loss_type = "ForCausalLM"`',
         lambda: _traced("ForCausalLM"),
-    ),
-    Limit(
-        "`vmap` over padding masks with `eager` attention in an encoder",
-        lambda: _rows("eager"),
-        "`sdpa` attention, the default",
-        lambda: _rows("sdpa"),
     ),
     Limit(
         "`vmap` of a model with dropout in training",

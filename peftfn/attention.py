@@ -30,6 +30,8 @@ _FLASH = 1  # of `torch._fused_sdp_choice`, as in torch.nn.attention.SDPBackend
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # noqa: SLF001  # it has no public name
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default  # noqa: SLF001  # the same
 
+_MATH = "Compute it within torch.nn.attention.sdpa_kernel(SDPBackend.MATH), which has it."
+
 
 def is_mapping() -> bool:
     """Whether a `torch.vmap` is going on."""
@@ -141,6 +143,10 @@ class _Fused(torch.autograd.Function):
         return (*cast("Any", _FusedBackward).apply(grads[0], *ctx.saved_tensors, ctx.how), None, None)
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(f"torch's fused attention has no forward mode. {_MATH}")
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
         return _mapped(_Fused, info, in_dims, inputs, mask_at=3)
 
@@ -160,10 +166,11 @@ class _FusedBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(
-            "torch's fused attention has no second derivative. Compute it within "
-            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
-        )
+        raise NotImplementedError(f"torch's fused attention has no second derivative. {_MATH}")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(f"torch's fused attention has no second derivative. {_MATH}")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
