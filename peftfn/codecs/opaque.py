@@ -42,7 +42,9 @@ def matches(module: nn.Module) -> bool:
     """Whether the module is a linear layer whose weight is no plain tensor of numbers."""
     weight = module._parameters.get("weight")
     if isinstance(module, nn.Linear):
-        return type(cast("object", weight)).__module__.partition(".")[0] in _SUBCLASSES
+        kind = type(cast("object", weight))
+        # Of a frozen base, the weight is a Parameter while Dynamo traces, which cannot ask for its module's name.
+        return kind not in (Tensor, nn.Parameter) and kind.__module__.partition(".")[0] in _SUBCLASSES
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     held = [*module._parameters.values(), *module._buffers.values()]
     is_packed = any(tensor is not None and not tensor.is_floating_point() and tensor.dim() > 1 for tensor in held)
