@@ -27,7 +27,7 @@ INSTALL += --no-warn-conflicts
 PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format doctest bench smollm2 smollm2-quantized transforms docs notebooks test-transformers4 test-peft050 test-gptq test-gptqmodel gptqmodel soak bench-merge clean
+.PHONY: help demo test lint format doctest bench bench-compiled smollm2 smollm2-quantized transforms docs notebooks test-transformers4 test-peft050 test-gptq test-gptqmodel gptqmodel soak bench-merge clean
 
 help:  ## list the commands
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 22
@@ -55,6 +55,10 @@ bench: $(VENV)/dev.stamp  ## time and memory of steps, forwards and many adapter
 	$(PY) benchmarks/saved.py $(ARGS)
 	$(PY) benchmarks/forwards.py $(ARGS)
 	$(PY) benchmarks/many.py $(ARGS)
+	$(PY) benchmarks/convolutions.py $(ARGS)
+
+bench-compiled: $(VENV)/dev.stamp  ## time what inductor makes of a forward and a step, against peft and the bare base
+	$(PY) -W ignore benchmarks/compiled.py $(ARGS)
 
 soak: $(VENV)/dev.stamp  ## 200 adapters, 8 threads, adapters loaded and dropped, five minutes; ARGS="--minutes 1"
 	$(PY) benchmarks/soak.py $(ARGS)
