@@ -213,7 +213,7 @@ CONVOLUTIONS = {
     ),
     "apart": (nn.Conv2d(128, 128, 3, padding=1), (1, 128, 2, 2)),
     "groups": (nn.Conv1d(256, 256, 3, groups=2), (2, 256, 40)),
-    "small": (nn.Conv1d(8, 8, 3), (2, 8, 40)),
+    "as one, small": (nn.Conv1d(8, 8, 3), (2, 8, 40)),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,6 +105,14 @@ def test_a_changed_base_is_seen_without_a_new_graph(graphs: Graphs) -> None:
     third = compiled(adapter, batch)
     close(third, value(model, adapter, batch))
     assert len({float(one) for one in (first, second, third)}) == 3
+    assert graphs.count == 1
+
+
+def test_a_base_whose_parameters_want_no_gradient_is_one_graph(graphs: Graphs) -> None:
+    model = llama().eval().requires_grad_(False)
+    batch, adapter = batch_for(model), trained(pf.init(model, lora("q_proj", "down_proj")))
+    compiled = torch.compile(functools.partial(value, model), fullgraph=True, backend=graphs)
+    close(compiled(adapter, batch), value(model, adapter, batch))
     assert graphs.count == 1
 
 

@@ -93,7 +93,9 @@ def _dense(module: nn.Module) -> Tensor | None:
 
 
 def _is_subclass(weight: object) -> bool:
-    return type(weight).__module__.partition(".")[0] in _SUBCLASSES
+    kind = type(weight)
+    # Of a frozen base, the weight is a Parameter while Dynamo traces, which cannot ask for its module's name.
+    return kind not in (Tensor, nn.Parameter) and kind.__module__.partition(".")[0] in _SUBCLASSES
 
 
 def _bias(module: nn.Module) -> Tensor | None:

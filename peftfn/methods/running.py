@@ -1,12 +1,12 @@
 """How a site with a low-rank delta runs.
 
-Linear layers run as the Function of `adapted` where nothing but autograd looks on; under every other transform they are
-plain operations (`lowrank`), as other layers always are.
+Linear layers run as the Function of `adapted` where nothing but autograd looks on, and so do convolutions as that of
+`convolved` where it takes less; under every other transform they are plain operations (`lowrank`), as other layers
+always are.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from peftfn import attention, layers
 from peftfn.codecs.packed import Packed
 from peftfn.layers import Site
-from peftfn.methods import adapted, dropout, lowrank
+from peftfn.methods import adapted, convolved, dropout, lowrank
 from peftfn.methods.adapted import Delta
 
 _LINEAR = (layers.LINEAR, layers.TRANSPOSED)
@@ -34,8 +34,10 @@ def forward(site: Site, delta: Delta, p: float, x: Tensor, *args: Any, **kwargs:
     if site.kind == layers.CONVOLUTION:
         if isinstance(weight, Packed) or not is_cheaper_as_one(site, delta, p, x, weight):
             return add(site, delta, p, x, site(x, *args, **kwargs))
-        kernel = lowrank.merged(site.kind, *delta, weight)
-        return cast("Any", site.layer)._conv_forward(x, kernel, bias)  # noqa: SLF001  # all that torch's forward does
+        layer = cast("Any", site.layer)
+        if _trains(x, weight, delta):
+            return convolved.convolution(layer, x, weight, bias, delta)
+        return layer._conv_forward(x, convolved.kernel(weight, delta), bias)  # noqa: SLF001  # all that torch's forward does
     seen, delta, bits = _drawn(site, delta, p, x)
     if (isinstance(weight, Tensor) and attention.is_mapped(weight)) or (bits is not None and attention.is_mapped(bits)):
         return _plain(site, delta, seen, site(x), bits)
@@ -43,21 +45,20 @@ def forward(site: Site, delta: Delta, p: float, x: Tensor, *args: Any, **kwargs:
 
 
 def is_cheaper_as_one(site: Site, delta: Delta, p: float, x: Tensor, weight: Tensor) -> bool:
-    """Whether a convolution takes fewer multiplications with the kernel W + s·B·A than beside its delta.
+    """Whether a convolution with a delta can and should run with one kernel (`convolved.is_cheaper`)."""
+    layer, trains = cast("Any", site.layer), _trains(x, weight, delta)
+    if not convolved.is_cheaper(x, weight, layer.stride, trains) or (p and layer.training):
+        return False
+    if trains and (isinstance(layer.padding, str) or x.dim() != weight.dim()):
+        return False
+    if attention.is_mapped(weight) or not x.dtype == weight.dtype == delta.a.dtype:
+        return False
+    return delta.a.dim() == delta.b.dim() and delta.a.shape[1:] == weight.shape[1:]
 
-    With o outputs, and i·k inputs that each of them sees, the sum takes r·o·i·k, and the delta r·(o + i·k) at each
-    position of the output. In training autograd would compute the gradient of the sum, a convolution as large as the
-    layer's own: never.
-    """
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, *delta)):
-        return False
-    if maybe_current_level() is not None or not x.dtype == weight.dtype == delta.a.dtype:
-        return False
-    if (p and site.training) or delta.a.dim() != delta.b.dim() or delta.a.shape[1:] != weight.shape[1:]:
-        return False
-    outputs, inputs = weight.shape[0], weight[0].numel()
-    positions = x.numel() // x.shape[-weight.dim() + 1] // math.prod(cast("Any", site.layer).stride)
-    return weight.numel() >= adapted.SMALL and positions * (outputs + inputs) > outputs * inputs
+
+def _trains(x: Tensor, weight: Tensor, delta: Delta) -> bool:
+    """Whether a gradient is asked for."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, *delta))
 
 
 def add(site: Site, delta: Delta, p: float, x: Tensor, y: Tensor) -> Tensor:

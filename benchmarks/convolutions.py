@@ -1,0 +1,151 @@
+"""A convolution with LoRA, by shape, in training and without gradients: peftfn, peft and the bare base.
+
+A convolution and its low-rank delta run beside each other, or with one kernel that is made for the call
+(`peftfn.methods.convolved` has the rule). Both are timed as well, and the last table has what the rule picks against
+the better of the two. "base alone" is the frozen convolution, forward and, in training, backward to its input. Each
+case is held against peft, outputs and gradients, before it is timed.
+
+    python benchmarks/convolutions.py --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from forwards import SHAPES, TOLERANCE, Shape, adapters, in_peft
+from harness import FLOOR, PEFT, Row, machine, measure, pin, versions, write
+from torch import Tensor, nn
+from tqdm import tqdm
+from training_step import shown
+
+import peftfn as pf
+from peftfn.methods import running
+
+RESULTS = Path(__file__).parent / "results"
+OURS, APART, AS_ONE = "peftfn", "always apart", "always as one"
+
+# Around the rule's border, without gradients: few positions for the size of the kernel, small kernels, and low ranks.
+MORE = (
+    Shape(8, 64, 64, 32, r=4),
+    Shape(8, 32, 32, 56, r=8),
+    Shape(2, 128, 128, 8),
+    Shape(1, 128, 128, 8),
+    Shape(1, 256, 256, 16),
+    Shape(1, 256, 256, 8),
+    Shape(4, 512, 512, 8),
+    Shape(2, 512, 512, 8),
+    Shape(8, 512, 512, 8, kernel=1),
+    Shape(1, 256, 1024, 14, kernel=1),
+    Shape(8, 256, 64, 28, kernel=1),
+    Shape(8, 3, 64, 64, kernel=7, stride=2),
+)
+
+Run = Callable[[], list[Tensor]]
+"""Returns the output and, in training, the gradients of x, A and B."""
+
+
+@contextlib.contextmanager
+def forced(as_one: bool) -> Iterator[None]:
+    rule = running.is_cheaper_as_one
+    running.is_cheaper_as_one = lambda *_: as_one
+    try:
+        yield
+    finally:
+        running.is_cheaper_as_one = rule
+
+
+def cases(shape: Shape, training: bool) -> dict[str, Run]:
+    """A run of each kind."""
+    torch.manual_seed(0)
+    size = (shape.inputs, shape.outputs, shape.kernel, shape.stride, shape.kernel // 2)
+    base = nn.Sequential(nn.Conv2d(*size)).eval().requires_grad_(False)
+    x = torch.randn(shape.rows, shape.inputs, shape.side, shape.side).requires_grad_(training)
+    given = adapters(base, pf.LoraConfig(r=shape.r, target_modules=["0"]), 1)
+    bound, theirs = pf.bind(base, given[0]), in_peft(base, given)
+    own = [bound.get_parameter(f"0.{name}") for name in ("lora_A", "lora_B")]
+    names = [f"base_model.model.0.{name}.a.weight" for name in ("lora_A", "lora_B")]
+    reference = [theirs.get_parameter(name).requires_grad_(training) for name in names]
+    dy = torch.randn_like(base(x))
+
+    def run(module: Any, leaves: list[Tensor]) -> list[Tensor]:
+        if not training:
+            with torch.no_grad():
+                return [module(x)]
+        y = module(x)
+        return [y, *torch.autograd.grad(y, [x, *leaves], dy)]
+
+    def ours(as_one: bool) -> list[Tensor]:
+        with forced(as_one):
+            return run(bound, own)
+
+    return {
+        FLOOR: lambda: run(base, []),
+        PEFT: lambda: run(theirs, reference),
+        OURS: lambda: run(bound, own),
+        APART: lambda: ours(False),
+        AS_ONE: lambda: ours(True),
+    }
+
+
+def check(made: dict[str, Run]) -> None:
+    """Stop if a case does not compute what peft does."""
+    expected = made[PEFT]()
+    for name in (OURS, APART, AS_ONE):
+        for found, reference in zip(made[name](), expected, strict=True):
+            away = float((found - reference).abs().max() / reference.abs().max())
+            if not away <= TOLERANCE:
+                raise SystemExit(f"{name} is not what peft computes: {away:.1e} of the largest value apart")
+
+
+def measured(shape: Shape, training: bool, clock: Callable[[], float], repeats: int) -> list[Row]:
+    """The rows of one shape."""
+    made = cases(shape, training)
+    check(made)
+    start = clock()
+    made[FLOOR]()
+    calls = max(1, int(0.02 / max(clock() - start, 1e-5)))  # of 20 ms together: a clock is no finer
+    what = "training" if training else "forward"
+    side, kernel = (f"{n}×{n}" for n in (shape.side, shape.kernel))
+    group = f"{what}, {shape.rows}×{shape.inputs}→{shape.outputs} {side}, {kernel}/{shape.stride}, r={shape.r}"
+    return measure(group, made, clock, shape._asdict(), repeats=repeats, calls=calls)
+
+
+def picks(rows: list[Row]) -> str:
+    """For each group: what the rule takes, both ways, and what it gives up against the better of them."""
+    lines = [f"{'ms':58}{'peftfn':>8}{'apart':>8}{'as one':>8}{'peft':>8}  / better"]
+    for group in dict.fromkeys(row.group for row in rows):
+        ms = {row.what: row.ms.median for row in rows if row.group == group}
+        best = min(ms[APART], ms[AS_ONE])
+        times = "".join(f"{ms[what]:8.2f}" for what in (OURS, APART, AS_ONE, PEFT))
+        lines.append(f"{group:58}{times}  {ms[OURS] / best:8.3f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time convolutions with LoRA, by shape.")
+    parser.add_argument("--quick", action="store_true", help="two shapes; nothing is written without --output")
+    parser.add_argument("--threads", type=int, default=1, help="threads (1); with one, CPU time is measured")
+    parser.add_argument("--repeats", type=int, default=25, help="samples of each case (25)")
+    parser.add_argument("--output", type=Path, help="folder for the JSON (results, beside this file)")
+    given = parser.parse_args()
+    clock = pin(given.threads)
+    shapes = SHAPES[:2] if given.quick else SHAPES + MORE
+    todo = [(shape, training) for training in (False, True) for shape in shapes]
+    rows: list[Row] = []
+    for shape, training in tqdm(todo):
+        rows += shown(measured(shape, training, clock, given.repeats))
+    print(picks(rows))
+    folder = given.output or (None if given.quick else RESULTS)
+    if folder is not None:
+        about = {"machine": machine(given.threads), "versions": versions("torch", "transformers", "peft", "peftfn")}
+        write(rows, folder / "convolutions.json", **about)
+        print(f"written to {folder}")
+
+
+if __name__ == "__main__":
+    main()
