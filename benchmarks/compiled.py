@@ -9,32 +9,28 @@ is held against peft's own, not compiled.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from forwards import NAMES, adapters, in_peft
-from harness import FLOOR, PEFT, machine, measure, pin, versions, write
+from harness import FLOOR, PEFT, Row, begin, keep, timed
 from setting import LINEAR, Sizes, llama
 from torch import Tensor
-from training_step import shown
 
 import peftfn as pf
 
-RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 1e-4  # of the largest value: float32 sums in another order
 MIDDLE = Sizes(layers=4, hidden=384, intermediate=1024, rows=4, tokens=64)
 SMALL = Sizes(layers=2, hidden=128, intermediate=256, rows=2, tokens=32)
 COMPILERS = ("g++", "clang++", "c++")  # that inductor takes for CPU code
 
-Run = Callable[[], list[Tensor]]
+Case = Callable[[], list[Tensor]]
 
 
-def graphs_of(run: Run) -> int:
+def graphs_of(run: Case) -> int:
     """How many graphs a call compiles."""
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]  # noqa: SLF001  # torch has no public count
     run()
@@ -74,7 +70,7 @@ class Cases:
         name = NAMES[self.number]
         return [self.theirs.get_parameter(f"base_model.model.{p}.{n}.{name}.weight") for p, n in self.paths]
 
-    def forwards(self) -> dict[str, Run]:
+    def forwards(self) -> dict[str, Case]:
         """Logits, without gradients."""
         base, theirs = compiled(self.base), compiled(self.theirs)
         ours = compiled(lambda adapter, ids: pf.apply(self.base, adapter, {"input_ids": ids}).logits, fullgraph=True)
@@ -85,7 +81,7 @@ class Cases:
             "apply": quiet(lambda: [ours(self.given[self.number], self.ids)]),
         }
 
-    def steps(self) -> dict[str, Run]:
+    def steps(self) -> dict[str, Case]:
         """The gradients of the adapter; for the floor, those of the embedding's output."""
         labels = self.ids
         base, theirs = compiled(self.base), compiled(self.theirs)
@@ -117,7 +113,7 @@ class Cases:
         return list(torch.autograd.grad(self.theirs(input_ids=self.ids, labels=self.ids).loss, self.leaves()))
 
 
-def check(made: Cases, cases: dict[str, Run], training: bool) -> dict[str, int]:
+def check(made: Cases, cases: dict[str, Case], training: bool) -> dict[str, int]:
     """How many graphs each case took for two adapters; stop if one does not compute what peft does."""
     graphs = dict.fromkeys(cases, 0)
     for number in (1, 0):
@@ -133,15 +129,11 @@ def check(made: Cases, cases: dict[str, Run], training: bool) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time what inductor makes of peftfn, peft and the bare base.")
-    parser.add_argument("--quick", action="store_true", help="a small model; nothing is written without --output")
-    parser.add_argument("--repeats", type=int, default=15, help="samples of each case (15)")
-    parser.add_argument("--output", type=Path, help="folder for the JSON (results, beside this file)")
-    given = parser.parse_args()
+    run = begin("Time what inductor makes of peftfn, peft and the bare base.", repeats=15, devices=("cpu",))
     if not any(map(shutil.which, COMPILERS)):
         print(f"inductor needs a C++ compiler for code on CPU, and there is none of {', '.join(COMPILERS)}.")
         return
-    clock, sizes, rows = pin(1), SMALL if given.quick else MIDDLE, []
+    sizes, rows = SMALL if run.quick else MIDDLE, list[Row]()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.compile's own, of peft's and transformers' code
         for training, what in ((False, "forward"), (True, "training step")):
@@ -149,17 +141,10 @@ def main() -> None:
             made = Cases(sizes)
             cases = made.steps() if training else made.forwards()
             graphs = check(made, cases, training)
-            print(
-                f"{what}, graphs for two adapters: {', '.join(f'{name} {n}' for name, n in graphs.items())}", flush=True
-            )
+            print(f"{what}, graphs for two adapters: {', '.join(f'{name} {n}' for name, n in graphs.items())}")
             counted = {f"graphs, {name}": n for name, n in graphs.items()}
-            group = f"{what}, compiled by inductor"
-            rows += shown(measure(group, cases, clock, sizes._asdict() | counted, repeats=given.repeats))
-    folder = given.output or (None if given.quick else RESULTS)
-    if folder is not None:
-        about = {"machine": machine(1), "versions": versions("torch", "transformers", "peft", "peftfn")}
-        write(rows, folder / "compiled.json", **about)
-        print(f"written to {folder}")
+            rows += timed(run, f"{what}, compiled by inductor", cases, sizes._asdict() | counted)
+    keep(run, "compiled", rows)
 
 
 if __name__ == "__main__":

@@ -10,27 +10,43 @@ case is held against peft, outputs and gradients, before it is timed.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from forwards import SHAPES, TOLERANCE, Shape, adapters, in_peft
-from harness import FLOOR, PEFT, Row, machine, measure, pin, versions, write
+from forwards import TOLERANCE, adapters, in_peft
+from harness import FLOOR, PEFT, Row, Run, begin, keep, timed
 from torch import Tensor, nn
 from tqdm import tqdm
-from training_step import shown
 
 import peftfn as pf
 from peftfn.methods import running
 
-RESULTS = Path(__file__).parent / "results"
 OURS, APART, AS_ONE = "peftfn", "always apart", "always as one"
 
-# Around the rule's border, without gradients: few positions for the size of the kernel, small kernels, and low ranks.
-MORE = (
+
+class Shape(NamedTuple):
+    """A convolution and its input."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    side: int
+    kernel: int = 3
+    stride: int = 1
+    r: int = 16
+
+
+SHAPES = (
+    Shape(8, 64, 64, 32),
+    Shape(8, 64, 128, 32),
+    Shape(8, 64, 128, 32, stride=2),
+    Shape(8, 128, 128, 16),
+    Shape(8, 320, 320, 16),
+    Shape(4, 256, 256, 8, kernel=1),
+    Shape(1, 512, 512, 2),
+    # around the rule's border: few positions for the size of the kernel, small kernels, and low ranks
     Shape(8, 64, 64, 32, r=4),
     Shape(8, 32, 32, 56, r=8),
     Shape(2, 128, 128, 8),
@@ -45,7 +61,7 @@ MORE = (
     Shape(8, 3, 64, 64, kernel=7, stride=2),
 )
 
-Run = Callable[[], list[Tensor]]
+Case = Callable[[], list[Tensor]]
 """Returns the output and, in training, the gradients of x, A and B."""
 
 
@@ -59,7 +75,7 @@ def forced(as_one: bool) -> Iterator[None]:
         running.is_cheaper_as_one = rule
 
 
-def cases(shape: Shape, training: bool) -> dict[str, Run]:
+def cases(shape: Shape, training: bool) -> dict[str, Case]:
     """A run of each kind."""
     torch.manual_seed(0)
     size = (shape.inputs, shape.outputs, shape.kernel, shape.stride, shape.kernel // 2)
@@ -92,7 +108,7 @@ def cases(shape: Shape, training: bool) -> dict[str, Run]:
     }
 
 
-def check(made: dict[str, Run]) -> None:
+def check(made: dict[str, Case]) -> None:
     """Stop if a case does not compute what peft does."""
     expected = made[PEFT]()
     for name in (OURS, APART, AS_ONE):
@@ -102,17 +118,17 @@ def check(made: dict[str, Run]) -> None:
                 raise SystemExit(f"{name} is not what peft computes: {away:.1e} of the largest value apart")
 
 
-def measured(shape: Shape, training: bool, clock: Callable[[], float], repeats: int) -> list[Row]:
+def measured(run: Run, shape: Shape, training: bool) -> list[Row]:
     """The rows of one shape."""
     made = cases(shape, training)
     check(made)
-    start = clock()
+    start = run.clock()
     made[FLOOR]()
-    calls = max(1, int(0.02 / max(clock() - start, 1e-5)))  # of 20 ms together: a clock is no finer
+    calls = max(1, int(0.02 / max(run.clock() - start, 1e-5)))  # of 20 ms together: a clock is no finer
     what = "training" if training else "forward"
     side, kernel = (f"{n}×{n}" for n in (shape.side, shape.kernel))
     group = f"{what}, {shape.rows}×{shape.inputs}→{shape.outputs} {side}, {kernel}/{shape.stride}, r={shape.r}"
-    return measure(group, made, clock, shape._asdict(), repeats=repeats, calls=calls)
+    return timed(run, group, made, shape._asdict(), calls=calls)
 
 
 def picks(rows: list[Row]) -> str:
@@ -127,24 +143,11 @@ def picks(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time convolutions with LoRA, by shape.")
-    parser.add_argument("--quick", action="store_true", help="two shapes; nothing is written without --output")
-    parser.add_argument("--threads", type=int, default=1, help="threads (1); with one, CPU time is measured")
-    parser.add_argument("--repeats", type=int, default=25, help="samples of each case (25)")
-    parser.add_argument("--output", type=Path, help="folder for the JSON (results, beside this file)")
-    given = parser.parse_args()
-    clock = pin(given.threads)
-    shapes = SHAPES[:2] if given.quick else SHAPES + MORE
-    todo = [(shape, training) for training in (False, True) for shape in shapes]
-    rows: list[Row] = []
-    for shape, training in tqdm(todo):
-        rows += shown(measured(shape, training, clock, given.repeats))
+    run = begin("Time convolutions with LoRA, by shape.", repeats=15, devices=("cpu",))
+    todo = [(shape, training) for training in (False, True) for shape in SHAPES[: 1 if run.quick else None]]
+    rows = [row for shape, training in tqdm(todo) for row in measured(run, shape, training)]
     print(picks(rows))
-    folder = given.output or (None if given.quick else RESULTS)
-    if folder is not None:
-        about = {"machine": machine(given.threads), "versions": versions("torch", "transformers", "peft", "peftfn")}
-        write(rows, folder / "convolutions.json", **about)
-        print(f"written to {folder}")
+    keep(run, "convolutions", rows)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
-"""Forwards without gradients: a convolution, by shape, and switching among adapters: peftfn, peft and the bare base.
+"""Forwards of one token with each of four adapters in turn: peftfn, peft and the bare base.
 
-A convolution and its low-rank delta run beside each other or as one kernel (`peftfn.methods.running` has the rule);
-both are timed as well, against what the rule picks. Switching is one forward of one token with each of four adapters
-in turn: peft's `set_adapter` before each, here another module or another argument.
+peft turns each adapter on with `set_adapter`; here it is another module, or another argument.
 
     python benchmarks/forwards.py --quick
 """
@@ -10,11 +8,10 @@ in turn: peft's `set_adapter` before each, here another module or another argume
 from __future__ import annotations
 
 import copy
-import functools
 import tempfile
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import peft
 import torch
@@ -23,35 +20,11 @@ from setting import DEEP, LINEAR, QUICK, Sizes, llama, moved, trained
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn.methods import running
 
 TOLERANCE = 1e-4  # of the largest value: float32 sums in another order
 NAMES = ("a", "b", "c", "d")
 
 Run = Callable[[], Tensor]
-
-
-class Shape(NamedTuple):
-    """A convolution and its input."""
-
-    rows: int
-    inputs: int
-    outputs: int
-    side: int
-    kernel: int = 3
-    stride: int = 1
-    r: int = 16
-
-
-SHAPES = (
-    Shape(8, 64, 64, 32),
-    Shape(8, 64, 128, 32),
-    Shape(8, 64, 128, 32, stride=2),
-    Shape(8, 128, 128, 16),
-    Shape(8, 320, 320, 16),
-    Shape(4, 256, 256, 8, kernel=1),
-    Shape(1, 512, 512, 2),
-)
 
 
 def adapters(model: nn.Module, config: pf.PeftConfig, count: int) -> list[pf.Adapter]:
@@ -69,33 +42,6 @@ def in_peft(model: nn.Module, given: list[pf.Adapter]) -> Any:
         for name in NAMES[1 : len(given)]:
             theirs.load_adapter(f"{folder}/{name}", adapter_name=name)
     return theirs.eval()
-
-
-def convolution(shape: Shape, device: torch.device) -> dict[str, Run]:
-    """A forward of each kind."""
-    torch.manual_seed(0)
-    size = (shape.inputs, shape.outputs, shape.kernel, shape.stride, shape.kernel // 2)
-    base = nn.Sequential(nn.Conv2d(*size)).eval().requires_grad_(False)
-    x = torch.randn(shape.rows, shape.inputs, shape.side, shape.side)
-    given = adapters(base, pf.LoraConfig(r=shape.r, target_modules=["0"]), 1)
-    base, theirs, given, x = (moved(one, device) for one in (base, in_peft(base, given), given, x))
-    bound = pf.bind(base, given[0])
-    rule = running.is_cheaper_as_one
-
-    def forced(as_one: bool) -> Tensor:
-        running.is_cheaper_as_one = lambda *_: as_one
-        try:
-            return bound(x)
-        finally:
-            running.is_cheaper_as_one = rule
-
-    return {
-        FLOOR: lambda: base(x),
-        PEFT: lambda: theirs(x),
-        "bind": lambda: bound(x),
-        "always apart": functools.partial(forced, False),
-        "always as one": functools.partial(forced, True),
-    }
 
 
 def switching(sizes: Sizes, device: torch.device) -> dict[str, Run]:
@@ -131,18 +77,13 @@ def check(cases: dict[str, Run]) -> None:
 
 
 def main() -> None:
-    run = begin("Time convolutions, and switching among adapters.", repeats=25)
+    run = begin("Time forwards that switch among adapters.", repeats=25)
     rows: list[Row] = []
     with torch.no_grad():
         sizes = QUICK._replace(rows=1, tokens=1) if run.quick else DEEP
         cases = switching(sizes, run.device)
         check(cases)
         rows += timed(run, "switching", cases, sizes._asdict())
-        for shape in SHAPES[: 2 if run.quick else None]:
-            cases = convolution(shape, run.device)
-            check(cases)
-            group = f"convolution {shape.kernel}×{shape.kernel}/{shape.stride} {shape.inputs}→{shape.outputs}"
-            rows += timed(run, group, cases, shape._asdict(), calls=3)
     keep(run, "forwards", rows)
 
 

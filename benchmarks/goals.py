@@ -69,10 +69,10 @@ GOALS = (
         ("the same, bfloat16 base, dropout 0.1", 0.35, f"kept, {BFLOAT}".format(0.1), "peftfn"),
         ratios=EXCESS,
     ),
-    *_goals("A forward", ("convolution 3×3, 64 to 64", 0.7, "convolution 3×3/1 64→64", "bind")),
+    *_goals("A forward", ("convolution 3×3, 64 to 64", 0.7, "forward, 8×64→64 32×32, 3×3/1, r=16", "peftfn")),
     *_goals(
         "A forward",
-        ("the worst convolution, to the better of apart and as one", 1.02, "convolution *", "bind"),
+        ("the worst convolution, to the better of apart and as one", 1.02, "forward, *", "peftfn"),
         ratios=("to.always apart", "to.always as one"),
     ),
     *_goals(
