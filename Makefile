@@ -27,7 +27,7 @@ INSTALL += --no-warn-conflicts
 PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format doctest bench bench-compiled bench-gpu smollm2 smollm2-quantized transforms docs notebooks test-transformers4 test-peft050 test-gptq test-gptqmodel gptqmodel soak bench-merge clean
+.PHONY: help demo test lint format doctest bench bench-gpu smollm2 smollm2-quantized transforms docs notebooks test-transformers4 test-peft050 test-gptq test-gptqmodel gptqmodel soak bench-merge clean
 
 help:  ## list the commands
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 22
@@ -51,7 +51,7 @@ doctest: $(VENV)/dev.stamp  ## run the examples in the docstrings
 	$(PY) -m pytest --doctest-modules peftfn
 
 # What is timed: files of benchmarks/, which write rows to benchmarks/results/ unless they are told --quick.
-BENCHMARKS := training_step saved forwards many convolutions quantized loading merge_stream
+BENCHMARKS := training_step saved forwards many convolutions graphs quantized loading merge_stream compiled
 GPU_BENCHMARKS := training_step saved forwards many
 
 # Quick runs are there to see that all of it works: two at once, and each one's output in one piece.
@@ -65,9 +65,6 @@ bench-gpu: $(VENV)/dev.stamp  ## the same on a GPU, timed by events; needs a tor
 
 run-%:
 	$(PY) -W ignore benchmarks/$*.py $(ARGS)
-
-bench-compiled: $(VENV)/dev.stamp  ## time what inductor makes of a forward and a step, against peft and the bare base
-	$(PY) -W ignore benchmarks/compiled.py $(ARGS)
 
 soak: $(VENV)/dev.stamp  ## 200 adapters, 8 threads, adapters loaded and dropped, five minutes; ARGS="--minutes 1"
 	$(PY) benchmarks/soak.py $(ARGS)

@@ -21,8 +21,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 import harness
 import peft
 import torch
+from records import command, plain, quartiles
 from setting import LINEAR
-from spread import quartiles
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfn as pf
@@ -79,16 +79,17 @@ def main() -> None:
             "ms": quartiles([1000 * one[name] for one in rounds]),
             "to_peft": quartiles([one[name] / one["peft"] for one in rounds]),
             "repeats": repeats,
+            "command": command(),
             "machine": harness.machine(1),
             "versions": harness.versions("torch", "transformers", "peft"),
         }
         for name in cases
     ]
     for row in rows:
-        print(f"{row['group']}: {row['what']} {row['ms']['median']:.1f} ms, to peft {row['to_peft']['median']:.3f}")
+        print(f"{row['group']}: {row['what']} {row['ms'].median:.1f} ms, to peft {row['to_peft'].median:.3f}")
     if not chosen.quick:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "loading.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        (RESULTS / "loading.json").write_text("[\n" + ",\n".join(json.dumps(plain(row)) for row in rows) + "\n]\n")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 
 import harness
 import torch
-from spread import quartiles
+from records import Quartiles, command, plain, quartiles
 
 OURS, PEFT = "merge_folder", "peft"
 COPY, SYNCED, KERNEL = "read and write", "read and write, fsync", "copy in the kernel"
@@ -170,9 +170,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| what | wall, s | CPU, s | peak memory, GB | wall to peft | peak to peft | wall to the copy on disk |"]
     lines.append("|---|---|---|---|---|---|---|")
     for row in rows:
-        spread = "{median:.2f} ({low:.2f}–{high:.2f})".format_map
-        cells = [spread(row["wall"]), spread(row["cpu"]), f"{row['peak']['median']:.2f}"]
-        cells += [f"{row[name]['median']:.3f}" if name in row else "–" for name in RATIOS]
+        spread = "{0.median:.2f} ({0.low:.2f}–{0.high:.2f})".format
+        cells = [spread(row["wall"]), spread(row["cpu"]), f"{row['peak'].median:.2f}"]
+        cells += [f"{row[name].median:.3f}" if name in row else "–" for name in RATIOS]
         lines.append(f"| {row['what']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -188,13 +188,13 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     colors = [{OURS: "tab:blue", PEFT: "tab:orange"}.get(row["what"], "tab:gray") for row in rows]
     labels = {"wall": "wall, s", "cpu": "CPU, s", "peak": "peak memory, GB"}
     for axes, what in zip(panels, UNITS, strict=True):
-        found = [row[what] for row in rows]
-        medians = [one["median"] for one in found]
-        whiskers = [[one["median"] - one["low"] for one in found], [one["high"] - one["median"] for one in found]]
+        found: list[Quartiles] = [row[what] for row in rows]
+        medians = [one.median for one in found]
+        whiskers = [[one.median - one.low for one in found], [one.high - one.median for one in found]]
         names = [row["what"] for row in rows]
         drawn = axes.barh(names, medians, xerr=whiskers, color=colors, ecolor="black", capsize=2)
         axes.bar_label(drawn, [f" {median:.2f}" for median in medians], padding=4, fontsize=8)
-        axes.set(xlabel=labels[what], xlim=(0, 1.3 * max(one["high"] for one in found)))
+        axes.set(xlabel=labels[what], xlim=(0, 1.3 * max(one.high for one in found)))
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
     figure.suptitle(f"{title}\nmedians and quartiles; blue: peftfn", fontsize=9)
@@ -233,10 +233,15 @@ def main() -> None:
     text = f"{title}; {chosen.threads} threads, {chosen.repeats} rounds\n\n{table(rows)}"
     print(text)
     if not chosen.quick:
-        about = {"bytes": total, "rank": chosen.rank, "machine": harness.machine(chosen.threads) | {"clock": "wall"}}
+        about = {
+            "command": command(),
+            "bytes": total,
+            "rank": chosen.rank,
+            "machine": harness.machine(chosen.threads) | {"clock": "wall"},
+        }
         about["versions"] = harness.versions("torch", "transformers", "peft", "safetensors")
         RESULTS.mkdir(exist_ok=True)
-        lines = ",\n".join(json.dumps(row | about) for row in rows)
+        lines = ",\n".join(json.dumps(plain(row) | about) for row in rows)
         (RESULTS / f"merge-{chosen.gb:g}gb.json").write_text(f"[\n{lines}\n]\n")
         (RESULTS / f"merge-{chosen.gb:g}gb.md").write_text(text + "\n")
         draw(rows, RESULTS / f"merge-{chosen.gb:g}gb.png", title)

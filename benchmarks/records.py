@@ -77,8 +77,8 @@ class Measured(Protocol):
 
 
 def quartiles(values: Sequence[float]) -> Quartiles:
-    """The quartiles of two samples or more, to five digits."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    """The quartiles of the samples, to five digits; one alone has no spread."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * [*values]
     return Quartiles(rounded(median), rounded(low), rounded(high))
 
 
@@ -115,13 +115,13 @@ def command() -> str:
 
 def write(rows: Sequence[Measured], path: Path, **about: Any) -> None:
     """Write a JSON list with one measurement a line; `about`, and the command, are added to each."""
-    lines = [json.dumps(_plain(row._asdict()) | {"command": command()} | about) for row in rows]
+    lines = [json.dumps(plain(row._asdict()) | {"command": command()} | about) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Named tuples as mappings: JSON would make lists of them."""
     if isinstance(value, Quartiles):
         return value._asdict()
-    return {name: _plain(one) for name, one in value.items()} if isinstance(value, Mapping) else value
+    return {name: plain(one) for name, one in value.items()} if isinstance(value, Mapping) else value
