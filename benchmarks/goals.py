@@ -45,6 +45,7 @@ def _goals(
 FLOAT, BFLOAT = "float32, dropout {}", "bfloat16 base, dropout {}"
 PLAIN, DROPPED = f"training step, {FLOAT}".format(0), f"training step, {FLOAT}".format(0.1)
 HALF, HALF_DROPPED = f"training step, {BFLOAT}".format(0), f"training step, {BFLOAT}".format(0.1)
+STEP, OURS = "training step,", "apply + backward"
 
 GOALS = (
     *_goals(
@@ -68,6 +69,13 @@ GOALS = (
         ("the same, bfloat16 base", 0.5, f"kept, {BFLOAT}".format(0), "peftfn"),
         ("the same, bfloat16 base, dropout 0.1", 0.35, f"kept, {BFLOAT}".format(0.1), "peftfn"),
         ratios=EXCESS,
+    ),
+    *_goals(
+        "On a quantized base",
+        ("a training step, nf4, the slowest of two dtypes, with dropout or without", 1, f"{STEP} nf4, *", OURS),
+        ("the same, 8 bits", 1, f"{STEP} 8-bit, *", OURS),
+        ("bytes kept for backward, nf4, bfloat16, with dropout or without", 0.7, "kept, nf4, bfloat16, *", "peftfn"),
+        ("the same, float32", 0.7, "kept, nf4, float32, *", "peftfn"),
     ),
     *_goals("A forward", ("convolution 3×3, 64 to 64", 0.7, "forward, 8×64→64 32×32, 3×3/1, r=16", "peftfn")),
     *_goals(

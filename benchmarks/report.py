@@ -121,6 +121,8 @@ def over(goal: Goal) -> str:
     """What the goal's ratios are over, in words."""
     if goal.times:
         return "peft's time over ours"
+    if goal.group.startswith("kept") and goal.ratios == ("to_peft",):
+        return "bytes over peft's"
     names = {"to_peft": "time over peft's", "to_floor": "time over the bare base's", "to_copy": "time over a copy's"}
     names |= {"excess": "beyond the base, over peft's", "peak_to_peft": "memory over peft's", "graphs": "graphs"}
     return names.get(goal.ratios[0], "time over the better's")

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftfn as pf
 from peftfn import keys
+from peftfn.methods import running
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [*HALVES, torch.float32, torch.float64]
@@ -22,6 +23,8 @@ DTYPES = [*HALVES, torch.float32, torch.float64]
 # In units of the last place of the largest value. Ours scales before the product with B and peft after it, and
 # where autocast is on each step is rounded: a sum of a few roundings, none of them larger than half a unit.
 ROUNDING = 2.0
+# A convolution may run with its kernel W + s·B·A, which is rounded before it is multiplied with; 3.6 were measured.
+AS_ONE = 5.0
 
 
 class Experts(nn.Module):
@@ -129,7 +132,7 @@ def test_outputs_and_gradients_are_pefts_to_rounding(name: str, dtype: torch.dty
         ours, expected = pf.apply(base, adapter, batch), theirs(batch)
         if name.startswith("ia3 of conv2d"):  # peft gives what autocast computes the dtype of the input
             expected = expected.to(ours.dtype)
-        assert units(ours, expected, computed) < ROUNDING
+        assert units(ours, expected, computed) < (AS_ONE if "conv" in name else ROUNDING)
         assert ours.dtype == base(batch).dtype
         found, wanted = oracle.gradients(base, adapter, batch), oracle.gradients_of(theirs, batch)
     assert {key: tensor.dtype for key, tensor in found.items()} == {key: tensor.dtype for key, tensor in wanted.items()}
@@ -140,8 +143,10 @@ def test_outputs_and_gradients_are_pefts_to_rounding(name: str, dtype: torch.dty
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "experts" and "adalora" not in name])
 def test_with_a_scaling_that_rounds_nothing_outputs_are_pefts_bit_for_bit(
-    name: str, dtype: torch.dtype, tmp_path: Path
+    name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A convolution beside its delta, as peft's are.
+    monkeypatch.setattr(running, "is_cheaper_as_one", lambda *_: False)
     base, batch = base_of(name, dtype)
     adapter = adapter_of(name, base, alpha=8)  # s = 8 / 4
     pf.save(adapter, tmp_path)
