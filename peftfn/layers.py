@@ -85,10 +85,8 @@ class Site:
 
     def product(self, x: Tensor) -> tuple[Tensor | Packed, Tensor | None] | None:
         """Weight, dense or packed, and bias where `site(x)` is one product with it and no more; `None` elsewhere."""
-        codec = codecs.of(self.layer)
-        if getattr(self._run, "func", None) is not codec.run:
-            return None
-        return codec.product(cast("Any", self._run).args[0], x)
+        codec = codecs.BY_RUN.get(getattr(self._run, "func", None))
+        return None if codec is None else codec.product(cast("Any", self._run).args[0], x)
 
     @property
     def weight(self) -> Tensor:

@@ -54,7 +54,7 @@ TABLE: tuple[Codec, ...] = (
     _codec(opaque, is_linear=True),
     DENSE,
 )
-
+BY_RUN: dict[Any, Codec] = {codec.run: codec for codec in TABLE}
 
 _KEPT = "_peftfn_codec"
 _BY_CLASS: dict[tuple[type, type], Codec] = {}
