@@ -162,15 +162,16 @@ def rows_table(rows: Sequence[Record]) -> list[str]:
 
 
 def lines_of(rows: Sequence[Record], found: Sequence[Found]) -> list[Line]:
-    """The lines of the picture: every time over peft's, and whatever else over peft's is a goal."""
+    """The lines of the picture: of each group with a goal over peft, every time over peft's and what else is a goal."""
     aimed = {
         (label(row), row["what"], goal.ratios[0]): (1 / goal.limit if goal.times else goal.limit, met)
         for goal, meant, _, met in found
         for row in meant
     }
+    shown = {group for group, _, name in aimed if name in TO_PEFT}
     lines: list[Line] = []
     for row in rows:
-        if row["what"] in NOT_OURS or ratio(row, "to_peft") is None:
+        if row["what"] in NOT_OURS or label(row) not in shown or ratio(row, "to_peft") is None:
             continue
         if all(line.text != label(row) for line in lines):
             lines.append(Line(label(row)))
