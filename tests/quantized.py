@@ -117,10 +117,12 @@ KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "fp4": lambda layer: four_bit(layer, "fp4"),
     "8-bit": eight_bit,
 }
-OPAQUE: dict[str, Callable[[nn.Linear], nn.Module]] = {"hqq": hqq, "torchao": torchao}
-KINDS |= {
-    package: make for package, make in OPAQUE.items() if importlib.util.find_spec(package)
-}  # not with transformers 4
+OPAQUE: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    package: make
+    for package, make in (("hqq", hqq), ("torchao", torchao))
+    if importlib.util.find_spec(package)  # not there with transformers 4
+}
+KINDS |= OPAQUE
 if importlib.util.find_spec("auto_gptq"):  # an environment of its own: make test-gptq
     KINDS = {"gptq": gptq}
     with warnings.catch_warnings():

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import BY_NAME, bert, gpt2, llama, loss, output, tokens, trained
+from oracle import IS_OLD
 from snapshot import snapshot
 from torch import Tensor, nn
 from torch.func import grad, vmap
@@ -161,8 +162,12 @@ def silent() -> Iterator[None]:
         yield
 
 
+# The BERT of transformers 4 calls torch's attention itself.
+by_name = pytest.mark.parametrize("name", [name for name in MODELS if not (IS_OLD and name == "bert")])
+
+
 @pytest.mark.usefixtures("silent")
-@pytest.mark.parametrize("name", MODELS)
+@by_name
 def test_adapters_that_are_mapped_run_each_attention_once(name: str) -> None:
     model, adapters, batch = setting(name)
     before, kind = snapshot(model), model.config._attn_implementation
@@ -176,7 +181,7 @@ def test_adapters_that_are_mapped_run_each_attention_once(name: str) -> None:
 
 
 @pytest.mark.usefixtures("silent")
-@pytest.mark.parametrize("name", MODELS)
+@by_name
 def test_gradients_of_rows_that_are_mapped_run_each_attention_once_each_way(name: str) -> None:
     model, (adapter, *_), batch = setting(name)
     one = grad(
@@ -203,6 +208,7 @@ def test_torch_alone_takes_slice_after_slice() -> None:
     assert kernels.count == 3
 
 
+@pytest.mark.skipif(IS_OLD, reason="the Falcon of transformers 4 writes to its mask in place, which vmap refuses")
 @pytest.mark.filterwarnings("ignore:.*batching rule:UserWarning")  # Falcon calls torch's attention itself
 def test_masks_that_are_mapped_are_right_where_a_model_calls_attention_itself() -> None:
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ import quantized
 import torch
 import torch.utils._pytree as torch_pytree
 from cases import CASES, Case, lora, loss, mlp, output, trained
+from oracle import IS_OLD
 from same import assert_same
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -19,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 import peftfn as pf
 from peftfn import fused
 
-DENSE = [case for case in CASES if case.pack is None]
+# The BERT of transformers 4 makes its masks on the default device.
+DENSE = [case for case in CASES if case.pack is None and not (IS_OLD and case.name.endswith("-bert"))]
 BOTH_WAYS = Case("both-ways", lambda: nn.Sequential(Conv1D(8, 8), nn.Linear(8, 8)), lora("0", "1"), torch.Tensor)
 # A default device stops nn.MultiheadAttention's fused kernel, which sums in another order.
 SAME = {"rtol": 1e-5, "atol": 1e-6}

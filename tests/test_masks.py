@@ -39,6 +39,7 @@ def test_gradients_of_padded_rows_are_those_of_each_row_alone(case: Case) -> Non
     assert_mapped_rows_are_those_alone(case, case.base())
 
 
+@pytest.mark.filterwarnings("ignore:.*batching rule:UserWarning")  # of transformers 4, whose BERTs call torch's own
 @pytest.mark.parametrize("name", ["albert", "prompt-bert", "prompt-t5", "llama", "gpt2"])
 def test_so_they_are_where_attention_is_eager(name: str) -> None:
     model = BY_NAME[name].base()
