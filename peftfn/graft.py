@@ -43,7 +43,7 @@ def put(twin: nn.Module, name: str, tensor: Tensor) -> None:
         twin._buffers[name] = tensor.clone()  # a forward may write to a buffer, and this one is the adapter's
         return
     if name == "weight":
-        codecs.keep(twin, codecs.of(twin))
+        codecs.keep(twin.__dict__, codecs.of(twin))
     home: dict[str, Any] = twin._parameters
     home[name] = tensor
     names: list[str] = getattr(twin, "_flat_weights_names", [])

@@ -100,13 +100,13 @@ class Twins:
         if twin is not None:
             self.by_path[path] = twin
             return twin
-        twin, packed = object.__new__(type(module)), codecs.DENSE
+        twin = object.__new__(type(module))
         self._twin[id(module)] = self.by_path[path] = twin
         own = dict(module.__dict__)
         prefix = f"{path}." if path else ""
         own["_parameters"] = self._parameters(own["_parameters"], prefix) if own["_parameters"] else {}
         if self._given:
-            packed = self._put_dense(module, own, prefix)
+            self._put_dense(module, own, prefix)
         own["_buffers"] = self._buffers(module, prefix) if own["_buffers"] else {}
         own["_non_persistent_buffers_set"] = set(own["_non_persistent_buffers_set"])
         if own["_modules"]:
@@ -120,7 +120,6 @@ class Twins:
             twin.__dict__.update(own)
         else:
             object.__setattr__(twin, "__dict__", own)  # past nn.Module's, and without copying it once more
-        codecs.keep(twin, packed)
         if own.get("gradient_checkpointing") and own["training"]:
             self.checkpointing = True
         if own.get("max_norm") is not None:
@@ -129,14 +128,12 @@ class Twins:
             self._to_rebind.append(twin)
         return twin
 
-    def _put_dense(self, module: nn.Module, own: dict[str, Any], prefix: str) -> codecs.Codec:
+    def _put_dense(self, module: nn.Module, own: dict[str, Any], prefix: str) -> None:
         """Put what is given for a packed weight or bias, which the module has under other names."""
-        packed = codecs.DENSE
         for name in ("weight", "bias"):
             if prefix + name in self._given and name not in {*module._parameters, *module._buffers}:
                 own["_parameters"][name] = self._given[prefix + name]
-                packed = codecs.of(module)
-        return packed
+                codecs.keep(own, codecs.of(module))
 
     def _parameters(self, parameters: Mapping[str, Tensor | None], prefix: str) -> dict[str, Tensor | None]:
         made: dict[str, Tensor | None] = {}

@@ -73,10 +73,10 @@ def of(module: nn.Module) -> Codec:
     return found
 
 
-def keep(twin: nn.Module, codec: Codec) -> None:
-    """Make a twin stay what it was, also with a dense weight in place of its packed one, and run from there."""
+def keep(attributes: dict[str, Any], codec: Codec) -> None:
+    """Make the twin with these attributes stay what it was, also with a dense weight in place of its packed one."""
     if codec is not DENSE:
-        twin.__dict__[_KEPT] = codec
+        attributes[_KEPT] = codec
 
 
 def bias(module: nn.Module) -> Tensor | None:
