@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import peft
@@ -32,14 +32,15 @@ def adapters(model: nn.Module, config: pf.PeftConfig, count: int) -> list[pf.Ada
     return [trained(model, config, torch.Generator().manual_seed(seed)) for seed in range(count)]
 
 
-def in_peft(model: nn.Module, given: list[pf.Adapter]) -> Any:
-    """The same adapters in peft, on a copy of the model."""
+def in_peft(model: nn.Module, given: Sequence[pf.Adapter], names: Sequence[str] = NAMES) -> Any:
+    """The same adapters in peft by these names, on a copy of the model."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 with transformers 5.23: about names inside it
-        for name, adapter in zip(NAMES, given, strict=False):
+        for name, adapter in zip(names, given, strict=False):
             pf.save(adapter, f"{folder}/{name}")
-        theirs: Any = peft.PeftModel.from_pretrained(copy.deepcopy(model), f"{folder}/a", adapter_name="a")
-        for name in NAMES[1 : len(given)]:
+        first, *others = names[: len(given)]
+        theirs: Any = peft.PeftModel.from_pretrained(copy.deepcopy(model), f"{folder}/{first}", adapter_name=first)
+        for name in others:
             theirs.load_adapter(f"{folder}/{name}", adapter_name=name)
     return theirs.eval()
 

@@ -8,16 +8,14 @@ graphs are asked for (`fullgraph=True`) of both.
 
 from __future__ import annotations
 
-import json
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import peft
 import torch
+from forwards import in_peft
 from harness import PEFT, begin, machine, versions
-from records import command
+from records import save
 from setting import LINEAR, Sizes, llama, trained
 from torch import Tensor
 
@@ -25,6 +23,7 @@ import peftfn as pf
 
 TINY = Sizes(layers=2, hidden=64, intermediate=96, rows=16, tokens=4)
 COUNT = 16
+NUMBERS = [str(number) for number in range(COUNT)]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order
 
 Call = Callable[[int], Tensor]
@@ -63,7 +62,7 @@ def of_adapters(base: Any, ids: Tensor, ranks: Sequence[int]) -> dict[str, int]:
         run = torch.compile(lambda one: pf.apply(base, one, {"input_ids": ids}).logits, fullgraph=True, backend=backend)
         return lambda number: run(given[number])
 
-    theirs = in_peft(given)
+    theirs = in_peft(base, given, NUMBERS)
 
     def by_peft(backend: Any) -> Call:
         run = torch.compile(lambda: theirs(input_ids=ids).logits, fullgraph=True, backend=backend)
@@ -91,7 +90,7 @@ def of_routes(base: Any, ids: Tensor, count: int) -> dict[str, int]:
         run = torch.compile(forward, fullgraph=True, backend=backend)
         return lambda number: run(routes[number])
 
-    theirs = in_peft(given)
+    theirs = in_peft(base, given, NUMBERS)
 
     def by_peft(backend: Any) -> Call:
         run = torch.compile(lambda names: theirs(input_ids=ids, adapter_names=names).logits, backend=backend)
@@ -100,24 +99,12 @@ def of_routes(base: Any, ids: Tensor, count: int) -> dict[str, int]:
     return {"peftfn": counted(ours, count, expected), PEFT: counted(by_peft, count, expected)}
 
 
-def in_peft(given: Sequence[pf.Adapter]) -> Any:
-    """The same adapters in peft, by their numbers."""
-    with tempfile.TemporaryDirectory() as folder:
-        for number, adapter in enumerate(given):
-            pf.save(adapter, f"{folder}/{number}")
-        theirs: Any = peft.PeftModel.from_pretrained(base_of(), f"{folder}/0", adapter_name="0")
-        for number in range(1, len(given)):
-            theirs.load_adapter(f"{folder}/{number}", adapter_name=str(number))
-    return theirs.eval()
-
-
-def base_of() -> Any:
-    return llama(TINY).eval().requires_grad_(False)
-
-
 def main() -> None:
     run = begin("Count the graphs that torch.compile makes.", devices=("cpu",))
-    base, ids = base_of(), torch.randint(0, 2048, (TINY.rows, TINY.tokens), generator=torch.Generator().manual_seed(0))
+    base, ids = (
+        llama(TINY).eval().requires_grad_(False),
+        torch.randint(0, 2048, (TINY.rows, TINY.tokens), generator=torch.Generator().manual_seed(0)),
+    )
     count = 4 if run.quick else COUNT
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.compile's own, of peft's and transformers' code
@@ -132,16 +119,14 @@ def main() -> None:
     if run.folder is not None:
         about = {
             "repeats": 1,
-            "command": command(),
             "machine": machine(run.threads),
             "versions": versions("torch", "transformers", "peft", "peftfn"),
         }
         rows = [
-            {"group": "graphs", "what": what, "graphs": counts["peftfn"], "graphs of peft": counts[PEFT], **about}
+            {"group": "graphs", "what": what, "graphs": counts["peftfn"], "graphs of peft": counts[PEFT]}
             for what, counts in found.items()
         ]
-        lines = ",\n".join(map(json.dumps, rows))
-        (run.folder / "graphs.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        save(rows, run.folder / "graphs.json", **about)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
@@ -21,13 +19,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 import harness
 import peft
 import torch
-from records import command, plain, quartiles
+from records import RESULTS, quartiles, save
 from setting import LINEAR
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfn as pf
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def base(layers: int, hidden: int) -> LlamaForCausalLM:
@@ -79,17 +75,14 @@ def main() -> None:
             "ms": quartiles([1000 * one[name] for one in rounds]),
             "to_peft": quartiles([one[name] / one["peft"] for one in rounds]),
             "repeats": repeats,
-            "command": command(),
-            "machine": harness.machine(1),
-            "versions": harness.versions("torch", "transformers", "peft"),
         }
         for name in cases
     ]
     for row in rows:
         print(f"{row['group']}: {row['what']} {row['ms'].median:.1f} ms, to peft {row['to_peft'].median:.3f}")
     if not chosen.quick:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "loading.json").write_text("[\n" + ",\n".join(json.dumps(plain(row)) for row in rows) + "\n]\n")
+        about = {"machine": harness.machine(1), "versions": harness.versions("torch", "transformers", "peft")}
+        save(rows, RESULTS / "loading.json", **about)
 
 
 if __name__ == "__main__":

@@ -32,11 +32,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 
 import harness
 import torch
-from records import Quartiles, command, plain, quartiles
+from records import PEFT, RESULTS, Quartiles, quartiles, save
+from timing import peak
 
-OURS, PEFT = "merge_folder", "peft"
+OURS = "merge_folder"
 COPY, SYNCED, KERNEL = "read and write", "read and write, fsync", "copy in the kernel"
-RESULTS = Path(__file__).parent / "results"
 
 
 def _ours(base: Path, adapter: Path, output: Path) -> Callable[[], object]:
@@ -96,16 +96,7 @@ def child(case: str, base: Path, adapter: Path, output: Path, threads: int) -> N
     wall, cpu = time.perf_counter(), time.process_time()
     run()
     took = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    print(json.dumps({**took, "peak": _peak()}))
-
-
-def _peak() -> int:
-    """The most memory that this process had, in bytes.
-
-    Not getrusage's: that one starts with the peak of the process that started this one.
-    """
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    print(json.dumps({**took, "peak": peak()}))
 
 
 def sample(case: str, place: Path, threads: int) -> dict[str, float]:
@@ -234,15 +225,12 @@ def main() -> None:
     print(text)
     if not chosen.quick:
         about = {
-            "command": command(),
             "bytes": total,
             "rank": chosen.rank,
             "machine": harness.machine(chosen.threads) | {"clock": "wall"},
         }
         about["versions"] = harness.versions("torch", "transformers", "peft", "safetensors")
-        RESULTS.mkdir(exist_ok=True)
-        lines = ",\n".join(json.dumps(plain(row) | about) for row in rows)
-        (RESULTS / f"merge-{chosen.gb:g}gb.json").write_text(f"[\n{lines}\n]\n")
+        save(rows, RESULTS / f"merge-{chosen.gb:g}gb.json", **about)
         (RESULTS / f"merge-{chosen.gb:g}gb.md").write_text(text + "\n")
         draw(rows, RESULTS / f"merge-{chosen.gb:g}gb.png", title)
 

@@ -115,13 +115,18 @@ def command() -> str:
 
 def write(rows: Sequence[Measured], path: Path, **about: Any) -> None:
     """Write a JSON list with one measurement a line; `about`, and the command, are added to each."""
-    lines = [json.dumps(plain(row._asdict()) | {"command": command()} | about) for row in rows]
+    save([row._asdict() for row in rows], path, **about)
+
+
+def save(rows: Sequence[Mapping[str, Any]], path: Path, **about: Any) -> None:
+    """The same of rows that are mappings."""
+    lines = [json.dumps(_plain(row) | {"command": command()} | about) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
-def plain(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     """Named tuples as mappings: JSON would make lists of them."""
     if isinstance(value, Quartiles):
         return value._asdict()
-    return {name: plain(one) for name, one in value.items()} if isinstance(value, Mapping) else value
+    return {name: _plain(one) for name, one in value.items()} if isinstance(value, Mapping) else value

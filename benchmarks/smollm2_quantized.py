@@ -23,6 +23,7 @@ import torch
 from quantized import pack, saved
 from setting import LINEAR
 from smollm2 import HELD_OUT, RESULTS, ROWS, TOKENS, batches, load, measure
+from timing import peak
 from torch import Tensor
 from tqdm import tqdm
 
@@ -51,12 +52,6 @@ def forget_the_peak() -> int:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return peak()
-
-
-def peak() -> int:
-    """The most that this process had in memory since then, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def run(kind: str, steps: int) -> dict[str, Any]:

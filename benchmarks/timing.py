@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -66,3 +67,12 @@ def pin(threads: int) -> Callable[[], float]:
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(threads)
     return time.process_time if threads == 1 else time.perf_counter
+
+
+def peak() -> int:
+    """The most memory that this process had, in bytes, since it began or Linux was told to count anew.
+
+    Not getrusage's: that one starts with the peak of the process that started this one.
+    """
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
