@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn import routing, rows, segments
+from peftfn import graft, routing, rows, segments
 from peftfn.layers import LINEAR, Site
 from peftfn.methods import lora
 from peftfn.stacking import Stacked
@@ -57,10 +57,11 @@ def ways_of(case: Case) -> tuple[dict[str, Callable[[], Tensor]], str]:
     x = torch.randn(ROWS, case.tokens, WIDTH, generator=draw)
     leaf = {**stacked.params["0"], **stacked.buffers["0"]}
     assert isinstance(stacked.config, Stacked)
-    site = Site("0", LINEAR, base[0], "weight", base[0])
+    run = graft.base_forward(base[0])
+    site = Site("0", LINEAR, base[0], "weight", run)
 
     def call(ways: tuple[segments.Segments, ...]) -> Callable[[], Tensor]:
-        step = routing.step(lora.METHOD, config, leaf, found._replace(ways=ways), base[0], site)
+        step = routing.step(lora.METHOD, config, leaf, found._replace(ways=ways), run, site)
         return torch.no_grad()(lambda: step(x))
 
     numbers = sum(tensor[0].numel() for tensor in leaf.values())

@@ -100,8 +100,11 @@ GOALS = (
     *_goals(
         "Many adapters",
         ("32 rows of one token, an adapter each", 4.8, "one token, 32 rows, an adapter each", "apply(index=)"),
-        ("the same in any other order", 4, "one token, 32 rows, in another order", "apply(index=)"),
+        ("the same, bound once", 4.8, "one token, 32 rows, an adapter each", "bind(index=)"),
+        ("the same in another order", 4, "one token, 32 rows, in another order", "apply(index=)"),
+        ("the same, bound once", 4, "one token, 32 rows, in another order", "bind(index=)"),
         ("ensemble of 8, one token, 8 loaded in peft", 8, "ensemble of 8, one token, 8 in peft", "apply(index=)"),
+        ("the same, bound once", 8, "ensemble of 8, one token, 8 in peft", "bind(index=)"),
         ("the same, 32 loaded in peft", 12, "ensemble of 8, one token, 32 in peft", "apply(index=)"),
         ("ensemble of 8, top layers adapted, 4×64 tokens", 2.8, "ensemble of 8, adapted at the top*", "vmap"),
         ("gradients of 32 adapters, 16 tokens each", 5.5, "training 32 adapters, 16 tokens each", "apply(index=)"),

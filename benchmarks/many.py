@@ -12,65 +12,38 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import peft
 import setting
 import torch
 import torch.nn.functional as F
+from crowds import Crowd, by_hand, crowd, ids
 from harness import FLOOR, PEFT, Row, begin, keep, timed
 from torch import Tensor
 from torch.func import grad, vmap
 
 import peftfn as pf
 
+HAND, BARE = "by hand", "base, 8 rows"
 TOLERANCE = 1e-5  # of the largest value: float32 sums in another order
 # As they were where the goals come from: with r=16 the adapters' tensors, which are read once each, are twice as much.
 SMALL = setting.Sizes(layers=4, hidden=384, intermediate=1024, rows=32, tokens=1, r=8)
 WIDE = setting.Sizes(layers=6, hidden=512, intermediate=1376, rows=1, tokens=1, r=8)
 
 
-class Crowd(NamedTuple):
-    """A base, adapters for it, the same in one stack, and in a peft model."""
-
-    base: Any
-    adapters: list[pf.Adapter]
-    stacked: pf.Adapter
-    theirs: Any
-
-
-def crowd(sizes: setting.Sizes, count: int, device: torch.device, targets: Any = setting.LINEAR) -> Crowd:
-    """Adapters in both libraries."""
-    base = setting.llama(sizes).eval()
-    config = pf.LoraConfig(r=sizes.r, target_modules=targets, task_type="CAUSAL_LM")
-    adapters = [setting.trained(base, config, torch.Generator().manual_seed(number)) for number in range(count)]
-    theirs: Any = None
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft 0.21 with transformers 5.23: about names inside it
-        for number, adapter in enumerate(adapters):
-            place = str(pf.save(adapter, Path(folder) / str(number)))
-            if theirs is None:
-                theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), place, str(number), is_trainable=True)
-            else:
-                theirs.load_adapter(place, str(number), is_trainable=True)
-    made = Crowd(base, adapters, pf.stack(adapters), theirs.eval())
-    return Crowd(*(setting.moved(one, device) for one in made))
-
-
-def ids(made: Crowd, rows: int, tokens: int) -> Tensor:
-    """Random words, where the base is."""
-    words = torch.randint(0, setting.VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(1))
-    return words.to(made.base.device)
-
-
 def routed(made: Crowd, order: Tensor) -> dict[str, Callable[[], Tensor]]:
     """One token for each row, with the adapter that `order` says."""
     batch, names = {"input_ids": ids(made, len(order), 1)}, [str(number) for number in order.tolist()]
-    return {
-        FLOOR: torch.no_grad()(lambda: made.base(**batch).logits),
-        PEFT: torch.no_grad()(lambda: made.theirs(**batch, adapter_names=names).logits),
-        "apply(index=)": torch.no_grad()(lambda: pf.apply(made.base, made.stacked, batch, index=order).logits),
+    bound, hand = pf.bind(made.base, made.stacked, index=order), by_hand(made, order, made.stacked)
+    cases = {
+        FLOOR: lambda: made.base(**batch).logits,
+        PEFT: lambda: made.theirs(**batch, adapter_names=names).logits,
+        "apply(index=)": lambda: pf.apply(made.base, made.stacked, batch, index=order).logits,
+        "bind(index=)": lambda: bound(**batch).logits,
+        HAND: lambda: hand(**batch).logits,
     }
+    return {name: torch.no_grad()(case) for name, case in cases.items()}
 
 
 def ensemble(made: Crowd, count: int, rows: int, tokens: int) -> dict[str, Callable[[], Tensor]]:
@@ -88,12 +61,20 @@ def ensemble(made: Crowd, count: int, rows: int, tokens: int) -> dict[str, Calla
     def mapped() -> Tensor:
         return vmap(lambda one: pf.apply(made.base, one, batch).logits)(members)
 
-    def folded() -> Tensor:
-        index = torch.arange(count).repeat_interleave(rows)
-        logits = pf.apply(made.base, members, {"input_ids": batch["input_ids"].repeat(count, 1)}, index=index).logits
-        return logits.view(count, rows, tokens, -1)
-
-    cases = {FLOOR: lambda: made.base(**batch).logits, PEFT: loop, "vmap": mapped, "apply(index=)": folded}
+    index = torch.arange(count).repeat_interleave(rows)
+    folded, shape = {"input_ids": batch["input_ids"].repeat(count, 1)}, (count, rows, tokens, -1)
+    bound = pf.bind(made.base, members, index=index)
+    cases = {
+        FLOOR: lambda: made.base(**batch).logits,
+        PEFT: loop,
+        "vmap": mapped,
+        "apply(index=)": lambda: pf.apply(made.base, members, folded, index=index).logits.view(shape),
+        "bind(index=)": lambda: bound(**folded).logits.view(shape),
+        BARE: lambda: made.base(**folded).logits.view(shape),
+    }
+    if rows == 1:
+        hand = by_hand(made, index, members)
+        cases[HAND] = lambda: hand(**folded).logits.view(shape)
     return {name: torch.no_grad()(case) for name, case in cases.items()}
 
 
@@ -250,7 +231,7 @@ def check(cases: Mapping[str, Callable[[], Tensor]]) -> None:
     """Stop if a case does not compute what peft does."""
     expected = cases[PEFT]()
     for name, case in cases.items():
-        if name not in (FLOOR, PEFT):
+        if name not in (FLOOR, PEFT, BARE):
             found = case()
             apart = float((found - expected).abs().max() / expected.abs().max())
             if not apart <= TOLERANCE:

@@ -31,7 +31,9 @@ class Held(Mapping[str, Tensor]):
         self._names = dict(names)
 
     def __getitem__(self, name: str) -> Tensor:
-        return getattr(self._module, self._names[name])
+        own = self._names[name]
+        found = self._module._parameters.get(own)  # where most are, and getattr looks last
+        return getattr(self._module, own) if found is None else found
 
     def __contains__(self, name: object) -> bool:
         return name in self._names

@@ -16,7 +16,7 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
-from peftfn import calls, codecs, graft, rows, segments
+from peftfn import calls, codecs, graft, rows, segments, slices
 from peftfn.layers import Place
 from peftfn.parts import Part
 from peftfn.rows import Rows
@@ -124,7 +124,7 @@ def _mapped(layer: nn.Module, read: Sequence[Read], which: Rows, run: Run, given
 def _slices(part: Part, which: Rows) -> dict[str, Tensor]:
     if part.rows is None:
         return dict(part.leaf)
-    return {name: tensor.index_select(0, which.numbers.to(tensor.device)) for name, tensor in part.leaf.items()}
+    return slices.picked(part.leaf, which.numbers)
 
 
 def _put(inner: nn.Module, adapted: Read, leaves: Sequence[Mapping[str, Tensor]], keep: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfn import calls, codecs, rows, segments
+from peftfn import calls, codecs, rows, segments, slices
 from peftfn.config import PeftConfig
 from peftfn.layers import Site
 from peftfn.methods import Method
@@ -28,24 +28,68 @@ def step(
     inside = Site(site.path, site.kind, site.layer, site.weight_name, run)
     if method.kind is not None:
         return functools.partial(_whole, method, config, leaf, which, inside)
-    numbers = sum(tensor[0].numel() for tensor in leaf.values())
+    adapted = _batched if method.takes_rows(leaf, site.kind) else _vmapped
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         given = rows.flat(x, which, site.path)
-        y = run(given, *args, **kwargs)
-        rerun = functools.partial(_run, run, args, kwargs)
-        act = functools.partial(
-            _mapped, method, config, Site(site.path, site.kind, site.layer, site.weight_name, rerun)
-        )
-        way = segments.cheapest(which.ways, which.size, numbers, given.shape, y.shape)
-        if way is None:
-            found = act(_pick(leaf, which), given, y)
-        else:
-            sorted_x, sorted_y = (way.sorted(one, which.size) for one in (given, y))
-            found = way.restored(act((way.of(leaf), None), sorted_x, sorted_y), y, which.size)
+        found = adapted(method, config, leaf, which, inside, given, *args, **kwargs)
         return found if given is x else found.view(*x.shape[:2], *found.shape[1:])
 
     return forward
+
+
+def _batched(
+    method: Method,
+    config: PeftConfig,
+    leaf: Mapping[str, Tensor],
+    which: Rows,
+    site: Site,
+    x: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """The site of a method whose forward takes a slice for each row of x; a linear layer, (..., in) -> (..., out)."""
+    if which.in_order:
+        return method.forward(config, leaf, site, x, *args, **kwargs)
+    outputs = sum(site.shape) - x.shape[-1]
+    way = segments.cheapest(which.ways, which.size, _numbers(leaf), x.shape, torch.Size((*x.shape[:-1], outputs)))
+    if way is None:
+        return method.forward(config, _silenced(method, leaf, which), site, x, *args, **kwargs)
+    if way.is_order:  # then the site itself may run on the sorted rows
+        found = method.forward(config, way.of(leaf), site, way.sorted(x, which.size), *args, **kwargs)
+        return way.restored(found, found, which.size)
+    y = site(x, *args, **kwargs)
+    sorted_x, sorted_y = (way.sorted(one, which.size) for one in (x, y))
+    known = Site(
+        site.path, site.kind, site.layer, site.weight_name, functools.partial(_known, sorted_x, sorted_y, site)
+    )
+    return way.restored(method.forward(config, way.of(leaf), known, sorted_x), y, which.size)
+
+
+def _vmapped(
+    method: Method,
+    config: PeftConfig,
+    leaf: Mapping[str, Tensor],
+    which: Rows,
+    site: Site,
+    x: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """The site of any other method, whose forward `torch.vmap` gives one row or one segment at a time."""
+    y = site(x, *args, **kwargs)
+    rerun = functools.partial(_run, site, args, kwargs)
+    act = functools.partial(_mapped, method, config, Site(site.path, site.kind, site.layer, site.weight_name, rerun))
+    way = segments.cheapest(which.ways, which.size, _numbers(leaf), x.shape, y.shape)
+    if way is None:
+        return act(_pick(leaf, which), x, y)
+    sorted_x, sorted_y = (way.sorted(one, which.size) for one in (x, y))
+    return way.restored(act((way.of(leaf), None), sorted_x, sorted_y), y, which.size)
+
+
+def _numbers(leaf: Mapping[str, Tensor]) -> int:
+    """How many numbers one slice of the leaf has."""
+    return sum(tensor[0].numel() for tensor in leaf.values())
 
 
 def _run(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> Any:
@@ -65,8 +109,6 @@ def _mapped(method: Method, config: PeftConfig, site: Site, picked: Picked, x: T
         return method.forward(config, leaf if keep is None else method.silence(leaf, keep), inner, x)
 
     leaf, keep = picked
-    if method.takes_rows(leaf, site.kind):
-        return one(leaf, keep, x, y)
     groups = next(iter(leaf.values())).shape[0]
     dims = (0, None if keep is None else 0, 0, 0)
     mapped = torch.vmap(one, in_dims=dims, randomness="different")
@@ -140,6 +182,5 @@ def _pick(tensors: Mapping[str, Tensor], which: Rows) -> Picked:
     """Each row's slice of the tensors."""
     if which.in_order:
         return dict(tensors), None
-    # index_select copies whole slices: eight times as fast as tensor[index] for a (32, 8, 512) one
-    picked = {name: tensor.index_select(0, which.numbers.to(tensor.device)) for name, tensor in tensors.items()}
+    picked = slices.picked(tensors, which.numbers)
     return picked, None if which.adapted else which.keep.to(next(iter(picked.values())).device)

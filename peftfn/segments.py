@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peftfn import slices
+
 
 def grouped(x: Tensor, groups: int) -> Tensor:
     """(groups, each, ...) of x (groups * each, ...)."""
@@ -34,12 +36,22 @@ class Segments(NamedTuple):
     rows: Tensor | None
     places: Tensor
 
+    @property
+    def is_order(self) -> bool:
+        """Whether it is no more than another order of the rows: each has a place of its own, and none is left over."""
+        return self.rows is None and self.number * self.size == self.places.shape[0]
+
     def sorted(self, x: Tensor, rows: int) -> Tensor:
         """(S * size * each, ...) of x (rows * each, ...)."""
-        return grouped(x, rows).index_select(0, self.source.to(x.device)).flatten(0, 1)
+        source = self.source.to(x.device)
+        if x.shape[0] == rows:
+            return x.index_select(0, source)
+        return grouped(x, rows).index_select(0, source).flatten(0, 1)
 
     def restored(self, found: Tensor, y: Tensor, rows: int) -> Tensor:
         """y with what was found for the rows that have an adapter in their place."""
+        if self.rows is None and y.shape[0] == rows:
+            return found.index_select(0, self.places.to(y.device))
         found = grouped(found, self.number * self.size).index_select(0, self.places.to(y.device))
         if self.rows is None:
             return found.flatten(0, 1)
@@ -49,7 +61,7 @@ class Segments(NamedTuple):
         """Each segment's slice of a stack's leaf."""
         if self.adapters is None:
             return dict(leaf)
-        return {name: tensor.index_select(0, self.adapters.to(tensor.device)) for name, tensor in leaf.items()}
+        return slices.picked(leaf, self.adapters)
 
 
 def plans(index: Tensor, adapters: int) -> tuple[Segments, ...]:
@@ -98,8 +110,8 @@ def cheapest(
     outputs, and outputs once more on their way back; four products for places that are left over take as long as one
     number. Sorting has more kernels, so it has to save three tenths. `benchmarks/crossover.py` prints both sides of the
     crossover and what this chose: on one core, 32 rows through 512 by 512 numbers with an adapter each, sorting won up
-    to 8 tokens a row with a rank of 16 (by a sixth at one token, by nothing at 8), and up to 32 with a rank of 64 (0.59
-    of the time at one token, 0.96 at 32); with adapters drawn at random it won at a rank of 64 alone, up to 8 tokens.
+    to 8 tokens a row with a rank of 16 (0.82 of the time at one token, 0.96 at 8) and up to 32 with a rank of 64 (0.47
+    at one token, 0.91 at 32); with adapters drawn at random it won at a rank of 64 alone, up to 4 tokens (0.93).
 
     Args:
         ways: what there is to choose from.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peftfn import layers
+from peftfn import layers, slices
 from peftfn.adapter import Adapter, Leaf, Tree, as_tuple, sorted_tree
 from peftfn.config import PeftConfig
 
@@ -142,7 +142,7 @@ def _stack_own(method: Method, adapters: Sequence[Adapter], path: str, configs: 
     if not any(own):
         return {}
     at = layers.pattern_path(path, {path for adapter in adapters for path in adapter.params})
-    return _stack_plain(method.pad(configs, at, own), path)
+    return _stack_plain(method.pad(configs, at, own), path, by_column=method.by_column)
 
 
 def _own(method: Method, adapter: Adapter, path: str) -> Leaf:
@@ -157,7 +157,9 @@ def _stack_rest(method: Method, leaves: Sequence[Leaf | None], path: str, fill: 
     return _stack_plain(rest, path, fill) if any(rest) else {}
 
 
-def _stack_plain(leaves: Sequence[Leaf | None], path: str, fill: bool = False) -> Leaf:
+def _stack_plain(
+    leaves: Sequence[Leaf | None], path: str, fill: bool = False, by_column: frozenset[str] = frozenset()
+) -> Leaf:
     model = next(leaf for leaf in leaves if leaf is not None)
     filled: list[Leaf] = []
     for leaf in leaves:
@@ -168,14 +170,16 @@ def _stack_plain(leaves: Sequence[Leaf | None], path: str, fill: bool = False) -
         raise ValueError(
             f"stack: the adapters hold different tensors at {path}: {sorted({n for f in filled for n in f})}."
         )
-    return {name: _stack_tensors([leaf[name] for leaf in filled], f"{path}.{name}") for name in model}
+    return {
+        name: _stack_tensors([leaf[name] for leaf in filled], f"{path}.{name}", name in by_column) for name in model
+    }
 
 
-def _stack_tensors(tensors: Sequence[Tensor], name: str) -> Tensor:
+def _stack_tensors(tensors: Sequence[Tensor], name: str, by_column: bool) -> Tensor:
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) > 1:
         raise ValueError(f"stack: {name} has shapes {sorted(shapes)}; expected adapters of one base.")
-    return torch.stack(list(tensors))
+    return slices.stacked(tensors, by_column)
 
 
 def _slice(stacked: Adapter, method: Method, number: int, configs: Sequence[Any]) -> Adapter:

@@ -23,17 +23,24 @@ SHAPES = [(40, 48, 32), WIDE, (300, 128, 400), (300, 400, 128), (16, 256, 256)]
 """(tokens, in, out): small; more tokens than either, in two blocks; than one of them; than neither."""
 
 
-def made(shape: tuple[int, int, int], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+GROUPS = pytest.mark.parametrize("groups", [(), (4,)], ids=["", "groups"])
+"""One pair A and B for all tokens, or one for each group of them."""
+
+
+def made(shape: tuple[int, int, int], groups: tuple[int, ...] = (), dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """x, W, b, A, B and s."""
     tokens, inputs, outputs = shape
     torch.manual_seed(0)
-    sizes = [(tokens, inputs), (outputs, inputs), (outputs,), (4, inputs), (outputs, 4), ()]
+    pair = [(*groups, 4, inputs), (*groups, outputs, 4), (*groups, *(1 for _ in groups), *(1 for _ in groups))]
+    sizes = [(tokens, inputs), (outputs, inputs), (outputs,), *pair]
     return [torch.randn(size, dtype=dtype).requires_grad_() for size in sizes]
 
 
 def plain(tensors: Sequence[Tensor], keep: Tensor | None) -> Tensor:
     x, weight, bias, a, b, s = tensors
-    return F.linear(x, weight, bias) + s * (x if keep is None else x * keep) @ a.T @ b.T
+    seen = x if keep is None else x * keep
+    each = seen.unflatten(0, (len(a), -1)) if a.dim() > 2 else seen
+    return F.linear(x, weight, bias) + (s * each @ a.mT @ b.mT).view(len(x), -1)
 
 
 def bits_of(shape: tuple[int, int, int], drops: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -61,12 +68,18 @@ def first_and_second(value: Callable[..., Tensor], tensors: Sequence[Tensor]) ->
 @pytest.mark.parametrize("drops", [False, True], ids=["", "dropout"])
 @pytest.mark.parametrize("apart", [False, True], ids=["whole", "added"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@GROUPS
 def test_output_and_first_and_second_derivatives_are_those_of_plain_operations(
-    shape: tuple[int, int, int], apart: bool, drops: bool
+    groups: tuple[int, ...], shape: tuple[int, int, int], apart: bool, drops: bool
 ) -> None:
-    tensors, (bits, keep) = made(shape), bits_of(shape, drops)
+    tensors, (bits, keep) = made(shape, groups), bits_of(shape, drops)
     found = first_and_second(lambda *given: ours(given, bits, apart), tensors)
     expected = first_and_second(lambda *given: plain(given, keep), tensors)
+    close(found, expected)
+
+
+def close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Beside the largest value of each: products of many terms cancel here and there."""
     for one, other in zip(found, expected, strict=True):
         scale = other.abs().max()
         torch.testing.assert_close(one / scale, other / scale, **EXACT)
@@ -74,20 +87,21 @@ def test_output_and_first_and_second_derivatives_are_those_of_plain_operations(
 
 @pytest.mark.parametrize("drops", [False, True], ids=["", "dropout"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_backward_and_no_grad_give_the_same(shape: tuple[int, int, int], drops: bool) -> None:
+@GROUPS
+def test_backward_and_no_grad_give_the_same(groups: tuple[int, ...], shape: tuple[int, int, int], drops: bool) -> None:
     """`backward()` writes to what it has made, and takes the tokens in blocks; a graph of the gradients does not."""
-    tensors, (bits, keep) = made(shape), bits_of(shape, drops)
+    tensors, (bits, keep) = made(shape, groups), bits_of(shape, drops)
     expected = torch.autograd.grad(plain(tensors, keep).square().sum(), tensors)
     for apart in (False, True):
-        found = torch.autograd.grad(ours(tensors, bits, apart).square().sum(), tensors)
-        torch.testing.assert_close(found, expected, **EXACT)
+        close(torch.autograd.grad(ours(tensors, bits, apart).square().sum(), tensors), expected)
         with torch.no_grad():
             torch.testing.assert_close(ours(tensors, bits, apart), plain(tensors, keep), **EXACT)
 
 
 @pytest.mark.parametrize("asked", range(6), ids=["x", "W", "b", "A", "B", "s"])
-def test_each_gradient_can_be_asked_for_alone(asked: int) -> None:
-    tensors = [tensor.detach() for tensor in made(WIDE)]
+@GROUPS
+def test_each_gradient_can_be_asked_for_alone(groups: tuple[int, ...], asked: int) -> None:
+    tensors = [tensor.detach() for tensor in made(WIDE, groups)]
     tensors[asked].requires_grad_()
     expected = torch.autograd.grad(plain(tensors, None).square().sum(), tensors[asked])
     torch.testing.assert_close(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import grad, jvp
 
 import peftfn as pf
-from peftfn import rows, segments
+from peftfn import rows, segments, slices
 
 # The same sums in another order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -83,6 +83,69 @@ def test_sorted_rows_are_what_is_chosen_for_one_token_of_many_rows() -> None:
     one, many = torch.Size((32, 1, 512)), torch.Size((32, 128, 512))
     assert segments.cheapest(found.ways, 32, 16 * 1024, one, one) is found.ways[0]
     assert segments.cheapest(found.ways, 32, 16 * 1024, many, many) is None
+
+
+def test_rows_in_another_order_are_computed_in_the_adapters_own() -> None:
+    """And every tensor gets the gradient that `backward()` gives it alone."""
+    model, x, order = linears(), torch.randn(6, 1, 8), [3, 0, 5, 1, 4, 2]
+    way = segments.cheapest(rows.of_index(order, 6).ways, 6, 8 * (8 + 12) + 1, x.shape, torch.Size((6, 1, 12)))
+    assert way is not None
+    assert way.is_order
+    adapters = adapters_of(model, pf.LoraConfig(r=8, target_modules=["0", "2"]), 6)
+    stacked = pf.stack(adapters)
+    leaves = pf.leaves(stacked)
+    found = pf.apply(model, stacked, x, index=order)
+    found.sin().sum().backward()
+    for row, number in enumerate(order):
+        own = pf.leaves(adapters[number])
+        alone = pf.apply(model, adapters[number], x[row])
+        close(found[row], alone)
+        alone.sin().sum().backward()
+        for leaf, single in zip(leaves, own, strict=True):
+            assert leaf.grad is not None
+            assert single.grad is not None
+            close(leaf.grad[number], single.grad)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1], [1, 1, -1, 1]], ids=["in order", "other order", "any"])
+def test_dropout_of_routed_rows_is_the_same_forward_and_back(order: list[int]) -> None:
+    """With A and B the identity the delta shows each value that stayed, twice as large, and so does B's gradient."""
+    model, x = nn.Sequential(nn.Linear(8, 8)).train(), torch.rand(4, 50, 8) + 0.5
+    config = pf.LoraConfig(r=8, lora_alpha=8, target_modules=["0"], lora_dropout=0.5)
+    leaf = {name: torch.eye(8) for name in ("lora_A", "lora_B")}
+    stacked = pf.stack([pf.init(model, config).replace(params={"0": leaf})] * 4)
+    pf.leaves(stacked)
+    delta = pf.apply(model, stacked, x, index=order) - model(x)
+    delta.sum().backward()
+    dropped, kept = (torch.isclose(delta, times * x, atol=1e-5) for times in (0, 2))
+    adapted = torch.tensor(order) >= 0
+    assert (dropped | kept).all()
+    assert not kept[~adapted].any()
+    assert ((kept[adapted].float().mean((1, 2)) - 0.5).abs() < 0.2).all()
+    masks = kept[adapted].flatten(1).float()
+    assert len(masks.unique(dim=0)) == len(masks)  # each row has its own
+    gradient = stacked.params["0"]["lora_B"].grad
+    assert gradient is not None
+    for number in range(4):
+        own = delta.detach()[torch.tensor(order) == number].sum((0, 1))
+        close(gradient[number], own.expand(8, 8))
+
+
+def test_tall_factors_of_a_stack_lie_by_column_and_so_do_copies_of_them() -> None:
+    model = linears()
+    adapters = adapters_of(model, lora("0", "2"), 4)
+    stacked = pf.stack(adapters)
+    b = stacked.params["0"]["lora_B"]
+    assert b.mT.is_contiguous()
+    copies = slices.picked(stacked.params["0"], torch.tensor([2, 0]))
+    assert copies["lora_B"].mT.is_contiguous()
+    assert copies["lora_B"].equal(b[[2, 0]])
+    pf.leaves(stacked)
+    pf.apply(model, stacked, torch.ones(4, 8), index=range(4)).sum().backward()
+    assert b.grad is not None
+    assert b.grad.stride() == b.stride()
+    for one, other in zip(pf.unstack(stacked), adapters, strict=True):
+        torch.testing.assert_close(one.params, other.params, rtol=0, atol=0)
 
 
 def token_index(*shape: int, count: int, seed: int = 0) -> Tensor:

@@ -250,6 +250,7 @@ METHOD = Method(
     check_file=check_file,
     kinds=kinds,
     pad=_pad,
+    by_column=frozenset({"lora_B"}),
     trim=_trim,
     file_config=file_config,
     to_file=to_file,

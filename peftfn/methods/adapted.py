@@ -8,6 +8,8 @@ Where it takes fewer multiplications, y and dx are each one product with W + s·
 nothing ever computes the gradient of that sum, which is as large as W. RunLoRA (https://arxiv.org/abs/2312.03415)
 has these and the other orders of the products. A packed W is only ever multiplied with (`peftfn.codecs.packed`).
 
+A and B may be one pair for each group of tokens (`peftfn.methods.products`).
+
 The backward pass is made of ordinary operations of torch, so derivatives of any order follow. Under `vmap`, in forward
 mode and while Dynamo traces the caller has no use for this: plain operations are as fast there, or faster.
 """
@@ -26,6 +28,7 @@ from torch._C._functorch import maybe_current_level  # torch has no public quest
 from peftfn.codecs import packed
 from peftfn.codecs.packed import Packed
 from peftfn.methods import dropout
+from peftfn.methods.products import add_to, by_column, flat, laid_out_as, more, product, scaled
 
 SMALL = 2**14  # values of W below which calls, not multiplications, are what takes time
 _BLOCK = 5 * 2**15  # values of x that fit a core's cache with what is made of them
@@ -35,7 +38,7 @@ Weight = Tensor | Packed
 
 
 class Delta(NamedTuple):
-    """The tensors of s·B·A: (r, in), (out, r) and 0-d."""
+    """The tensors of s·B·A: (r, in), (out, r) and 0-d; or (groups, r, in), (groups, out, r) and (groups, 1, 1)."""
 
     a: Tensor
     b: Tensor
@@ -51,23 +54,19 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, delta: Delta, bits: T
         return cast("Any", _Adapted).apply(x, held, bias, None, *delta, bits, how, *tensors)[0]
     if bits is not None or x.dtype != delta.a.dtype or maybe_current_level() is not None:
         return _run(x, _times(x, weight, bias), delta, bits, writes=maybe_current_level() is None)[0]
-    rows = _flat(x)
-    if held is not None and _is_shorter(len(rows), held) and _adds_up(held, x, delta):
+    rows = flat(x, delta.a)
+    if held is not None and _adds_up(held, x, delta) and _is_shorter(rows.shape[0], held):
         return F.linear(x, _sum(held, delta), bias)
     y = _times(x, weight, bias)
-    return _flat(y).addmm_(scaled(F.linear(rows, delta.a), delta.s), delta.b.T).view(y.shape)
+    found = add_to(flat(y, delta.a), scaled(product(rows, delta.a.mT), delta.s), delta.b.mT)
+    return y if y.is_contiguous() else found.view(y.shape)  # then it was written to
 
 
 def add(x: Tensor, y: Tensor, delta: Delta, bits: Tensor | None) -> Tensor:
     """y + s·B·A·(m ∘ x), in the dtype of y."""
-    return cast("Any", _Adapted).apply(x, None, None, y, *delta, bits, None)[0]
-
-
-def scaled(tensor: Tensor, s: Tensor) -> Tensor:
-    """`s * tensor` in the dtype of the tensor; the scaling itself is never rounded to a half."""
-    if tensor.dtype == s.dtype:
-        return tensor * s
-    return (tensor.to(s.dtype) * s).to(tensor.dtype)
+    if torch.is_grad_enabled():
+        return cast("Any", _Adapted).apply(x, None, None, y, *delta, bits, None)[0]
+    return _run(x, y, delta, bits, writes=False)[0]
 
 
 def _packed(form: packed.Format, spec: Any, tensors: packed.Tensors) -> Packed:
@@ -82,7 +81,9 @@ def _is_shorter(tokens: int, weight: Tensor) -> bool:
 
 def _adds_up(weight: Weight, x: Tensor, delta: Delta) -> TypeGuard[Tensor]:
     """Whether W + s·B·A is as exact as the two apart, and W large enough for its making to count as multiplications."""
-    return isinstance(weight, Tensor) and x.dtype == weight.dtype == delta.a.dtype and weight.numel() >= SMALL
+    if not isinstance(weight, Tensor) or delta.a.dim() > 2:
+        return False
+    return x.dtype == weight.dtype == delta.a.dtype and weight.numel() >= SMALL
 
 
 def _sum(weight: Tensor, delta: Delta) -> Tensor:
@@ -90,14 +91,10 @@ def _sum(weight: Tensor, delta: Delta) -> Tensor:
     return torch.addmm(weight, scaled(delta.b, delta.s), delta.a)
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
 def _rows_at_once(tokens: int, x: Tensor, delta: Delta, bits: Tensor | None) -> int:
     """How many tokens to take at a time: as many as stay in a core's own cache, where there are several passes."""
     passes = bits is not None or x.dtype != delta.a.dtype
-    if not passes or x.device.type != "cpu" or torch.is_grad_enabled():
+    if not passes or x.device.type != "cpu" or torch.is_grad_enabled() or delta.a.dim() > 2:
         return max(tokens, 1)
     return max(_BLOCK // max(x.shape[-1] * dropout.ROWS, 1), 1) * dropout.ROWS
 
@@ -107,26 +104,27 @@ def _seen(x: Tensor, a: Tensor, bits: Tensor | None, start: int) -> tuple[Tensor
     wide = x.to(a.dtype)
     if bits is None:
         return wide, None
-    first = start // dropout.ROWS
-    keep = dropout.mask(bits[first : first + -(-len(x) // dropout.ROWS)], len(x), a.dtype)
+    first, tokens = start // dropout.ROWS, x.numel() // max(x.shape[-1], 1)
+    keep = dropout.mask(bits[first : first + -(-tokens // dropout.ROWS)], tokens, a.dtype).view(x.shape)
     return wide * keep, keep
 
 
 def _run(x: Tensor, y: Tensor, delta: Delta, bits: Tensor | None, writes: bool) -> tuple[Tensor, Tensor]:
-    """y + h Bᵀ and h, (tokens, r), in y's memory where `writes` says so."""
-    x, rows = _flat(x), _flat(y)
+    """y + h Bᵀ and h, (..., tokens, r), in y's memory where `writes` says so."""
+    x, rows = flat(x, delta.a), flat(y, delta.a)
     a, b, s = delta
     if not writes:
-        h = scaled(_seen(x, a, bits, 0)[0] @ a.T, s)
-        rows = torch.addmm(rows, h, b.T) if rows.dtype == h.dtype else (rows + h @ b.T).to(y.dtype)
+        h = scaled(product(_seen(x, a, bits, 0)[0], a.mT), s)
+        plus = torch.addmm if h.dim() == 2 else torch.baddbmm
+        rows = plus(rows, h, b.mT) if rows.dtype == h.dtype else (rows + product(h, b.mT)).to(y.dtype)
         return rows.view(y.shape), h
     parts: list[Tensor] = []
-    size = _rows_at_once(len(x), x, delta, bits)
-    for start in range(0, max(len(x), 1), size):
+    size = _rows_at_once(x.shape[0], x, delta, bits)
+    for start in range(0, max(x.shape[0], 1), size):
         here = slice(start, start + size)
-        h = scaled(_seen(x[here], a, bits, start)[0] @ a.T, s)
+        h = scaled(product(_seen(x[here], a, bits, start)[0], a.mT), s)
         parts.append(h)
-        _ = rows[here].addmm_(h, b.T) if rows.dtype == h.dtype else rows[here].add_(h @ b.T)
+        _ = add_to(rows[here], h, b.mT) if rows.dtype == h.dtype else rows[here].add_(product(h, b.mT))
     return rows.view(y.shape), parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -157,7 +155,7 @@ class _Adapted(torch.autograd.Function):
         weight = weight if how is None else how(tensors)
         # T·o·r multiplications for h Bᵀ, and a pass over y; h itself is needed either way.
         if bits is None and x.numel() > x.shape[-1] ** 2 and _adds_up(weight, x, delta):
-            return F.linear(x, _sum(weight, delta), bias), scaled(_flat(x) @ a.T, s)
+            return F.linear(x, _sum(weight, delta), bias), scaled(flat(x, a) @ a.T, s)
         return _run(x, _times(x, weight, bias), delta, bits, writes=True)
 
     @staticmethod
@@ -174,11 +172,13 @@ class _Adapted(torch.autograd.Function):
         dy, into_h = grads
         if dy is None and into_h is None:
             return (None,) * len(ctx.needs_input_grad)
-        rows = h.new_zeros(h.shape[0], b.shape[0]) if dy is None else _flat(dy)
-        dx, *rest = _pulled(_Kept(_flat(x), weight, Delta(a, b, s), bits, h), rows, into_h, to_x, to_delta)
+        delta = Delta(a, b, s)
+        above = h.new_zeros(*h.shape[:-1], b.shape[-2]) if dy is None else flat(dy, a)
+        dx, *rest = _pulled(_Kept(flat(x, a), weight, delta, bits, h), above, into_h, to_x, to_delta)
+        rows = above.reshape(-1, above.shape[-1])
         return (
             None if dx is None else dx.to(x.dtype).view(x.shape),
-            rows.T @ _flat(x) if to_weight else None,
+            rows.T @ x.reshape(-1, x.shape[-1]) if to_weight else None,
             rows.sum(0) if to_bias else None,
             dy if to_y else None,
             *rest,
@@ -187,7 +187,7 @@ class _Adapted(torch.autograd.Function):
 
 
 class _Kept(NamedTuple):
-    """What the backward pass has: x is (tokens, in)."""
+    """What the backward pass has: x is (tokens, in), or (groups, tokens, in)."""
 
     x: Tensor
     weight: Weight | None
@@ -202,28 +202,32 @@ def _pulled(
     """The gradients of x, A, B and s."""
     x, weight, delta, bits, h = kept
     a, b, s = delta
-    tokens, outputs = dy.shape
+    tokens = dy.shape[0]
     # T·i·r multiplications for z A, and a pass over dx
-    sums = to_x and into_h is None and bits is None and tokens > outputs
+    sums = to_x and into_h is None and bits is None and tokens > dy.shape[-1]
     whole = _sum(weight, delta) if sums and weight is not None and _adds_up(weight, x, delta) else None
     dx = None if weight is None or not to_x else _back(dy, weight if whole is None else whole)
     found: list[Tensor | None] = [None, None, None]
     parts: list[Tensor] = []
     size = _rows_at_once(tokens, x, delta, bits)
+    columns = by_column(b, tokens)
     for start in range(0, max(tokens, 1), size):
         here = slice(start, start + size)
         above = dy[here].to(b.dtype)
-        dh = above @ b if into_h is None else above @ b + into_h[here]  # (rows, r)
+        dh = product(above, columns)  # (..., rows, r)
+        dh = dh if into_h is None else dh + into_h[here]
         z = scaled(dh, s)
         seen, keep = _seen(x[here], a, bits, start)
-        found[0] = _more(found[0], z.T, seen) if to_delta[0] else None
-        found[1] = _more(found[1], h[here].T, above) if to_delta[1] else None  # faster than dyᵀ h where r is small
-        found[2] = _plus(found[2], (dh * (seen @ a.T)).sum().to(s.dtype)) if to_delta[2] else None
+        found[0] = more(found[0], z.mT, seen) if to_delta[0] else None
+        # In this order, and turned below: faster than dyᵀ h where r is small.
+        found[1] = more(found[1], h[here].mT, above) if to_delta[1] else None
+        if to_delta[2]:
+            found[2] = _plus(found[2], (dh * product(seen, a.mT)).sum_to_size(s.shape).to(s.dtype))
         if to_x and whole is None:
             parts.append(_to_input(None if dx is None else dx[here], z, a, keep))
     if parts and (dx is None or torch.is_grad_enabled()):
         dx = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return dx, found[0], None if found[1] is None else found[1].T.contiguous(), found[2]
+    return dx, found[0], None if found[1] is None else laid_out_as(b, found[1].mT), found[2]
 
 
 def _times(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -233,21 +237,19 @@ def _times(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 def _back(dy: Tensor, weight: Weight) -> Tensor:
     """dy W."""
-    return dy @ weight if isinstance(weight, Tensor) else packed.pulled(weight, dy)
+    rows = dy.reshape(-1, dy.shape[-1])
+    dx = rows @ weight if isinstance(weight, Tensor) else packed.pulled(weight, rows)
+    return dx.view(*dy.shape[:-1], dx.shape[-1])
 
 
 def _to_input(dx: Tensor | None, z: Tensor, a: Tensor, keep: Tensor | None) -> Tensor:
     """dx + m ∘ (z A); dx is written to where no derivative is asked of it."""
     if dx is None or torch.is_grad_enabled():
-        delta = z @ a if keep is None else (z @ a) * keep
+        delta = product(z, a) if keep is None else product(z, a) * keep
         return delta if dx is None else dx + delta
     if dx.dtype != a.dtype:
-        return dx.add_(z @ a if keep is None else (z @ a).mul_(keep))
-    return dx.addmm_(z, a) if keep is None else dx.addcmul_(z @ a, keep)
-
-
-def _more(total: Tensor | None, one: Tensor, other: Tensor) -> Tensor:
-    return one @ other if total is None else total.addmm_(one, other)
+        return dx.add_(product(z, a) if keep is None else product(z, a).mul_(keep))
+    return add_to(dx, z, a) if keep is None else dx.addcmul_(product(z, a), keep)
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:

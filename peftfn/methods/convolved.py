@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfn.methods import adapted
 from peftfn.methods.adapted import Delta
+from peftfn.methods.products import scaled
 
 _CALLS = 2**17  # see `is_cheaper`
 _TRAINING = 4
@@ -51,7 +51,7 @@ def is_cheaper(x: Tensor, weight: Tensor, stride: tuple[int, ...], trains: bool)
 
 def kernel(weight: Tensor, delta: Delta) -> Tensor:
     """W + s·B·A in the shape of W, in one pass."""
-    left, right = adapted.scaled(delta.b.flatten(1), delta.s), delta.a.flatten(1)  # (out, r), (r, in·k)
+    left, right = scaled(delta.b.flatten(1), delta.s), delta.a.flatten(1)  # (out, r), (r, in·k)
     return torch.addmm(weight.flatten(1), left, right).view(weight.shape)
 
 
@@ -94,7 +94,7 @@ class _Convolved(torch.autograd.Function):
         dy = h.new_zeros(h.shape[0], b.shape[0], *h.shape[2:]) if dy is None else dy
         rows = dy.flatten(2)  # (rows, out, positions)
         dh = b.flatten(1).T @ rows  # (rows, r, positions)
-        z = adapted.scaled(dh, s).view(h.shape)
+        z = scaled(dh, s).view(h.shape)
         z = z if into_h is None else z + into_h
         dx = _to_input(dy, x, kernel(weight, Delta(a, b, s)), ctx.how) if to_x else None
         if dx is not None and into_h is not None:
@@ -105,7 +105,7 @@ class _Convolved(torch.autograd.Function):
             _to_kernel(dy, x, weight, ctx.how) if to_weight else None,
             rows.sum((0, 2)) if to_bias else None,
             _to_kernel(z, x, a, ctx.how) if to_a else None,
-            None if db is None else adapted.scaled(db, s).view(b.shape),
+            None if db is None else scaled(db, s).view(b.shape),
             (dh * h.flatten(2)).sum().to(s.dtype) if to_s else None,
             None,
         )

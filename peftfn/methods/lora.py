@@ -266,6 +266,7 @@ METHOD = Method(
     kinds=kinds,
     silence=silence,
     pad=_pad,
+    by_column=frozenset({"lora_B"}),
     trim=_trim,
     combine=lora_combine.combine,
     combined=lora_combine.combined,

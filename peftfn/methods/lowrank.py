@@ -18,7 +18,7 @@ from peftfn import blocks, layers
 from peftfn.adapter import Leaf, is_traced
 from peftfn.layers import Site
 from peftfn.methods import widening
-from peftfn.methods.adapted import scaled
+from peftfn.methods.products import scaled
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -118,9 +118,9 @@ def _linear_add(site: Site, a: Tensor, b: Tensor, scaling: Tensor, x: Tensor, y:
 
 
 def _linear_add_rows(a: Tensor, b: Tensor, scaling: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """The same with A (rows, r, in), B (rows, out, r) and s (rows,) of each row's own."""
+    """The same with A (rows, r, in), B (rows, out, r) and s (rows, 1, 1) of each row's own."""
     rows = a.shape[0]
-    h = scaled(torch.bmm(x.view(rows, -1, x.shape[-1]), a.mT), scaling.view(rows, 1, 1))  # (rows, tokens, r)
+    h = scaled(torch.bmm(x.view(rows, -1, x.shape[-1]), a.mT), scaling)  # (rows, tokens, r)
     flat = y.view(rows, -1, y.shape[-1])
     if y.dtype == h.dtype:
         return torch.baddbmm(flat, h, b.mT).view(y.shape)

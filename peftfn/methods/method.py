@@ -133,6 +133,7 @@ class Method(NamedTuple):
         kinds: `(leaf, weight shape) -> kinds` of layer that the leaf fits, judged by shapes alone.
         pad: `(configs, path, leaves) -> leaves` (params and buffers together) of one shape, filled up so that nothing
             changes; `None` is an adapter without this site.
+        by_column: names of the matrices whose columns a stack holds in one piece each (see `peftfn.slices`).
         trim: `(config, configs, path, leaf) -> leaf`, the inverse of `pad` for one of them.
         shared: `(configs) -> config` that a forward reads for all adapters of a stack.
         combine: `(recipe, configs, path, leaves) -> (params leaf, buffers leaf)`, the weighted combination at one site;
@@ -164,6 +165,7 @@ class Method(NamedTuple):
     check_file: Callable[[Any, str, Leaf], None] = _no_check_of_file
     kinds: Callable[[Mapping[str, Tensor], torch.Size], list[str]] = _linear
     pad: Callable[[Sequence[Any], str, Sequence[Leaf | None]], list[Leaf]] = _alike
+    by_column: frozenset[str] = frozenset()
     trim: Callable[[Any, Sequence[Any], str, Leaf], Leaf] = _as_it_is
     shared: Callable[[Sequence[Any]], Any] = _first
     combine: Callable[[Recipe, Sequence[Any], str, Sequence[Leaf | None]], tuple[Leaf, Leaf]] = _no_combination

@@ -27,7 +27,7 @@ _WHOLE = (layers.LINEAR, layers.CONVOLUTION)  # where the layer and its delta ma
 
 def forward(site: Site, delta: Delta, p: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """site(x) + s·B·A·drop(x), in the dtype of site(x); p is the probability of dropout in training."""
-    own = site.product(x) if site.kind in _WHOLE and not _is_routed(site, delta) and _is_alone(x, delta) else None
+    own = site.product(x) if site.kind in _WHOLE and _is_alone(x, delta) else None
     if own is None:
         return add(site, delta, p, x, site(x, *args, **kwargs))
     weight, bias = own
@@ -64,7 +64,7 @@ def _trains(x: Tensor, weight: Tensor, delta: Delta) -> bool:
 def add(site: Site, delta: Delta, p: float, x: Tensor, y: Tensor) -> Tensor:
     """y + s·B·A·drop(x), in the dtype of y."""
     seen, delta, bits = _drawn(site, delta, p, x)
-    alone = site.kind in _LINEAR and not _is_routed(site, delta) and _is_alone(x, delta)
+    alone = site.kind in _LINEAR and _is_alone(x, delta)
     if alone and not attention.is_mapped(y) and (bits is None or not attention.is_mapped(bits)):
         return adapted.add(x, y, delta, bits)
     return _plain(site, delta, seen, y, bits)
@@ -72,6 +72,8 @@ def add(site: Site, delta: Delta, p: float, x: Tensor, y: Tensor) -> Tensor:
 
 def _drawn(site: Site, delta: Delta, p: float, x: Tensor) -> tuple[Tensor, Delta, Tensor | None]:
     """x after dropout, or as it is with bits that say what is dropped of it; and the delta that goes with it."""
+    if _is_routed(site, delta):
+        delta = Delta(delta.a, delta.b, delta.s.view(-1, 1, 1))
     if not p or not site.training or not x.is_floating_point():
         return x, delta, None
     if torch.compiler.is_compiling():  # which fuses its own dropout, and keeps what is smallest
@@ -100,7 +102,7 @@ def _is_alone(x: Tensor, delta: Delta) -> bool:
     return (
         not torch.compiler.is_compiling()
         and x.dim() > 1
-        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
         and cast("int", forward_ad._current_level) < 0  # noqa: SLF001  # torch has no public question for this
         and (maybe_current_level() is None or not any(map(attention.is_mapped, (x, *delta))))
     )
