@@ -65,7 +65,7 @@ def ways_of(case: Case) -> tuple[dict[str, Callable[[], Tensor]], str]:
         return torch.no_grad()(lambda: step(x))
 
     numbers = sum(tensor[0].numel() for tensor in leaf.values())
-    chosen = segments.cheapest(found.ways, ROWS, numbers, x.shape, x.shape)
+    chosen = segments.cheapest(found.ways, ROWS, numbers, x, x.numel())
     name = WAYS[0] if chosen is None else WAYS[1 + [way is chosen for way in found.ways].index(True)]
     return {"copied": call(()), **{WAYS[1 + n]: call((way,)) for n, way in enumerate(found.ways)}}, name
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,27 @@ from peftfn.config import PeftConfig
 from peftfn.layers import Site
 from peftfn.methods import Method
 from peftfn.rows import Rows
+from peftfn.segments import Segments
+
+
+class Routed(NamedTuple):
+    """A site with a slice of a leaf for each row of its input.
+
+    Attributes:
+        method: what adapts it.
+        config: what the method's forward reads.
+        leaf: the stack's tensors here.
+        which: the slice of each row.
+        site: the layer, or what the adapters before this one make of it.
+        cheapest: `(x, numbers in the output) -> how to sort the rows`, or `None` where copying slices takes less.
+    """
+
+    method: Method
+    config: PeftConfig
+    leaf: Mapping[str, Tensor]
+    which: Rows
+    site: Site
+    cheapest: Callable[[Tensor, int], Segments | None]
 
 
 def step(
@@ -25,34 +46,29 @@ def step(
     batched kernels where it has them, by `torch.vmap` otherwise. Either each row gets a copy of its slice, or rows are
     sorted by adapter, whichever moves less memory.
     """
-    inside = Site(site.path, site.kind, site.layer, site.weight_name, run)
+    inside = _with(site, run)
     if method.kind is not None:
         return functools.partial(_whole, method, config, leaf, which, inside)
+    numbers = sum(tensor.numel() // tensor.shape[0] for tensor in leaf.values()) if which.ways else 0
+    cheapest = functools.partial(segments.cheapest, which.ways, which.size, numbers)
+    routed = Routed(method, config, leaf, which, inside, cheapest)
     adapted = _batched if method.takes_rows(leaf, site.kind) else _vmapped
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         given = rows.flat(x, which, site.path)
-        found = adapted(method, config, leaf, which, inside, given, *args, **kwargs)
+        found = adapted(routed, given, *args, **kwargs)
         return found if given is x else found.view(*x.shape[:2], *found.shape[1:])
 
     return forward
 
 
-def _batched(
-    method: Method,
-    config: PeftConfig,
-    leaf: Mapping[str, Tensor],
-    which: Rows,
-    site: Site,
-    x: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
+def _batched(routed: Routed, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The site of a method whose forward takes a slice for each row of x; a linear layer, (..., in) -> (..., out)."""
+    method, config, leaf, which, site, cheapest = routed
     if which.in_order:
         return method.forward(config, leaf, site, x, *args, **kwargs)
-    outputs = sum(site.shape) - x.shape[-1]
-    way = segments.cheapest(which.ways, which.size, _numbers(leaf), x.shape, torch.Size((*x.shape[:-1], outputs)))
+    inputs = x.shape[-1]
+    way = cheapest(x, x.numel() // max(1, inputs) * (sum(site.shape) - inputs)) if which.ways else None
     if way is None:
         return method.forward(config, _silenced(method, leaf, which), site, x, *args, **kwargs)
     if way.is_order:  # then the site itself may run on the sorted rows
@@ -60,36 +76,25 @@ def _batched(
         return way.restored(found, found, which.size)
     y = site(x, *args, **kwargs)
     sorted_x, sorted_y = (way.sorted(one, which.size) for one in (x, y))
-    known = Site(
-        site.path, site.kind, site.layer, site.weight_name, functools.partial(_known, sorted_x, sorted_y, site)
-    )
+    known = _with(site, functools.partial(_known, sorted_x, sorted_y, site))
     return way.restored(method.forward(config, way.of(leaf), known, sorted_x), y, which.size)
 
 
-def _vmapped(
-    method: Method,
-    config: PeftConfig,
-    leaf: Mapping[str, Tensor],
-    which: Rows,
-    site: Site,
-    x: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
+def _vmapped(routed: Routed, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The site of any other method, whose forward `torch.vmap` gives one row or one segment at a time."""
+    method, config, leaf, which, site, cheapest = routed
     y = site(x, *args, **kwargs)
-    rerun = functools.partial(_run, site, args, kwargs)
-    act = functools.partial(_mapped, method, config, Site(site.path, site.kind, site.layer, site.weight_name, rerun))
-    way = segments.cheapest(which.ways, which.size, _numbers(leaf), x.shape, y.shape)
+    act = functools.partial(_mapped, method, config, _with(site, functools.partial(_run, site, args, kwargs)))
+    way = cheapest(x, y.numel()) if which.ways else None
     if way is None:
         return act(_pick(leaf, which), x, y)
     sorted_x, sorted_y = (way.sorted(one, which.size) for one in (x, y))
     return way.restored(act((way.of(leaf), None), sorted_x, sorted_y), y, which.size)
 
 
-def _numbers(leaf: Mapping[str, Tensor]) -> int:
-    """How many numbers one slice of the leaf has."""
-    return sum(tensor[0].numel() for tensor in leaf.values())
+def _with(site: Site, run: Callable[..., Any]) -> Site:
+    """The site with something else to run."""
+    return Site(site.path, site.kind, site.layer, site.weight_name, run)
 
 
 def _run(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> Any:
@@ -104,8 +109,7 @@ def _mapped(method: Method, config: PeftConfig, site: Site, picked: Picked, x: T
     """What the method makes of y = site(x), with a slice of the leaf for each group of rows."""
 
     def one(leaf: Mapping[str, Tensor], keep: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
-        known = functools.partial(_known, x, y, site)
-        inner = Site(site.path, site.kind, site.layer, site.weight_name, known)
+        inner = _with(site, functools.partial(_known, x, y, site))
         return method.forward(config, leaf if keep is None else method.silence(leaf, keep), inner, x)
 
     leaf, keep = picked
@@ -183,4 +187,4 @@ def _pick(tensors: Mapping[str, Tensor], which: Rows) -> Picked:
     if which.in_order:
         return dict(tensors), None
     picked = slices.picked(tensors, which.numbers)
-    return picked, None if which.adapted else which.keep.to(next(iter(picked.values())).device)
+    return picked, None if which.keep is None else which.keep.to(next(iter(picked.values())).device)

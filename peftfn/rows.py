@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,17 +17,15 @@ class Rows(NamedTuple):
 
     Attributes:
         numbers: (rows,), from 0; where `keep` is false it says nothing.
-        keep: (rows,), false where a row uses the bare base.
+        keep: (rows,), false where a row uses the bare base; `None` where it is known that none does.
         in_order: whether it is known that row n uses adapter n, and every adapter has its row: then nothing is copied.
-        adapted: whether it is known that no row uses the bare base: then nothing is silenced.
         tokens: the index's shape (rows of the batch, tokens), if it has a number for each token.
         ways: how the rows can be sorted by adapter, where it is known which they use.
     """
 
     numbers: Tensor
-    keep: Tensor
+    keep: Tensor | None
     in_order: bool
-    adapted: bool
     tokens: torch.Size | None = None
     ways: tuple[segments.Segments, ...] = ()
 
@@ -74,22 +72,21 @@ def of_index(index: Any, adapters: int) -> Rows:
             f"index has shape {tuple(given.shape)} and dtype {given.dtype}; expected one integer per row of the batch, "
             "or (rows, tokens): the number of the adapter in the stack, or -1 for the bare base."
         )
-    rows = given.flatten()
-    known = rows.device.type == "cpu" and not is_traced(rows)
-    if rows.numel() and not is_traced(rows) and not -1 <= int(rows.min()) <= int(rows.max()) < adapters:
+    tokens = given.shape if given.dim() == 2 else None
+    rows = given.flatten() if tokens else given
+    if is_traced(rows) or not rows.shape[0]:
+        return Rows(rows.clamp(min=0), rows >= 0, in_order=False, tokens=tokens)
+    values = cast("list[int]", rows.tolist())
+    low, high = min(values), max(values)
+    if not -1 <= low <= high < adapters:
         raise ValueError(
-            f"index has values from {int(rows.min())} to {int(rows.max())}; this stack has adapters 0 to "
-            f"{adapters - 1}, and -1 is the bare base."
+            f"index has values from {low} to {high}; this stack has adapters 0 to {adapters - 1}, and -1 is the bare "
+            "base."
         )
-    in_order = known and len(rows) == adapters and bool((rows == torch.arange(adapters, device=rows.device)).all())
-    return Rows(
-        numbers=rows.clamp(min=0),
-        keep=rows >= 0,
-        in_order=in_order,
-        adapted=known and bool((rows >= 0).all()),
-        tokens=given.shape if given.dim() == 2 else None,
-        ways=segments.plans(rows.long(), adapters) if known and not in_order else (),
-    )
+    keep, known = None if low >= 0 else rows >= 0, rows.device.type == "cpu"
+    in_order = known and keep is None and values == list(range(adapters))
+    ways = segments.plans(values, adapters) if known and not in_order else ()
+    return Rows(rows.clamp(min=0), keep, in_order, tokens, ways)  # of its own: the caller's may change
 
 
 def of_input(x: Tensor, rows: Rows, path: str) -> Rows:
@@ -101,9 +98,8 @@ def of_input(x: Tensor, rows: Rows, path: str) -> Rows:
         return rows
     _refuse_other_input(x, rows, path)
     each = x.shape[0] // rows.size
-    return rows._replace(
-        numbers=rows.numbers.repeat_interleave(each), keep=rows.keep.repeat_interleave(each), in_order=False, ways=()
-    )
+    keep = None if rows.keep is None else rows.keep.repeat_interleave(each)
+    return Rows(rows.numbers.repeat_interleave(each), keep, in_order=False, tokens=rows.tokens)
 
 
 def _refuse_other_input(x: Tensor, rows: Rows, path: str) -> None:

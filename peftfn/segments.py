@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from peftfn import slices
+
+Numbers = NDArray[np.int64]
 
 
 def grouped(x: Tensor, groups: int) -> Tensor:
@@ -64,46 +69,52 @@ class Segments(NamedTuple):
         return slices.picked(leaf, self.adapters)
 
 
-def plans(index: Tensor, adapters: int) -> tuple[Segments, ...]:
+def plans(index: Sequence[int], adapters: int) -> tuple[Segments, ...]:
     """Two ways to sort rows whose adapters are known: a segment for each adapter, or as few as are in use.
 
     In the second, an adapter with many rows has several segments, so that at most half of the places are left over.
 
     Args:
-        index: (rows,), from -1, the bare base.
+        index: of each row, from -1, the bare base.
         adapters: how many the stack has.
     """
-    rows = None if bool((index >= 0).all()) else (index >= 0).nonzero().squeeze(1)
-    numbers = index if rows is None else index[rows]
-    if not len(numbers):
+    # An operation of numpy's on a few numbers takes a third of torch's time, and there are many of them.
+    given = np.array(index, dtype=np.int64)
+    rows = np.flatnonzero(given >= 0) if given.size and given.min() < 0 else None
+    numbers = given if rows is None else given[rows]
+    if not numbers.size:
         return ()
-    counts = torch.bincount(numbers, minlength=adapters)
-    whole = _built(numbers, rows, counts, int(counts.max()), torch.ones_like(counts))
-    size = -(-len(numbers) // int((counts > 0).sum()))
+    counts = np.bincount(numbers, minlength=adapters)
+    whole = _built(numbers, rows, counts, int(counts.max()), np.ones_like(counts))
+    size = -(-numbers.size // int(np.count_nonzero(counts)))
     cut = _built(numbers, rows, counts, size, -(-counts // size))
     return whole._replace(adapters=None), cut
 
 
-def _built(numbers: Tensor, rows: Tensor | None, counts: Tensor, size: int, segments: Tensor) -> Segments:
+def _built(numbers: Numbers, rows: Numbers | None, counts: Numbers, size: int, segments: Numbers) -> Segments:
     """Segments of `size` places, of which each adapter has so many."""
-    order = numbers.argsort(stable=True)
-    owner = numbers[order]
-    rank = (
-        torch.arange(len(numbers), device=numbers.device) - (counts.cumsum(0) - counts)[owner]
-    )  # among the rows of its adapter
-    at = (segments.cumsum(0) - segments)[owner] * size + rank  # (rows,), in sorted order
-    adapters = torch.arange(len(counts), device=counts.device).repeat_interleave(segments)
+    order = numbers.argsort(kind="stable")
+    owner, first = numbers[order], counts.cumsum() - counts
+    rank = np.arange(numbers.size) - first[owner]  # among the rows of its adapter
+    at = (segments.cumsum() - segments)[owner] * size + rank  # (rows,), in sorted order
+    adapters = np.arange(counts.size).repeat(segments)
     sorted_rows = order if rows is None else rows[order]
     # What is left over repeats a row of the same adapter: so a row that is not finite spoils no other's gradient.
-    first = sorted_rows[(counts.cumsum(0) - counts).clamp(max=len(numbers) - 1)]
-    source = first[adapters].repeat_interleave(size)
+    source = sorted_rows[first.clip(max=numbers.size - 1)][adapters].repeat(size)
     source[at] = sorted_rows
-    return Segments(adapters, len(adapters), size, source, rows, torch.empty_like(order).scatter_(0, order, at))
+    places = np.empty_like(order)
+    places[order] = at
+    return Segments(
+        torch.from_numpy(adapters),
+        adapters.size,
+        size,
+        torch.from_numpy(source),
+        None if rows is None else torch.from_numpy(rows),
+        torch.from_numpy(places),
+    )
 
 
-def cheapest(
-    ways: Sequence[Segments], rows: int, leaf: int, inputs: torch.Size, outputs: torch.Size
-) -> Segments | None:
+def cheapest(ways: Sequence[Segments], rows: int, leaf: int, x: Tensor, outputs: int) -> Segments | None:
     """The way that takes the least time, or `None` where each row had better get a copy of its adapter's weights.
 
     Counted in numbers moved: a copy of a slice is read, written and read again; sorting reads and writes inputs and
@@ -117,18 +128,18 @@ def cheapest(
         ways: what there is to choose from.
         rows: how many there are.
         leaf: numbers in one adapter's slice.
-        inputs: shape of the input.
-        outputs: shape of the output.
+        x: the input.
+        outputs: numbers in the output.
     """
     if not ways:
         return None
-    tokens = inputs.numel() // max(1, inputs[-1] * rows)
-    moved = (2 * inputs.numel() + 4 * outputs.numel()) // rows
+    inputs = x.numel()
+    tokens, moved = inputs // max(1, x.shape[-1] * rows), (2 * inputs + 4 * outputs) // rows
 
     def cost(way: Segments) -> int:
         places = way.number * way.size
         copies = way.number * leaf * (1 if way.adapters is None else 3)
         return copies + places * moved + max(0, places - rows) * tokens * leaf // 4
 
-    best = min(ways, key=cost)
-    return best if cost(best) < 0.7 * 3 * rows * leaf else None
+    least, best = min(((cost(way), way) for way in ways), key=operator.itemgetter(0))
+    return best if least < 0.7 * 3 * rows * leaf else None

@@ -195,9 +195,9 @@ class Twins:
         changed = value
         if kind in _ATOMS:
             pass
-        elif isinstance(value, nn.Module):
+        elif issubclass(kind, nn.Module):  # of the type: isinstance asks a config of transformers, which takes longer
             changed = self._twin.get(id(value)) or self._make(value, f"<outside>.{id(value)}")
-        elif isinstance(value, Tensor):
+        elif issubclass(kind, Tensor):
             known = self._known(value)
             changed = value if known is None else known
         elif kind is types.MethodType:

@@ -33,7 +33,7 @@ def adapters_of(model: nn.Module, config: Any, count: int) -> list[pf.Adapter]:
 def test_sorting_puts_each_row_with_its_adapter_and_back(index: list[int]) -> None:
     given = torch.tensor(index)
     x = torch.randn(8, 3)
-    for way in segments.plans(given, 4):
+    for way in segments.plans(index, 4):
         owners = torch.arange(4) if way.adapters is None else way.adapters
         assert len(owners) == way.number
         sorted_rows = way.sorted(given[:, None], 8).view(way.number, way.size)
@@ -41,13 +41,13 @@ def test_sorting_puts_each_row_with_its_adapter_and_back(index: list[int]) -> No
         moved = way.sorted(x, 8) * owners.repeat_interleave(way.size)[:, None]
         expected = torch.where(given[:, None] >= 0, x * given[:, None], x)
         assert way.restored(moved, x, 8).equal(expected)
-    whole, cut = segments.plans(given, 4)
+    whole, cut = segments.plans(index, 4)
     assert whole.adapters is None
     assert cut.number * cut.size <= 2 * int((given >= 0).sum())
 
 
 def test_a_batch_of_bare_rows_is_not_sorted() -> None:
-    assert segments.plans(torch.full((3,), -1), 2) == ()
+    assert segments.plans([-1] * 3, 2) == ()
 
 
 @pytest.mark.parametrize("count", [3, 40])
@@ -80,15 +80,15 @@ def test_every_way_to_route_computes_the_same(count: int, config: Any, length: i
 
 def test_sorted_rows_are_what_is_chosen_for_one_token_of_many_rows() -> None:
     found = rows.of_index([0, 1, 2, 3] * 8, 4)
-    one, many = torch.Size((32, 1, 512)), torch.Size((32, 128, 512))
-    assert segments.cheapest(found.ways, 32, 16 * 1024, one, one) is found.ways[0]
-    assert segments.cheapest(found.ways, 32, 16 * 1024, many, many) is None
+    one, many = torch.empty(32, 1, 512), torch.empty(32, 128, 512)
+    assert segments.cheapest(found.ways, 32, 16 * 1024, one, one.numel()) is found.ways[0]
+    assert segments.cheapest(found.ways, 32, 16 * 1024, many, many.numel()) is None
 
 
 def test_rows_in_another_order_are_computed_in_the_adapters_own() -> None:
     """And every tensor gets the gradient that `backward()` gives it alone."""
     model, x, order = linears(), torch.randn(6, 1, 8), [3, 0, 5, 1, 4, 2]
-    way = segments.cheapest(rows.of_index(order, 6).ways, 6, 8 * (8 + 12) + 1, x.shape, torch.Size((6, 1, 12)))
+    way = segments.cheapest(rows.of_index(order, 6).ways, 6, 8 * (8 + 12) + 1, x, 6 * 12)
     assert way is not None
     assert way.is_order
     adapters = adapters_of(model, pf.LoraConfig(r=8, target_modules=["0", "2"]), 6)
