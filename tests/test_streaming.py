@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn.folders import shards
+from peftfn.folders import flushing, shards
 
 # Of a merged model and an adapted one: products in another order, in float32.
 SUMS = 2e-5
@@ -309,3 +313,18 @@ def test_a_file_that_is_not_whole_is_named(cut: int, tmp_path: Path) -> None:
     broken.write_bytes(broken.read_bytes()[:cut])
     with pytest.raises(ValueError, match=broken.name):
         pf.merge_folder(folder, case.adapter(), tmp_path / "merged", progress=False)
+
+
+def test_a_disk_that_fails_while_a_file_is_made_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(flushing, "_OFTEN", 1)
+    monkeypatch.setattr(os, "fsync", fail)
+    with ThreadPoolExecutor(1) as thread, FileIO(tmp_path / "part", "w") as file:
+        flush = flushing.Flushing(file, thread)
+        flush.after(1)
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            flush.finish()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from io import FileIO
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from peftfn import blocks
 from peftfn.folders import shards
+from peftfn.folders.flushing import Flushing
 from peftfn.folders.planning import Unit
 from peftfn.folders.shards import Entry, Item
 
@@ -99,7 +99,8 @@ def write(job: Job, units: Mapping[str, Unit], entries: Mapping[str, Entry], saf
         read, copied = ({path: stack.enter_context(FileIO(path)) for path in paths} for _ in range(2))
         if done < len(job.header):
             target.write(job.header)
-        reader, writer = stack.enter_context(ThreadPoolExecutor(1)), stack.enter_context(ThreadPoolExecutor(1))
+        reader, writer, flusher = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(3))
+        flushing = Flushing(target, flusher)
         values = _values([piece for piece in left if piece.items[0].source is None], units, entries, read, reader, safe)
         before: Future[None] | None = None
         for piece in left:
@@ -109,9 +110,10 @@ def write(job: Job, units: Mapping[str, Unit], entries: Mapping[str, Entry], saf
             if before is not None:
                 before.result()
             before = after
+            flushing.after(piece.size)
         if before is not None:
             before.result()
-        os.fsync(target.fileno())
+        flushing.finish()
     job.part.rename(job.path)
 
 
