@@ -51,7 +51,7 @@ doctest: $(VENV)/dev.stamp  ## run the examples in the docstrings
 	$(PY) -m pytest --doctest-modules peftfn
 
 # What is timed: files of benchmarks/, which write rows to benchmarks/results/ unless they are told --quick.
-BENCHMARKS := training_step saved forwards many convolutions graphs quantized loading merge_stream compiled
+BENCHMARKS := training_step saved peak forwards many convolutions graphs quantized loading merge_stream compiled
 GPU_BENCHMARKS := training_step saved forwards many
 
 # Quick runs are there to see that all of it works: two at once, and each one's output in one piece.

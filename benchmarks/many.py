@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from crowds import Crowd, by_hand, crowd, ids
 from harness import FLOOR, PEFT, Row, begin, keep, timed
+from records import BARE_ROWS, HAND
 from torch import Tensor
 from torch.func import grad, vmap
 
 import peftfn as pf
 
-HAND, BARE = "by hand", "base, 8 rows"
 TOLERANCE = 1e-5  # of the largest value: float32 sums in another order
 # As they were where the goals come from: with r=16 the adapters' tensors, which are read once each, are twice as much.
 SMALL = setting.Sizes(layers=4, hidden=384, intermediate=1024, rows=32, tokens=1, r=8)
@@ -70,7 +70,7 @@ def ensemble(made: Crowd, count: int, rows: int, tokens: int) -> dict[str, Calla
         "vmap": mapped,
         "apply(index=)": lambda: pf.apply(made.base, members, folded, index=index).logits.view(shape),
         "bind(index=)": lambda: bound(**folded).logits.view(shape),
-        BARE: lambda: made.base(**folded).logits.view(shape),
+        BARE_ROWS: lambda: made.base(**folded).logits.view(shape),
     }
     if rows == 1:
         hand = by_hand(made, index, members)
@@ -231,7 +231,7 @@ def check(cases: Mapping[str, Callable[[], Tensor]]) -> None:
     """Stop if a case does not compute what peft does."""
     expected = cases[PEFT]()
     for name, case in cases.items():
-        if name not in (FLOOR, PEFT, BARE):
+        if name not in (FLOOR, PEFT, BARE_ROWS):
             found = case()
             apart = float((found - expected).abs().max() / expected.abs().max())
             if not apart <= TOLERANCE:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from records import FLOOR, PEFT, Measured, Quartiles
+from records import BESIDE, PEFT, Measured, Quartiles
 
 COLUMNS = 4  # charts side by side
 UNIT = "× the base alone"
@@ -44,7 +44,7 @@ def _pyplot() -> Any:
 
 def _bars(axes: Any, rows: Sequence[Measured]) -> None:
     ratios = [row.to_floor for row in rows]
-    colors = [{FLOOR: "tab:gray", PEFT: "tab:orange"}.get(row.what, "tab:blue") for row in rows]
+    colors = ["tab:gray" if row.what in BESIDE else {PEFT: "tab:orange"}.get(row.what, "tab:blue") for row in rows]
     medians = [ratio.median for ratio in ratios]
     whiskers = [[r.median - r.low for r in ratios], [r.high - r.median for r in ratios]]
     drawn = axes.barh([row.what for row in rows], medians, xerr=whiskers, color=colors, ecolor="black", capsize=2)

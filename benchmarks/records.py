@@ -11,6 +11,10 @@ from typing import Any, NamedTuple, Protocol
 
 FLOOR = "base alone"
 PEFT = "peft"
+FUNCTIONAL_FLOOR, BARE_ROWS = f"{FLOOR}, torch.func.grad", "base, 8 rows"
+HAND = "by hand"
+BESIDE = frozenset({FLOOR, FUNCTIONAL_FLOOR, BARE_ROWS, HAND})
+"""Cases that are neither ours nor peft's."""
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from harness import FLOOR, PEFT, Row, begin, keep, timed
+from records import BESIDE, FUNCTIONAL_FLOOR
 from setting import DEEP, FULL, QUICK, Setting, build, our_dropout
 from torch import Tensor
 
@@ -47,8 +48,10 @@ def steps(given: Setting) -> dict[str, Step]:
         grads, logits = torch.func.grad(loss, has_aux=True)(adapter.params)
         return logits, [grads[path][name] for path, name in paths]
 
+    frozen = copy.deepcopy(base).requires_grad_(False)
     return {
-        FLOOR: floor(copy.deepcopy(base).requires_grad_(False), batch),
+        FLOOR: floor(frozen, batch),
+        FUNCTIONAL_FLOOR: functional_floor(frozen, batch),
         PEFT: backward(lambda: theirs(**batch), their_leaves),
         "apply + backward": backward(lambda: pf.apply(base, own, batch), pf.leaves(own)),
         "bind + backward": backward(lambda: bound(**batch), bound_leaves),
@@ -60,6 +63,21 @@ def floor(model: Any, batch: dict[str, Tensor]) -> Step:
     """The step of a frozen base without an adapter."""
     embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
     return backward(lambda: model(inputs_embeds=embedded, labels=batch["labels"]), [embedded])
+
+
+def functional_floor(model: Any, batch: dict[str, Tensor]) -> Step:
+    """The same through `torch.func.grad`."""
+    embedded = model.get_input_embeddings()(batch["input_ids"]).detach()
+
+    def loss(embedded: Tensor) -> tuple[Tensor, Tensor]:
+        output = model(inputs_embeds=embedded, labels=batch["labels"])
+        return output.loss, output.logits
+
+    def step() -> tuple[Tensor, list[Tensor]]:
+        gradient, logits = torch.func.grad(loss, has_aux=True)(embedded)
+        return logits, [gradient]
+
+    return step
 
 
 def backward(forward: Callable[[], Any], parameters: Sequence[Tensor]) -> Step:
@@ -100,7 +118,7 @@ def check(cases: dict[str, Step], plain: Step, theirs: Any) -> None:
     for name, case in cases.items():
         if name == PEFT:
             continue
-        (logits, grads), (their_logits, their_grads) = _seeded(case), bare if name == FLOOR else expected
+        (logits, grads), (their_logits, their_grads) = _seeded(case), bare if name in BESIDE else expected
         for ours, reference in zip([logits, *grads], [their_logits, *their_grads], strict=True):
             apart = float((ours - reference).abs().max() / reference.abs().max())
             if not apart <= TOLERANCE[logits.dtype]:
