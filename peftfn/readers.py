@@ -108,7 +108,7 @@ def _flat(found: Tensor) -> Tensor:
 def _mapped(layer: nn.Module, read: Sequence[Read], which: Rows, run: Run, given: Given) -> Any:
     """What `run` computes for each row with the reader that holds the row's weights."""
     leaves = [[_slices(part, which) for part in one.here] for one in read]
-    keep = torch.ones(which.size, dtype=torch.bool) if which.keep is None else which.keep
+    keep = torch.ones(which.size, dtype=torch.bool, device="cpu") if which.keep is None else which.keep
     keep = keep.to(next(iter(given.tensors.values())).device)
 
     def one(leaves: list[list[dict[str, Tensor]]], keep: Tensor, given: Mapping[Any, Tensor]) -> Any:

@@ -199,7 +199,7 @@ def _keep_freed_memory() -> None:
     A process that had freed little gave the memory of every few pieces back to the system, and took it again page by
     page: a merge of 2 GB then had up to a million page faults more, and took twice as long.
     """
-    torch.empty(_FREED, dtype=torch.uint8)
+    torch.empty(_FREED, dtype=torch.uint8, device="cpu")
 
 
 def _largest(pieces: Sequence[Piece], units: Mapping[str, Unit], entries: Mapping[str, Entry]) -> int:
