@@ -315,6 +315,16 @@ def test_a_file_that_is_not_whole_is_named(cut: int, tmp_path: Path) -> None:
         pf.merge_folder(folder, case.adapter(), tmp_path / "merged", progress=False)
 
 
+@pytest.mark.parametrize("name", ["llama in bfloat16", "biases"])
+def test_a_merge_is_the_same_whatever_the_default_device(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    folder, adapter = case.folder(tmp_path / "base"), case.adapter()
+    expected = tensors_of(pf.merge_folder(folder, adapter, tmp_path / "merged", progress=False))
+    with torch.device("meta"):
+        found = pf.merge_folder(folder, adapter, tmp_path / "again", dtype=case.dtype, progress=False)
+    assert_same_bits(tensors_of(found), expected)
+
+
 def test_a_disk_that_fails_while_a_file_is_made_is_not_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

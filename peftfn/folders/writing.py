@@ -174,7 +174,8 @@ def _values(
 
     # The same memory again and again: what malloc is given back in another order it keeps, and never uses again.
     _keep_freed_memory()
-    rooms = itertools.cycle([torch.empty(_largest(pieces, units, entries), dtype=torch.uint8) for _ in range(_ROOMS)])
+    size = _largest(pieces, units, entries)
+    rooms = itertools.cycle([torch.empty(size, dtype=torch.uint8, device="cpu") for _ in range(_ROOMS)])
     order = [(units[piece.items[0].name], piece.rows) for piece in pieces]
     order = [one for one, before in zip(order, [None, *order], strict=False) if one != before]
     upcoming = iter([*(reader.submit(load, *one) for one in order[:1]), *order[1:], None])
