@@ -11,10 +11,12 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
+from torch.func import grad
 
 import peftfn as pf
-from peftfn.methods import adapted, dropout
+from peftfn.methods import adapted, dropout, outermost
 from peftfn.methods.adapted import Delta
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}  # float64, sums in another order
@@ -118,6 +120,60 @@ def test_a_batch_of_no_rows_has_gradients_of_zero(p: float) -> None:
     assert output.shape == (0, 5)
     output.sum().backward()
     assert all(leaf.grad is not None and not leaf.grad.any() for leaf in leaves)
+
+
+def flat(tree: Any) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in torch_pytree.tree_leaves(tree)])
+
+
+def required(tree: Any) -> Any:
+    return torch_pytree.tree_map(lambda tensor: tensor.detach().clone().requires_grad_(), tree)
+
+
+@pytest.mark.parametrize("asks", ["nobody", "a transform", "autograd", "autograd, of the input", "the function itself"])
+def test_what_a_gradient_is_asked_for_is_found_whoever_asks(asks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.func.grad` with nothing around it writes to what it has made; everything else keeps its graph."""
+    last: list[bool] = []
+    is_last = outermost._is_last
+    monkeypatch.setattr(outermost, "_is_last", lambda tensors: last.append(is_last(tensors)) or last[-1])
+    model = nn.Sequential(nn.Linear(40, 64), nn.Tanh(), nn.Linear(64, 8)).double().requires_grad_(False)
+    adapter = pf.init(model, pf.LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False))
+    x = torch.randn(30, 40, dtype=torch.float64, requires_grad=asks == "autograd, of the input")
+
+    def value(params: Any, x: Tensor = x) -> Tensor:
+        return pf.apply(model, adapter.replace(params=params), x).sin().sum()
+
+    def squared(params: Any) -> Tensor:
+        return flat(grad(value)(params)).square().sum()
+
+    def by_autograd(params: Any) -> Tensor:
+        return flat(torch.autograd.grad(value(params), torch_pytree.tree_leaves(params), create_graph=True))
+
+    def penalty(params: Any) -> Tensor:
+        moved = x + flat(params).sum() / 100
+        (slope,) = torch.autograd.grad(value(params, moved), moved, create_graph=True)
+        return slope.square().sum()
+
+    params = required(adapter.params)
+    leaves = torch_pytree.tree_leaves(params)
+    if asks == "nobody":
+        found, expected = flat(grad(value)(adapter.params)), by_autograd(params)
+    elif asks == "a transform":
+        found = flat(grad(squared)(adapter.params))
+        expected = flat(torch.autograd.grad(by_autograd(params).square().sum(), leaves))
+    elif asks == "autograd":
+        found = flat(torch.autograd.grad(squared(params), leaves))
+        expected = flat(torch.autograd.grad(by_autograd(params).square().sum(), leaves))
+    elif asks == "autograd, of the input":
+        found = torch.autograd.grad(squared(adapter.params), x)[0]
+        expected = torch.autograd.grad(by_autograd(params).square().sum(), x)[0]
+    else:
+        found, expected = flat(grad(penalty)(adapter.params)), flat(torch.autograd.grad(penalty(params), leaves))
+    torch.testing.assert_close(found, expected, **EXACT)
+    # Two layers: each one's own pass is the last where nobody asks; of a pass of a pass, it is the outer one.
+    passes = {"nobody": 2, "a transform": 2, "the function itself": 2}
+    assert sum(last) == passes.get(asks, 0)
+    assert expected.abs().max() > 1e-3
 
 
 def saved(run: Callable[[], Any], own: Sequence[Tensor]) -> int:

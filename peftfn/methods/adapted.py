@@ -27,7 +27,7 @@ from torch._C._functorch import maybe_current_level  # torch has no public quest
 
 from peftfn.codecs import packed
 from peftfn.codecs.packed import Packed
-from peftfn.methods import dropout
+from peftfn.methods import dropout, outermost
 from peftfn.methods.products import add_to, by_column, flat, laid_out_as, more, product, scaled
 
 SMALL = 2**14  # values of W below which calls, not multiplications, are what takes time
@@ -174,7 +174,8 @@ class _Adapted(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         delta = Delta(a, b, s)
         above = h.new_zeros(*h.shape[:-1], b.shape[-2]) if dy is None else flat(dy, a)
-        dx, *rest = _pulled(_Kept(flat(x, a), weight, delta, bits, h), above, into_h, to_x, to_delta)
+        with outermost.without_graph((*grads, *ctx.saved_tensors)):
+            dx, *rest = _pulled(_Kept(flat(x, a), weight, delta, bits, h), above, into_h, to_x, to_delta)
         rows = above.reshape(-1, above.shape[-1])
         return (
             None if dx is None else dx.to(x.dtype).view(x.shape),
