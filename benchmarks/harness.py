@@ -155,10 +155,11 @@ def timed(
     *,
     repeats: int | None = None,
     calls: int = 1,
+    warm_up: int = 2,
 ) -> list[Row]:
     """Time the cases as the command line says, and print what came of it."""
     rounds = repeats or run.repeats
-    warm_up = 1 if run.quick else min(2, rounds - 1)
+    warm_up = min(1, warm_up) if run.quick else warm_up
     how = {"repeats": rounds, "warm_up": warm_up, "calls": calls, "device": run.device}
     return shown(measure(group, cases, run.clock, sizes, **how))
 

@@ -250,7 +250,8 @@ def main() -> None:
         **more: int,
     ) -> None:
         check(cases)
-        rows.extend(timed(run, group, cases, sizes._asdict() | more, repeats=rounds))
+        warm_up = 2 if rounds is None else 0  # what takes minutes ran once to be checked
+        rows.extend(timed(run, group, cases, sizes._asdict() | more, repeats=rounds, warm_up=warm_up))
 
     most, on_disk = (8, 8) if run.quick else (32, 200)
     small = SMALL._replace(rows=most)

@@ -146,7 +146,8 @@ def read(file: FileIO, entry: Entry, room: Tensor | None = None) -> Tensor:
     if entry.code not in CODES:
         raise ValueError(f"{file.name} has a tensor of dtype {entry.code}, which cannot be read here.")
     dtype, size = CODES[entry.code], entry.end - entry.start
-    made = (torch.empty(size, dtype=torch.uint8, device="cpu") if room is None else room[:size]).view(dtype).view(entry.shape)
+    room = torch.empty(size, dtype=torch.uint8, device="cpu") if room is None else room[:size]
+    made = room.view(dtype).view(entry.shape)
     view, done = as_bytes(made), 0
     file.seek(entry.start)
     while done < len(view):
