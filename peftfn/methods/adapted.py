@@ -166,7 +166,8 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight, a, b, s, bits, h, *tensors = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: a checkpoint computes them when they are asked for
+        x, weight, a, b, s, bits, h, *tensors = saved
         weight = weight if ctx.how is None else ctx.how(tuple(tensors))
         to_x, to_weight, to_bias, to_y, *to_delta = ctx.needs_input_grad[:7]
         dy, into_h = grads
@@ -174,7 +175,7 @@ class _Adapted(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         delta = Delta(a, b, s)
         above = h.new_zeros(*h.shape[:-1], b.shape[-2]) if dy is None else flat(dy, a)
-        with outermost.without_graph((*grads, *ctx.saved_tensors)):
+        with outermost.without_graph((*grads, *saved)):
             dx, *rest = _pulled(_Kept(flat(x, a), weight, delta, bits, h), above, into_h, to_x, to_delta)
         rows = above.reshape(-1, above.shape[-1])
         return (
