@@ -103,7 +103,7 @@ def main() -> None:
     for number, setting in settings:
         taken: dict[str, list[int]] = {case: [] for case in CASES}
         order = list(CASES)
-        for _ in range(run.repeats):
+        for _ in range(1 if run.quick else run.repeats):
             shuffle(order)
             for case in order:
                 taken[case].append(sample(case, number, run))
