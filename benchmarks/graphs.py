@@ -101,10 +101,8 @@ def of_routes(base: Any, ids: Tensor, count: int) -> dict[str, int]:
 
 def main() -> None:
     run = begin("Count the graphs that torch.compile makes.", devices=("cpu",))
-    base, ids = (
-        llama(TINY).eval().requires_grad_(False),
-        torch.randint(0, 2048, (TINY.rows, TINY.tokens), generator=torch.Generator().manual_seed(0)),
-    )
+    base = llama(TINY).eval().requires_grad_(False)
+    ids = torch.randint(0, 2048, (TINY.rows, TINY.tokens), generator=torch.Generator().manual_seed(0))
     count = 4 if run.quick else COUNT
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.compile's own, of peft's and transformers' code

@@ -68,7 +68,7 @@ def _batched(routed: Routed, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if which.in_order:
         return method.forward(config, leaf, site, x, *args, **kwargs)
     inputs = x.shape[-1]
-    way = cheapest(x, x.numel() // max(1, inputs) * (sum(site.shape) - inputs)) if which.ways else None
+    way = cheapest(x, x.numel() // max(1, inputs) * (sum(site.shape) - inputs))
     if way is None:
         return method.forward(config, _silenced(method, leaf, which), site, x, *args, **kwargs)
     if way.is_order:  # then the site itself may run on the sorted rows
@@ -85,7 +85,7 @@ def _vmapped(routed: Routed, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     method, config, leaf, which, site, cheapest = routed
     y = site(x, *args, **kwargs)
     act = functools.partial(_mapped, method, config, _with(site, functools.partial(_run, site, args, kwargs)))
-    way = cheapest(x, y.numel()) if which.ways else None
+    way = cheapest(x, y.numel())
     if way is None:
         return act(_pick(leaf, which), x, y)
     sorted_x, sorted_y = (way.sorted(one, which.size) for one in (x, y))

@@ -84,7 +84,7 @@ def of_index(index: Any, adapters: int) -> Rows:
             "base."
         )
     keep, known = None if low >= 0 else rows >= 0, rows.device.type == "cpu"
-    in_order = known and keep is None and values == list(range(adapters))
+    in_order = known and values == list(range(adapters))
     ways = segments.plans(values, adapters) if known and not in_order else ()
     return Rows(rows.clamp(min=0), keep, in_order, tokens, ways)  # of its own: the caller's may change
 

@@ -24,7 +24,7 @@ class Flushing:
         self._running: Future[None] | None = None
 
     def after(self, size: int) -> None:
-        """So many bytes more were written; what an earlier sync raised is raised here."""
+        """So many bytes more are written, or about to be; what an earlier sync raised is raised here."""
         self._bytes += size
         if self._bytes < _OFTEN or not (self._running is None or self._running.done()):
             return

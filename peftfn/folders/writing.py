@@ -172,8 +172,8 @@ def _values(
         entry = entries[key].of_rows(rows)
         return {key: shards.read(sources[entry.path], entry, next(rooms))}
 
-    # The same memory again and again: what malloc is given back in another order it keeps, and never uses again.
     _keep_freed_memory()
+    # The same memory again and again: what malloc is given back in another order it keeps, and never uses again.
     size = _largest(pieces, units, entries)
     rooms = itertools.cycle([torch.empty(size, dtype=torch.uint8, device="cpu") for _ in range(_ROOMS)])
     order = [(units[piece.items[0].name], piece.rows) for piece in pieces]
