@@ -15,9 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from forwards import NAMES, adapters, in_peft
+from forwards import adapters
 from harness import FLOOR, PEFT, Row, begin, keep, timed
-from setting import LINEAR, Sizes, llama
+from setting import LINEAR, Sizes, in_peft, llama
 from torch import Tensor
 
 import peftfn as pf
@@ -63,12 +63,11 @@ class Cases:
     def choose(self, number: int) -> None:
         """Turn one of the adapters on."""
         self.number = number
-        self.theirs.set_adapter(NAMES[number])
+        self.theirs.set_adapter(str(number))
 
     def leaves(self) -> list[Tensor]:
         """Its tensors in peft."""
-        name = NAMES[self.number]
-        return [self.theirs.get_parameter(f"base_model.model.{p}.{n}.{name}.weight") for p, n in self.paths]
+        return [self.theirs.get_parameter(f"base_model.model.{p}.{n}.{self.number}.weight") for p, n in self.paths]
 
     def forwards(self) -> dict[str, Case]:
         """Logits, without gradients."""

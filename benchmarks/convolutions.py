@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from forwards import TOLERANCE, adapters, in_peft
+from forwards import TOLERANCE, adapters
 from harness import FLOOR, PEFT, Row, Run, begin, keep, timed
+from setting import in_peft
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -84,7 +85,7 @@ def cases(shape: Shape, training: bool) -> dict[str, Case]:
     given = adapters(base, pf.LoraConfig(r=shape.r, target_modules=["0"]), 1)
     bound, theirs = pf.bind(base, given[0]), in_peft(base, given)
     own = [bound.get_parameter(f"0.{name}") for name in ("lora_A", "lora_B")]
-    names = [f"base_model.model.0.{name}.a.weight" for name in ("lora_A", "lora_B")]
+    names = [f"base_model.model.0.{name}.0.weight" for name in ("lora_A", "lora_B")]
     reference = [theirs.get_parameter(name).requires_grad_(training) for name in names]
     dy = torch.randn_like(base(x))
 

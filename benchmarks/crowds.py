@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import tempfile
-import warnings
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import peft
 import setting
 import torch
 import torch.nn.functional as F
@@ -32,15 +28,7 @@ def crowd(sizes: setting.Sizes, count: int, device: torch.device, targets: Any =
     base = setting.llama(sizes).eval().requires_grad_(False)  # as peft makes its copy
     config = pf.LoraConfig(r=sizes.r, target_modules=targets, task_type="CAUSAL_LM")
     adapters = [setting.trained(base, config, torch.Generator().manual_seed(number)) for number in range(count)]
-    theirs: Any = None
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft 0.21 with transformers 5.23: about names inside it
-        for number, adapter in enumerate(adapters):
-            place = str(pf.save(adapter, Path(folder) / str(number)))
-            if theirs is None:
-                theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), place, str(number), is_trainable=True)
-            else:
-                theirs.load_adapter(place, str(number), is_trainable=True)
+    theirs = setting.in_peft(base, adapters, trainable=True)
     made = Crowd(base, adapters, pf.stack(adapters), theirs.eval())
     return Crowd(*(setting.moved(one, device) for one in made))
 

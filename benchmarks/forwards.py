@@ -7,22 +7,17 @@ peft turns each adapter on with `set_adapter`; here it is another module, or ano
 
 from __future__ import annotations
 
-import copy
-import tempfile
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
-import peft
 import torch
 from harness import FLOOR, PEFT, Row, begin, keep, timed
-from setting import DEEP, LINEAR, QUICK, Sizes, llama, moved, trained
+from setting import DEEP, LINEAR, QUICK, Sizes, in_peft, llama, moved, trained
 from torch import Tensor, nn
 
 import peftfn as pf
 
 TOLERANCE = 1e-4  # of the largest value: float32 sums in another order
-NAMES = ("a", "b", "c", "d")
+COUNT = 4
 
 Run = Callable[[], Tensor]
 
@@ -32,31 +27,19 @@ def adapters(model: nn.Module, config: pf.PeftConfig, count: int) -> list[pf.Ada
     return [trained(model, config, torch.Generator().manual_seed(seed)) for seed in range(count)]
 
 
-def in_peft(model: nn.Module, given: Sequence[pf.Adapter], names: Sequence[str] = NAMES) -> Any:
-    """The same adapters in peft by these names, on a copy of the model."""
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 with transformers 5.23: about names inside it
-        for name, adapter in zip(names, given, strict=False):
-            pf.save(adapter, f"{folder}/{name}")
-        first, *others = names[: len(given)]
-        theirs: Any = peft.PeftModel.from_pretrained(copy.deepcopy(model), f"{folder}/{first}", adapter_name=first)
-        for name in others:
-            theirs.load_adapter(f"{folder}/{name}", adapter_name=name)
-    return theirs.eval()
-
-
 def switching(sizes: Sizes, device: torch.device) -> dict[str, Run]:
     """A forward of one token with each adapter in turn."""
     base = llama(sizes).eval()
-    given = adapters(base, pf.LoraConfig(r=sizes.r, target_modules=LINEAR, task_type="CAUSAL_LM"), len(NAMES))
-    base, theirs, given = (moved(one, device) for one in (base, in_peft(base, given), given))
+    given = adapters(base, pf.LoraConfig(r=sizes.r, target_modules=LINEAR, task_type="CAUSAL_LM"), COUNT)
+    theirs = in_peft(base, given).eval()
+    base, theirs, given = (moved(one, device) for one in (base, theirs, given))
     bound = [pf.bind(base, adapter) for adapter in given]
     ids = torch.ones(1, 1, dtype=torch.long, device=device)
 
     def by_peft() -> Tensor:
         outputs: list[Tensor] = []
-        for name in NAMES:
-            theirs.set_adapter(name)
+        for number in range(COUNT):
+            theirs.set_adapter(str(number))
             outputs.append(theirs(input_ids=ids).logits)
         return torch.cat(outputs)
 

@@ -13,17 +13,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from forwards import in_peft
 from harness import PEFT, begin, machine, versions
 from records import save
-from setting import LINEAR, Sizes, llama, trained
+from setting import LINEAR, Sizes, in_peft, llama, trained
 from torch import Tensor
 
 import peftfn as pf
 
 TINY = Sizes(layers=2, hidden=64, intermediate=96, rows=16, tokens=4)
 COUNT = 16
-NUMBERS = [str(number) for number in range(COUNT)]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order
 
 Call = Callable[[int], Tensor]
@@ -62,7 +60,7 @@ def of_adapters(base: Any, ids: Tensor, ranks: Sequence[int]) -> dict[str, int]:
         run = torch.compile(lambda one: pf.apply(base, one, {"input_ids": ids}).logits, fullgraph=True, backend=backend)
         return lambda number: run(given[number])
 
-    theirs = in_peft(base, given, NUMBERS)
+    theirs = in_peft(base, given)
 
     def by_peft(backend: Any) -> Call:
         run = torch.compile(lambda: theirs(input_ids=ids).logits, fullgraph=True, backend=backend)
@@ -90,7 +88,7 @@ def of_routes(base: Any, ids: Tensor, count: int) -> dict[str, int]:
         run = torch.compile(forward, fullgraph=True, backend=backend)
         return lambda number: run(routes[number])
 
-    theirs = in_peft(base, given, NUMBERS)
+    theirs = in_peft(base, given)
 
     def by_peft(backend: Any) -> Call:
         run = torch.compile(lambda names: theirs(input_ids=ids, adapter_names=names).logits, backend=backend)

@@ -7,7 +7,8 @@ import copy
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
@@ -82,6 +83,21 @@ def trained(base: nn.Module, config: pf.PeftConfig, noise: torch.Generator) -> p
     return adapter
 
 
+def in_peft(model: nn.Module, adapters: Sequence[pf.Adapter], *, trainable: bool = False) -> Any:
+    """The same adapters in peft, on a copy of the model; their names there are 0, 1, 2, ...."""
+    theirs: Any = None
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft 0.21 with transformers 5.23: about names inside it
+        for number, adapter in enumerate(adapters):
+            place = str(pf.save(adapter, Path(folder) / str(number)))
+            if theirs is None:
+                copied = copy.deepcopy(model)
+                theirs = peft.PeftModel.from_pretrained(copied, place, str(number), is_trainable=trainable)
+            else:
+                theirs.load_adapter(place, str(number), is_trainable=trainable)
+    return theirs
+
+
 def build(
     sizes: Sizes,
     p: float,
@@ -95,11 +111,7 @@ def build(
     noise = torch.Generator().manual_seed(1)
     config = pf.LoraConfig(r=sizes.r, target_modules=LINEAR, lora_dropout=p, task_type="CAUSAL_LM")
     adapter = trained(base, config, noise)
-    with tempfile.TemporaryDirectory() as folder:
-        pf.save(adapter, folder)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 with transformers 5.23: about names inside it
-            theirs: Any = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=True)
+    theirs = in_peft(base, [adapter], trainable=True)
     ids = torch.randint(0, VOCABULARY, (sizes.rows, sizes.tokens), generator=noise)
     return Setting(base, theirs.train(training), adapter, {"input_ids": ids, "labels": ids}).on(device)
 

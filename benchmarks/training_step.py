@@ -35,7 +35,7 @@ def steps(given: Setting) -> dict[str, Step]:
     """A training step of each kind."""
     base, theirs, adapter, batch = given
     paths = [(path, name) for path, leaf in adapter.params.items() for name in leaf]
-    their_leaves = [theirs.get_parameter(f"base_model.model.{path}.{name}.default.weight") for path, name in paths]
+    their_leaves = [theirs.get_parameter(f"base_model.model.{path}.{name}.0.weight") for path, name in paths]
     own = adapter.replace(params={path: dict(leaf) for path, leaf in copy.deepcopy(adapter.params).items()})
     bound = pf.bind(base, copy.deepcopy(adapter))
     bound_leaves = [bound.get_parameter(f"{path}.{name}") for path, name in paths]
