@@ -33,8 +33,10 @@ def product(one: Tensor, other: Tensor) -> Tensor:
 
 
 def add_to(total: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """The total, to which the product is added in place."""
-    return total.addmm_(one, other) if total.dim() == 2 else total.baddbmm_(one, other)
+    """The total, to which the product is added in place, in the product's dtype and rounded once."""
+    wide = total.to(one.dtype)
+    _ = wide.addmm_(one, other) if total.dim() == 2 else wide.baddbmm_(one, other)
+    return total if wide is total else total.copy_(wide)
 
 
 def more(total: Tensor | None, one: Tensor, other: Tensor) -> Tensor:
