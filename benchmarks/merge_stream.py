@@ -1,7 +1,8 @@
 """Time and memory of a streamed merge of a large folder, beside peft's and beside copying the files.
 
-Each sample is a process of its own, so that peak memory is its own; the cases take turns. The clock starts when the
-libraries are imported, and peak memory counts them. The results of both libraries are compared, bit for bit, before
+Each sample is a process of its own, so that peak memory is its own; the cases take turns, and each finds the base's
+files in the kernel's memory and the disk idle. The clock starts when the libraries are imported, and peak memory counts
+them. The results of both libraries are compared, bit for bit, before
 anything is timed.
 
 `merge_folder` ends with its files on disk, and peft with them in the kernel's memory; so there are two plain copies,
@@ -20,7 +21,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +33,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 import harness
 import torch
 from records import PEFT, RESULTS, Quartiles, quartiles, save
-from timing import peak
+from timing import in_child, peak
 
 OURS = "merge_folder"
 COPY, SYNCED, KERNEL = "read and write", "read and write, fsync", "copy in the kernel"
@@ -100,14 +100,16 @@ def child(case: str, base: Path, adapter: Path, output: Path, threads: int) -> N
 
 
 def sample(case: str, place: Path, threads: int) -> dict[str, float]:
-    """What one run of a case took, in a process of its own."""
+    """What one run of a case took, in a process of its own, with the base's files in the kernel's memory."""
     output = place / "output"
     shutil.rmtree(output, ignore_errors=True)
-    arguments = [__file__, "--child", case, str(place / "base"), str(place / "adapter"), str(output), str(threads)]
-    done = subprocess.run([sys.executable, "-W", "ignore", *arguments], capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode:
-        raise RuntimeError(f"{case} failed: {done.stderr[-800:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    os.sync()
+    room = bytearray(1 << 20)
+    for path in (place / "base").iterdir():  # the case before may have pushed them out
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(room):
+                pass
+    return in_child(__file__, case, place / "base", place / "adapter", output, threads)
 
 
 def check(place: Path, threads: int) -> None:
@@ -134,7 +136,7 @@ RATIOS = {"to_peft": (PEFT, "wall"), "peak_to_peft": (PEFT, "peak"), "to_copy": 
 
 
 def measure(place: Path, cases: Sequence[str], repeats: int, threads: int, group: str) -> list[dict[str, Any]]:
-    """The quartiles of each case, and of its ratios within a round. The files were read before, by `check`."""
+    """The quartiles of each case, and of its ratios within a round."""
     taken: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
     order, shuffle = list(cases), random.Random(0).shuffle
     for turn in range(repeats):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from typing import NamedTuple
 from harness import FLOOR, PEFT, Quartiles, Run, begin, keep, pin
 from records import quartiles
 from setting import FULL, QUICK, Sizes, build
-from timing import count_anew, peak
+from timing import count_anew, in_child, peak
 from training_step import NAMES, group_of, steps
 
 CASES = (FLOOR, PEFT, "apply + backward", "bind + backward", "torch.func.grad")
@@ -61,11 +60,7 @@ def child(case: str, number: int, quick: bool, threads: int) -> None:
 
 def sample(case: str, number: int, run: Run) -> int:
     """What the step of a case takes, in a process of its own."""
-    arguments = [__file__, "--child", case, str(number), str(int(run.quick)), str(run.threads)]
-    done = subprocess.run([sys.executable, "-W", "ignore", *arguments], capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode:
-        raise RuntimeError(f"{case} failed: {done.stderr[-800:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return in_child(__file__, case, number, int(run.quick), run.threads)
 
 
 def compared(group: str, taken: Mapping[str, Sequence[int]], sizes: Sizes) -> list[Peak]:

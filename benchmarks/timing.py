@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -67,6 +70,19 @@ def pin(threads: int) -> Callable[[], float]:
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(threads)
     return time.process_time if threads == 1 else time.perf_counter
+
+
+def in_child(script: str, *arguments: object) -> Any:
+    """What the script prints last, as JSON, when it is run with `--child` and these: memory is counted by process.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    command = [sys.executable, "-W", "ignore", script, "--child", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[3:])} failed: {done.stderr[-800:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def peak() -> int:

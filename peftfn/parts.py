@@ -61,11 +61,14 @@ def of(adapters: Sequence[Adapter], rows: Rows | None = None) -> dict[str, list[
         configs = adapter.config.configs if isinstance(adapter.config, Stacked) else (adapter.config,)
         method = methods.of(configs[0])
         config = method.shared(configs) if stacked else configs[0]
+        taken: dict[tuple[str, ...], list[str]] = {}  # sites have few sets of names between them
         for path in {**adapter.params, **adapter.buffers}:
             fixed = adapter.buffers.get(path, {})
-            both = {**adapter.params.get(path, {}), **fixed}
-            replaced = {name: tensor for name, tensor in both.items() if method.replaces(name)}
-            leaf = {name: tensor for name, tensor in both.items() if name not in replaced}
+            leaf = {**adapter.params.get(path, {}), **fixed}
+            names = tuple(leaf)
+            if names not in taken:
+                taken[names] = [name for name in names if method.replaces(name)]
+            replaced = {name: leaf.pop(name) for name in taken[names]}
             part = Part(config, method, leaf, replaced, frozenset(fixed), rows if stacked else None)
             found.setdefault(path, []).append(part)
     return found

@@ -113,7 +113,7 @@ class Twins:
             own["_modules"] = {k: v if v is None else self._make(v, prefix + k) for k, v in own["_modules"].items()}
         else:
             own["_modules"] = {}
-        own.update(_hooks(own))
+        _own_hooks(own)
         if "_hf_hook" in own:
             own["_hf_hook"] = offloaded.own(own["_hf_hook"])
         if self._tracing:
@@ -245,22 +245,16 @@ def _is_packed(model: nn.Module, name: str) -> bool:
     return own in ("weight", "bias") and codecs.of(module) is not codecs.DENSE
 
 
-def _hooks(own: Mapping[str, Any]) -> dict[str, Any]:
-    """The module's hooks, in dictionaries of their own: a forward may register some."""
+def _own_hooks(own: dict[str, Any]) -> None:
+    """Put the module's hooks in dictionaries of the twin's own: a forward may register some."""
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        return {name: OrderedDict(own[name]) for name in _NO_HOOKS}
-    return {
-        "_forward_hooks": OrderedDict(),
-        "_forward_hooks_with_kwargs": OrderedDict(),
-        "_forward_hooks_always_called": OrderedDict(),
-        "_forward_pre_hooks": OrderedDict(),
-        "_forward_pre_hooks_with_kwargs": OrderedDict(),
-        "_backward_hooks": OrderedDict(),
-        "_backward_pre_hooks": OrderedDict(),
-    }
+        own.update({name: OrderedDict(own[name]) for name in _HOOKS})
+    else:
+        for name in _HOOKS:
+            own[name] = OrderedDict()
 
 
-_NO_HOOKS = (
+_HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",

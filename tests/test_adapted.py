@@ -100,6 +100,23 @@ def test_backward_and_no_grad_give_the_same(groups: tuple[int, ...], shape: tupl
             torch.testing.assert_close(ours(tensors, bits, apart), plain(tensors, keep), **EXACT)
 
 
+@pytest.mark.parametrize("own", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("drops", [False, True], ids=["", "dropout"])
+@GROUPS
+def test_a_delta_of_zero_in_any_dtype_changes_no_bit_of_a_layer_in_any_other(
+    groups: tuple[int, ...], drops: bool, given: torch.dtype, own: torch.dtype
+) -> None:
+    x, weight, bias = (one.detach().to(own) for one in made(WIDE, groups)[:3])
+    a, b, s = (one.detach().to(given) for one in made(WIDE, groups)[3:])
+    x.requires_grad_()
+    delta, (bits, _) = Delta(a, b.zero_().requires_grad_(), s.float()), bits_of(WIDE, drops)
+    y, expected = adapted.linear(x, weight, bias, delta, bits), F.linear(x, weight, bias)
+    assert torch.equal(y, expected)
+    (dx, _), (base,) = torch.autograd.grad(y.sum(), (x, b)), torch.autograd.grad(expected.sum(), x)
+    assert torch.equal(dx, base)
+
+
 @pytest.mark.parametrize("asked", range(6), ids=["x", "W", "b", "A", "B", "s"])
 @GROUPS
 def test_each_gradient_can_be_asked_for_alone(groups: tuple[int, ...], asked: int) -> None:

@@ -246,10 +246,7 @@ def _to_input(dx: Tensor | None, z: Tensor, a: Tensor, keep: Tensor | None) -> T
     if dx is None or torch.is_grad_enabled():
         delta = product(z, a) if keep is None else product(z, a) * keep
         return delta if dx is None else dx + delta
-    if keep is None:
-        return add_to(dx, z, a)
-    wide = dx.to(a.dtype).addcmul_(product(z, a), keep)
-    return dx if wide is dx else dx.copy_(wide)
+    return add_to(dx, z, a, keep)
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:

@@ -32,10 +32,16 @@ def product(one: Tensor, other: Tensor) -> Tensor:
     return torch.mm(one, other) if one.dim() == 2 else torch.bmm(one, other)
 
 
-def add_to(total: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """The total, to which the product is added in place, in the product's dtype and rounded once."""
+def add_to(total: Tensor, one: Tensor, other: Tensor, keep: Tensor | None = None) -> Tensor:
+    """The total, to which the product, times `keep`, is added in place: in the wider dtype, and rounded once."""
+    if torch.promote_types(total.dtype, one.dtype) != one.dtype:
+        found = product(one, other)
+        return total.add_(found if keep is None else found.mul_(keep))
     wide = total.to(one.dtype)
-    _ = wide.addmm_(one, other) if total.dim() == 2 else wide.baddbmm_(one, other)
+    if keep is not None:
+        _ = wide.addcmul_(product(one, other), keep)
+    else:
+        _ = wide.addmm_(one, other) if total.dim() == 2 else wide.baddbmm_(one, other)
     return total if wide is total else total.copy_(wide)
 
 
