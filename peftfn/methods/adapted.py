@@ -29,7 +29,7 @@ from torch._C._functorch import maybe_current_level  # torch has no public quest
 from peftfn.codecs import packed
 from peftfn.codecs.packed import Packed
 from peftfn.methods import dropout, outermost
-from peftfn.methods.products import add_to, by_column, flat, laid_out_as, more, product, scaled
+from peftfn.methods.products import add_to, added, by_column, flat, laid_out_as, more, product, scaled
 
 SMALL = 2**14  # values of W below which calls, not multiplications, are what takes time
 _BLOCK = 5 * 2**15  # values of x that fit a core's cache with what is made of them
@@ -124,9 +124,7 @@ def _run(x: Tensor, y: Tensor, delta: Delta, bits: Tensor | None, writes: bool) 
     mask = _mask(bits, x)
     if not writes:
         h = scaled(product(_seen(x, a, mask)[0], a.mT), s)
-        plus = torch.addmm if h.dim() == 2 else torch.baddbmm
-        rows = plus(rows, h, b.mT) if rows.dtype == h.dtype else (rows + product(h, b.mT)).to(y.dtype)
-        return rows.view(y.shape), h
+        return added(rows, h, b.mT).to(y.dtype).view(y.shape), h
     parts: list[Tensor] = []
     rows_of_a, rows_of_b = a.mT, b.mT
     for x_here, mask_here, y_here in _blocks(delta, x, mask, rows):

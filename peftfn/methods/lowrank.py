@@ -18,7 +18,7 @@ from peftfn import blocks, layers
 from peftfn.adapter import Leaf, is_traced
 from peftfn.layers import Site
 from peftfn.methods import widening
-from peftfn.methods.products import scaled
+from peftfn.methods.products import added, scaled
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -124,10 +124,7 @@ def _linear_add_rows(a: Tensor, b: Tensor, scaling: Tensor, x: Tensor, y: Tensor
     """The same with A (rows, r, in), B (rows, out, r) and s (rows, 1, 1) of each row's own."""
     rows = a.shape[0]
     h = scaled(torch.bmm(x.view(rows, -1, x.shape[-1]), a.mT), scaling)  # (rows, tokens, r)
-    flat = y.view(rows, -1, y.shape[-1])
-    if y.dtype == h.dtype:
-        return torch.baddbmm(flat, h, b.mT).view(y.shape)
-    return (flat + torch.bmm(h, b.mT)).view(y.shape)
+    return added(y.view(rows, -1, y.shape[-1]), h, b.mT).view(y.shape)
 
 
 def _linear_delta(a: Tensor, b: Tensor, weight: torch.Size) -> Tensor:

@@ -32,6 +32,13 @@ def product(one: Tensor, other: Tensor) -> Tensor:
     return torch.mm(one, other) if one.dim() == 2 else torch.bmm(one, other)
 
 
+def added(total: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """The total and the product, in the wider dtype, in one pass where they have the same."""
+    if total.dtype != one.dtype:
+        return total + product(one, other)
+    return torch.addmm(total, one, other) if total.dim() == 2 else torch.baddbmm(total, one, other)
+
+
 def add_to(total: Tensor, one: Tensor, other: Tensor, keep: Tensor | None = None) -> Tensor:
     """The total, to which the product, times `keep`, is added in place: in the wider dtype, and rounded once."""
     if torch.promote_types(total.dtype, one.dtype) != one.dtype:
