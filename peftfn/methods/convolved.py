@@ -44,9 +44,9 @@ def is_cheaper(x: Tensor, weight: Tensor, stride: tuple[int, ...], trains: bool)
     and has as many calls either way: there the delta has to have `_TRAINING` times what the sum has.
     `benchmarks/convolutions.py` prints both sides of it.
     """
-    outputs, inputs = weight.shape[0], weight[0].numel()
-    delta = x.numel() // x.shape[1 - weight.dim()] // math.prod(stride) * (outputs + inputs)
-    return delta > _TRAINING * outputs * inputs if trains else delta + _CALLS > outputs * inputs
+    whole, outputs = weight.numel(), weight.shape[0]
+    delta = x.numel() // x.shape[1 - weight.dim()] // math.prod(stride) * (outputs + whole // outputs)
+    return delta > _TRAINING * whole if trains else delta + _CALLS > whole
 
 
 def kernel(weight: Tensor, delta: Delta) -> Tensor:
