@@ -67,4 +67,5 @@ def _words(rows: int, count: int, device: torch.device) -> Tensor:
 
 
 def _places(device: torch.device) -> Tensor:
-    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device).view(1, ROWS, 1)
+    """1, 2, 4, ..., 128; made where they are needed, as a copy to a GPU would wait for it."""
+    return torch.bitwise_left_shift(1, torch.arange(ROWS, dtype=torch.uint8, device=device)).view(1, ROWS, 1)
