@@ -9,9 +9,10 @@ all that torch, its allocator and its kernels take. So the base's own step is th
 from __future__ import annotations
 
 import json
-import random
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from harness import FLOOR, PEFT, Quartiles, Run, begin, keep, pin
@@ -93,16 +94,15 @@ def main() -> None:
         return
     run = begin("Measure the memory that a training step takes at its peak.", repeats=3, devices=("cpu",))
     rows: list[Peak] = []
-    shuffle = random.Random(0).shuffle
-    settings = list(enumerate(SETTINGS))[-1:] if run.quick else list(enumerate(SETTINGS))
-    for number, setting in settings:
-        taken: dict[str, list[int]] = {case: [] for case in CASES}
-        order = list(CASES)
-        for _ in range(1 if run.quick else run.repeats):
-            shuffle(order)
-            for case in order:
-                taken[case].append(sample(case, number, run))
-        rows += compared(f"peak, {group_of(*setting)}", taken, QUICK if run.quick else FULL)
+    rounds = range(1 if run.quick else run.repeats)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # memory is counted by process, whoever else runs
+        waiting = [
+            (setting, {case: [pool.submit(sample, case, number, run) for _ in rounds] for case in CASES})
+            for number, setting in list(enumerate(SETTINGS))[-1 if run.quick else 0 :]
+        ]
+        for setting, several in waiting:
+            taken = {case: [one.result() for one in found] for case, found in several.items()}
+            rows += compared(f"peak, {group_of(*setting)}", taken, QUICK if run.quick else FULL)
     keep(run, "peak", rows, unit="× what the base alone takes")
 
 
