@@ -2,8 +2,7 @@
 
 Each sample is a process of its own, so that peak memory is its own; the cases take turns, and each finds the base's
 files in the kernel's memory and the disk idle. The clock starts when the libraries are imported, and peak memory counts
-them. The results of both libraries are compared, bit for bit, before
-anything is timed.
+them. The results of both libraries are compared, bit for bit, before anything is timed.
 
 `merge_folder` ends with its files on disk, and peft with them in the kernel's memory; so there are two plain copies,
 by reading and writing 1 MiB at a time, one with an fsync of each file and one without, and the kernel's own copy

@@ -137,6 +137,6 @@ def dropped(p: float) -> Any:
     def forward(x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         kept = dropout.draw(*rows.shape, p, x.device)
-        return x * dropout.mask(kept.bits, len(rows)).view(x.shape) * kept.scale
+        return x * dropout.mask(kept.bits, x.shape) * kept.scale
 
     return forward

@@ -49,7 +49,7 @@ def bits_of(shape: tuple[int, int, int], drops: bool) -> tuple[Tensor | None, Te
     if not drops:
         return None, None
     bits = dropout.draw(shape[0], shape[1], 0.3, torch.device("cpu")).bits
-    return bits, dropout.mask(bits, shape[0]).double()
+    return bits, dropout.mask(bits, shape[:2]).double()
 
 
 def ours(tensors: Sequence[Tensor], bits: Tensor | None, apart: bool) -> Tensor:
@@ -243,7 +243,7 @@ def test_dropout_drops_what_it_says_and_leaves_the_mean() -> None:
     for p in (0.0, 1 / 256, 0.1, 0.5, 0.93, 1.0):
         torch.manual_seed(3)
         kept = dropout.draw(1024, 1024, p, torch.device("cpu"))
-        dropped = 1 - dropout.mask(kept.bits, 1024).double()
+        dropped = 1 - dropout.mask(kept.bits, (1024, 1024)).double()
         # five standard deviations, and the rounding of p
         near = 5 * (p * (1 - p) / count) ** 0.5 + 2**-15
         assert float(dropped.mean()) == pytest.approx(p, abs=near)
@@ -288,7 +288,7 @@ def test_with_the_same_values_dropped_it_is_peft(dtype: torch.dtype, tmp_path: P
 
 def mask(x: Tensor, p: float) -> Tensor:
     kept = dropout.draw(*x.shape, p, x.device)
-    return dropout.mask(kept.bits, len(x)).to(x.dtype) * kept.scale
+    return dropout.mask(kept.bits, x.shape).to(x.dtype) * kept.scale
 
 
 CONVOLUTIONS = {

@@ -103,11 +103,6 @@ def _blocks(delta: Delta, x: Tensor, mask: Tensor | None, *others: Tensor | None
     return zip(*each, strict=False)  # as many as there are of x
 
 
-def _mask(bits: Tensor | None, x: Tensor) -> Tensor | None:
-    """m, a byte a value, in the shape of x."""
-    return None if bits is None else dropout.mask(bits, x.numel() // max(x.shape[-1], 1)).view(x.shape)
-
-
 def _seen(x: Tensor, a: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """m ∘ x and m, in the dtype of A."""
     wide = x.to(a.dtype)
@@ -121,7 +116,7 @@ def _run(x: Tensor, y: Tensor, delta: Delta, bits: Tensor | None, writes: bool) 
     """y + h Bᵀ and h, (..., tokens, r), in y's memory where `writes` says so."""
     x, rows = flat(x, delta.a), flat(y, delta.a)
     a, b, s = delta
-    mask = _mask(bits, x)
+    mask = None if bits is None else dropout.mask(bits, x.shape)
     if not writes:
         h = scaled(product(_seen(x, a, mask)[0], a.mT), s)
         return added(rows, h, b.mT).to(y.dtype).view(y.shape), h
@@ -200,7 +195,7 @@ def _pulled(
     """The gradients of x, A, B and s."""
     x, weight, delta, bits, h = kept
     a, b, s = delta
-    tokens, mask = dy.shape[0], _mask(bits, x)
+    tokens, mask = dy.shape[0], None if bits is None else dropout.mask(bits, x.shape)
     # T·i·r multiplications for z A, and a pass over dx
     sums = to_x and into_h is None and bits is None and tokens > dy.shape[-1]
     whole = _sum(weight, delta) if sums and weight is not None and _adds_up(weight, x, delta) else None

@@ -12,6 +12,8 @@ again.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,10 +52,10 @@ def draw(tokens: int, n: int, p: float, device: torch.device) -> Kept:
     return Kept(bits, _STEPS * _STEPS / kept if kept else 0.0)
 
 
-def mask(bits: Tensor, tokens: int) -> Tensor:
-    """(tokens, n), uint8: 1 where a value stays and 0 where not."""
+def mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """uint8, of the shape (..., n) that the bits are for: 1 where a value stays and 0 where not."""
     stays = (bits.unsqueeze(1) & _places(bits.device)).bool()
-    return stays.view(torch.uint8).reshape(-1, bits.shape[1])[:tokens]
+    return stays.view(torch.uint8).reshape(-1, bits.shape[1])[: math.prod(shape[:-1])].view(shape)
 
 
 def _words(rows: int, count: int, device: torch.device) -> Tensor:

@@ -88,7 +88,7 @@ def _plain(site: Site, delta: Delta, x: Tensor, y: Tensor, bits: Tensor | None) 
     if x.is_floating_point() and (bits is not None or site.kind not in _LINEAR):
         x = x.to(a.dtype)  # the product of a linear layer takes any dtype (`widening.linear`)
     if bits is not None:
-        x = x * dropout.mask(bits, x.numel() // max(x.shape[-1], 1)).to(x.dtype).view(x.shape)
+        x = x * dropout.mask(bits, x.shape).to(x.dtype)
     return lowrank.TABLE[site.kind].add(site, a, b, s, x, y).to(y.dtype)
 
 
