@@ -30,6 +30,7 @@ from peftfn.codecs import packed
 from peftfn.codecs.packed import Packed
 from peftfn.methods import dropout, outermost
 from peftfn.methods.products import add_to, added, by_column, flat, laid_out_as, more, product, scaled
+from peftfn.unviewed import unviewed
 
 SMALL = 2**14  # values of W below which calls, not multiplications, are what takes time
 _BLOCK = 5 * 2**15  # values of x that fit a core's cache with what is made of them
@@ -141,13 +142,15 @@ class _Adapted(torch.autograd.Function):
     def forward(*inputs: Any) -> Any:  # torch looks at the signature in each call: the shorter, the sooner
         x, weight, bias, y, a, b, s, bits, how, *tensors = inputs
         delta = Delta(a, b, s)
-        if y is not None:
-            return _run(x, y, delta, bits, writes=False)
         weight = weight if how is None else how(tuple(tensors))
         # T·o·r multiplications for h Bᵀ, and a pass over y; h itself is needed either way.
-        if bits is None and x.numel() > x.shape[-1] ** 2 and _adds_up(weight, x, delta):
-            return F.linear(x, _sum(weight, delta), bias), scaled(flat(x, a) @ a.T, s)
-        return _run(x, _times(x, weight, bias), delta, bits, writes=True)
+        if y is None and bits is None and x.numel() > x.shape[-1] ** 2 and _adds_up(weight, x, delta):
+            y, h = F.linear(x, _sum(weight, delta), bias), scaled(flat(x, a) @ a.T, s)
+        elif y is None:
+            y, h = _run(x, _times(x, weight, bias), delta, bits, writes=True)
+        else:
+            y, h = _run(x, y, delta, bits, writes=False)
+        return unviewed(y), h
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
