@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import optree
-import torch
 import torch.utils._pytree as torch_pytree
-from optree.registry import __GLOBAL_NAMESPACE as GLOBAL  # so that no namespace need be given
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor  # torch has no public question for this
+
+from peftfn.transforms import OPTREE_GLOBAL
 
 if TYPE_CHECKING:
     from peftfn.config import PeftConfig
@@ -120,13 +119,6 @@ def count(adapter: Adapter | Iterable[Adapter], model: nn.Module | None = None) 
     return Count(trained, trained + rest)
 
 
-def is_traced(*tensors: Tensor) -> bool:
-    """Whether the values cannot be looked at now: under `torch.compile`, or inside a `torch.func` transform."""
-    if torch.compiler.is_compiling():
-        return True
-    return any(is_functorch_wrapped_tensor(tensor) for tensor in tensors)
-
-
 def _flatten(adapter: Adapter) -> tuple[tuple[Tree, Tree], PeftConfig]:
     return (adapter.params, adapter.buffers), adapter.config
 
@@ -157,5 +149,5 @@ torch_pytree.register_pytree_node(
     serialized_type_name="peftfn.Adapter",
 )
 optree.register_pytree_node(
-    cast("Any", Adapter), cast("Any", _flatten_for_optree), cast("Any", _unflatten_for_optree), namespace=GLOBAL
+    cast("Any", Adapter), cast("Any", _flatten_for_optree), cast("Any", _unflatten_for_optree), namespace=OPTREE_GLOBAL
 )

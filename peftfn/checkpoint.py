@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from peftfn import encoders, files, fused, hub, keys, methods, older, stacking
-from peftfn.adapter import Adapter, is_traced
+from peftfn.adapter import Adapter
 from peftfn.config import PeftConfig
+from peftfn.transforms import is_traced
 
 _CONFIG_KEY = "peftfn.config"
 _REPLACES_KEY = "peftfn.replaces"

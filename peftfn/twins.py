@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import codecs, copies, offloaded, tracing
+from peftfn import codecs, copies, offloaded, transforms
 
 # What every module has, and the guards of a view (`peftfn.guards`), which stay the view's: nothing to rebind there.
 _STANDARD = frozenset((*vars(nn.Module()), "_load_from_state_dict", "apply", "requires_grad_"))
@@ -265,7 +265,7 @@ _HOOKS = (
 )
 
 
-@tracing.constant_result
+@transforms.constant_result
 def _method_names(cls: type[nn.Module]) -> tuple[str, ...]:
     """The methods of a model's own classes (those with a forward), not what they have from a library's base."""
     classes = [

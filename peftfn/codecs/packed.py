@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfn.unviewed import unviewed
+from peftfn.transforms import unviewed
 
 Tensors = tuple[Tensor, ...]
 

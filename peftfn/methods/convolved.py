@@ -21,7 +21,7 @@ from torch import Tensor
 
 from peftfn.methods.adapted import Delta
 from peftfn.methods.products import scaled
-from peftfn.unviewed import unviewed
+from peftfn.transforms import unviewed
 
 _CALLS = 2**17  # see `is_cheaper`
 _TRAINING = 4
