@@ -37,7 +37,7 @@ _is_wrapper = private(_FUNCTORCH, "is_functorch_wrapped_tensor")
 _is_batched = private(_FUNCTORCH, "is_batchedtensor")
 _unwrap = private(_FUNCTORCH, "get_unwrapped")
 _kinds = private(_FUNCTORCH, "TransformType")
-_forward_level = private("torch.autograd.forward_ad", "_current_level")
+_forward: Any = importlib.import_module("torch.autograd.forward_ad")
 
 OPTREE_GLOBAL: Any = private("optree.registry", "__GLOBAL_NAMESPACE") or "peftfn"
 """optree's namespace for nodes that need none to be given; where it is gone, one that has to be given."""
@@ -52,8 +52,7 @@ def is_transforming() -> bool:
 
 def is_forward_mode() -> bool:
     """Whether forward-mode differentiation is active outside of `torch.func`."""
-    # Read anew each time: it is a number, which torch binds again.
-    return _forward_level is None or bool(torch.autograd.forward_ad._current_level >= 0)  # noqa: SLF001
+    return getattr(_forward, "_current_level", 0) >= 0
 
 
 def is_mapping() -> bool:

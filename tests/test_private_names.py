@@ -26,7 +26,6 @@ NAMES = (
     "_is_batched",
     "_unwrap",
     "_kinds",
-    "_forward_level",
     "ENGINE_CALLER",
     "_unsafe_view",
     "_sdp_choice",
