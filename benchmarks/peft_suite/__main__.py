@@ -67,7 +67,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m peft_suite", description=__doc__)
     parser.add_argument("--jobs", type=int, default=max(1, min(4, os.cpu_count() or 1)), help="processes at once")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds for a group of 20 cases")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds for a group of 20 cases")
     parser.add_argument("--only", default="", help="a regex: only cases whose name it is found in; nothing is kept")
     parser.add_argument(
         "--sample", type=int, nargs="?", const=300, default=0, help="at most so many cases, of each kind some"

@@ -101,9 +101,10 @@ def several(subject: Subject, _: Mapping[str, Any]) -> None:
 def config(subject: Subject, _: Mapping[str, Any]) -> None:
     """The config that comes with a loaded adapter says what the given one does, and so does its file."""
     given, loaded = subject.config.to_dict(), subject.adapter.config.to_dict()
-    # The base's name is what the model says, if it says one, in peft as well.
+    # What the model says in peft as well: the base's name, if it has one, and how its weights are stored.
     filled = (
         "base_model_name_or_path",
+        "fan_in_fan_out",
         "auto_mapping",
         "inference_mode",
         "peft_version",

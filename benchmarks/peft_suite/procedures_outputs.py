@@ -11,7 +11,7 @@ from torch import Tensor
 
 import peftfn as pf
 from peft_suite import by_hand, compare
-from peft_suite.subject import Subject, cast, first, quiet, saved
+from peft_suite.subject import Subject, first, quiet, saved
 from peft_suite.table import procedure
 from peft_suite.verdicts import WrongError
 
@@ -80,31 +80,29 @@ def merging(subject: Subject, _: Mapping[str, Any]) -> None:
     again = pf.merge(subject.base().train().state_dict(), subject.adapter)
     for name, tensor in again.items():
         compare.same(f"merged again, {name}", tensor, params[name])
-    with quiet():
-        theirs = subject.peft_model().merge_and_unload().state_dict()
-        exact = cast(subject.peft_model(), torch.float64).merge_and_unload().state_dict()
-    for name in sorted(set(params) & set(theirs)):
-        compare.close(f"merged {name}", params[name], exact[name], theirs[name])
+    _same_weights(subject, params, subject.peft_model(), torch.float32, compare.SHARE)
 
 
 @procedure("merge_layers_fp16")
 def merging_half(subject: Subject, _: Mapping[str, Any]) -> None:
     """Merging into a float16 base gives float16 weights whose output is as near to float64 as peft's."""
-    model, dtype = subject.peft_model(torch.float16).to(torch.float16), torch.float16
-    exact = cast(subject.peft_model(torch.float16).to(torch.float16), torch.float64)
+    dtype = torch.float16
+    model = subject.peft_model(dtype).to(dtype)
+    base = subject.base(dtype)
+    params = pf.merge(base.state_dict(), pf.load(saved(model), base))
+    _same_weights(subject, params, model, dtype, share=4 * torch.finfo(dtype).eps)
+
+
+def _same_weights(subject: Subject, params: Mapping[str, Tensor], model: Any, dtype: torch.dtype, share: float) -> None:
+    """Raise where merged weights are not those that peft's model merges to; it is used up."""
+    exact = subject.widened(model, dtype)
     with quiet():
-        wanted, theirs = exact.merge_and_unload().state_dict(), model.merge_and_unload().state_dict()
-    adapter = _half(subject.adapter, dtype)
-    params = pf.merge(subject.base(dtype).state_dict(), adapter)
-    for name, tensor in params.items():
-        compare.equal(f"dtype of merged {name}", tensor.dtype, theirs[name].dtype if name in theirs else tensor.dtype)
-        if name in wanted:
-            compare.close(f"merged {name}", tensor, wanted[name], theirs[name], share=4 * torch.finfo(dtype).eps)
-
-
-def _half(adapter: pf.Adapter, dtype: torch.dtype) -> pf.Adapter:
-    params = {path: {name: t.to(dtype) for name, t in leaf.items()} for path, leaf in adapter.params.items()}
-    return adapter.replace(params=params)
+        theirs = None if by_hand.is_needed(subject.model_id) else model.merge_and_unload().state_dict()
+        wanted = (exact if theirs is None else exact.merge_and_unload()).state_dict()
+    for name in sorted(set(params) & set(wanted)):
+        if theirs is not None:
+            compare.equal(f"dtype of merged {name}", params[name].dtype, theirs[name].dtype)
+        compare.close(f"merged {name}", params[name], wanted[name], theirs and theirs[name], share=share)
 
 
 @procedure("merge_layers_nan")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import peftfn as pf
 from peft_suite import compare
+from peft_suite.procedures_training import double
 from peft_suite.subject import Subject, cast, first, quiet, saved
 from peft_suite.table import procedure
 from peft_suite.verdicts import WrongError, is_refusal
@@ -166,7 +167,7 @@ def combinations(subject: Subject, _: Mapping[str, Any]) -> None:
 
 def _summed(subject: Subject) -> None:
     """`cat` of adapters of bare parameters is the weighted sum of what they add, or refused."""
-    adapters = [_double(one.adapter) for one in (subject, subject.with_(seed=1))]
+    adapters = [double(one.adapter) for one in (subject, subject.with_(seed=1))]
     base = subject.base(torch.float64)
     with _may_refuse(subject):
         plain = base.state_dict()
@@ -192,7 +193,7 @@ def _one_way(
     """Combine some of them both ways and compare what comes out of the model."""
     given, name = [weights[number] for number in which], f"{way}-{len(model.peft_config)}"
     pruned = {"density": density} if any(word in way for word in ("ties", "dare", "prune")) else {}
-    adapters = [_double(parts[number].adapter) for number in which]
+    adapters = [double(parts[number].adapter) for number in which]
     ours = pf.combine(adapters, given, way, **pruned)
     kind = {} if parts[0].config_cls.__name__ == "IA3Config" else {"combination_type": way}
     with quiet():
@@ -201,10 +202,6 @@ def _one_way(
         truth = parts[0].run(model)
         result = parts[0].apply(ours, parts[0].base(torch.float64))
     compare.close(f"output of {way}", result, truth, share=1e-5)
-
-
-def _double(adapter: pf.Adapter) -> pf.Adapter:
-    return torch.utils._pytree.tree_map(lambda t: t.double() if t.is_floating_point() else t, adapter)
 
 
 def _refused(parts: Sequence[Subject], weights: Sequence[float], way: str) -> None:

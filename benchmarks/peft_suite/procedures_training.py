@@ -32,6 +32,11 @@ def has_encoder(subject: Subject) -> bool:
     return subject.config_cls.__name__ == "PromptEncoderConfig" or bool(subject.kwargs.get("prefix_projection"))
 
 
+def double(adapter: pf.Adapter) -> pf.Adapter:
+    """The adapter in float64, its buffers as well."""
+    return torch.utils._pytree.tree_map(lambda t: t.double() if t.is_floating_point() else t, adapter)
+
+
 def their_gradients(subject: Subject, model: Any) -> pf.Adapter:
     """peft's gradients as an adapter: a copy of its model with gradients for values, through its file."""
     trained = [one for one in model.parameters() if one.requires_grad]
@@ -80,9 +85,8 @@ def gradients(subject: Subject, _: Mapping[str, Any]) -> None:
 def _slope(subject: Subject, adapter: pf.Adapter) -> None:
     """The gradient along a direction is the slope of the loss there, in float64."""
     model, h = subject.base(torch.float64), 1e-6
-    widen = {path: {name: t.double() for name, t in leaf.items()} for path, leaf in adapter.params.items()}
-    start = adapter.replace(params=widen)
-    way = moved(start.replace(params=torch.utils._pytree.tree_map(torch.zeros_like, widen)), seed=9)
+    start = double(adapter)
+    way = moved(start.replace(params=torch.utils._pytree.tree_map(torch.zeros_like, start.params)), seed=9)
 
     def of(params: Any) -> Tensor:
         return loss(pf.apply(model, start.replace(params=params), subject.inputs_for(model)))
