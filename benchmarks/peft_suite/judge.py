@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from peft.config import PeftConfigMixin
 from peft.utils.peft_types import PeftType
 
 from peft_suite import promises, scope, verdicts
@@ -34,13 +35,24 @@ def at_once(case: Case, module: types.ModuleType | str) -> Verdict | None:
     """The verdict on a case for which nothing has to be run: its method is not here, or its file skips itself."""
     if isinstance(module, str):
         return scope.of(case) or Verdict(verdicts.UNFIT, module)
-    cls = case.params.get("config_cls")
-    cls = cls if isinstance(cls, type) else case.params.get("config_class")
-    if isinstance(cls, type) and method_of(cls) not in OFFERED:
+    cls = config_class(case)
+    if cls and method_of(cls) not in OFFERED:
         return Verdict(verdicts.NOT_OFFERED, f"method {method_of(cls)}")
     if (case.file, case.test) in TESTS or {"model_id", "config_cls"} <= set(case.params):
         return None
     return scope.of(case)
+
+
+def config_class(case: Case) -> type | None:
+    """peft's class of the config that a case is about, `None` where its parameters name none."""
+    for name in ("config_cls", "config_class", "cls"):
+        found = case.params.get(name)
+        if isinstance(found, type) and issubclass(found, PeftConfigMixin):
+            return found
+    for name in ("config", "config0", "peft_config"):
+        if isinstance(case.params.get(name), PeftConfigMixin):
+            return type(case.params[name])
+    return None
 
 
 def verdict(case: Case, module: types.ModuleType, memory: Memory, laws: Laws) -> Verdict:

@@ -30,8 +30,8 @@ class Kept(NamedTuple):
 
 def method(case: Case) -> str:
     """The method that a case is about, `-` where it names none."""
-    cls = case.params.get("config_cls")
-    return judge.method_of(cls) if isinstance(cls, type) else "-"
+    found = judge.config_class(case)
+    return judge.method_of(found) if found else "-"
 
 
 def test(case: Case) -> str:

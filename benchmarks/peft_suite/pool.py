@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,7 +31,8 @@ def verdicts(
 ) -> Iterator[tuple[Case, Verdict]]:
     """Each case with its verdict, as groups are done; a group that dies or takes too long loses the case it was at."""
     waiting, running = list(reversed(groups)), dict[int, _Worker]()
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     while waiting or running:
         while waiting and len(running) < jobs:
             cases = waiting.pop()
@@ -59,6 +61,7 @@ def _fork(cases: Sequence[Case], make: Callable[[], Judge], path: Path) -> int:
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
+        tempfile.tempdir = str(path.parent)  # what a killed one leaves goes with the folder
         judge = make()
         with path.open("w", encoding="utf-8") as file:
             for case in cases:

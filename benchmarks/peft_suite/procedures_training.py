@@ -155,6 +155,7 @@ def layer_indexing(subject: Subject, _: Mapping[str, Any]) -> None:
 def checkpointing(subject: Subject, extra: Mapping[str, Any]) -> None:
     """Gradients with checkpointed blocks are those without, on a bound model in training mode without dropout."""
     model = without_dropout(subject.base())
+    subject = subject.without("dropout")
     subject.config  # noqa: B018
     if subject.config_cls.__name__ == "PrefixTuningConfig":
         _refused(subject, model)

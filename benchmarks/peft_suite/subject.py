@@ -42,6 +42,11 @@ class Subject:
         seed = self.seed if seed is None else seed
         return Subject(self.model_id, self.config_cls, self.kwargs | changes, self.tester, seed)
 
+    def without(self, ending: str) -> Subject:
+        """The same without the fields whose names end so."""
+        kept = {name: value for name, value in self.kwargs.items() if not name.endswith(ending)}
+        return Subject(self.model_id, self.config_cls, kept, self.tester, self.seed)
+
     def peft_config(self) -> Any:
         """peft's config, a new one: peft writes into it."""
         return self.config_cls(base_model_name_or_path=self.model_id, **copy.deepcopy(self.kwargs))
