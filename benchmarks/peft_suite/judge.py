@@ -38,6 +38,8 @@ def at_once(case: Case, module: types.ModuleType | str) -> Verdict | None:
     cls = config_class(case)
     if cls and method_of(cls) not in OFFERED:
         return Verdict(verdicts.NOT_OFFERED, f"method {method_of(cls)}")
+    if lacks := scope.needs(case):
+        return lacks
     if (case.file, case.test) in TESTS or {"model_id", "config_cls"} <= set(case.params):
         return None
     return scope.of(case)

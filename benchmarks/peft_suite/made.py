@@ -19,7 +19,8 @@ class Made(Subject):
         bases = {"ModelMha": "MHA"}
         super().__init__(bases.get(type(model).__name__, type(model).__name__), type(config), {}, None, seed)
         self._model, self._config = copy.deepcopy(model), copy.deepcopy(config)
-        self.kwargs = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+        fields = vars(config) if config is not None else {}
+        self.kwargs = {name: value for name, value in fields.items() if not name.startswith("_")}
         self.inputs = dict(inputs) if inputs is not None else {"X": torch.arange(90).view(9, 10)}
 
     def base(self, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -138,8 +138,11 @@ def generation_half(subject: Subject, _: Mapping[str, Any]) -> None:
         ours = bound.generate(**rows, **options)
         theirs = model.generate(**rows, **options)
         exact = cast(subject.peft_model(torch.bfloat16), torch.float64).generate(**rows, **options)
-    # Two of its roundings apart, after a model of a few layers.
-    compare.close("first scores", ours.scores[0], exact.scores[0], theirs.scores[0], share=8 * 2**-8)
+    # peft counts positions past the masked token inside the second row, which a prompt does not put aside: see by_hand.
+    rows_ = slice(0, 1) if subject.config.peft_type in {"PROMPT_TUNING", "P_TUNING"} else slice(None)
+    scores = [one.scores[0][rows_] for one in (ours, exact, theirs)]
+    # A few of its roundings apart, after a model of a few layers.
+    compare.close("first scores", *scores, share=8 * 2**-8)
     compare.equal("shape of the tokens", ours.sequences.shape, theirs.sequences.shape)
 
 

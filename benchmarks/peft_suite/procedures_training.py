@@ -72,7 +72,9 @@ def our_gradients(subject: Subject, adapter: pf.Adapter) -> pf.Adapter:
 def gradients(subject: Subject, _: Mapping[str, Any]) -> None:
     """Every gradient is peft's, the base gets none, and what was trained is read back from peft's file."""
     before = compare.state(subject.model)
-    if has_encoder(subject) or by_hand.is_needed(subject.model_id):
+    if has_encoder(subject):
+        _of_encoder(subject)
+    elif by_hand.is_needed(subject.model_id):
         _slope(subject, moved(pf.init(subject.model, subject.config)))
     else:
         ours = our_gradients(subject, subject.adapter)
@@ -80,6 +82,30 @@ def gradients(subject: Subject, _: Mapping[str, Any]) -> None:
         compare.adapters("gradient", ours, exact, their_gradients(subject, subject.reference))
     compare.untouched(subject.model, before)
     compare.close("output", subject.apply(), subject.truth, subject.rounded)
+
+
+def _of_encoder(subject: Subject) -> None:
+    """The gradients of the network that makes a prompt, which peft's files do not hold: from its own parameters."""
+    fresh = pf.init(subject.model, subject.config)
+    (site, leaf), *_ = [item for item in fresh.params.items() if "embedding" in item[1]]
+    kept = [
+        {
+            name.removeprefix("default.").replace(".", "_").replace("embedding_weight", "embedding"): one
+            for name, one in model.prompt_encoder.named_parameters()
+        }
+        for model in (subject.exact, subject.reference)
+    ]
+    compare.equal("names of the network", sorted(leaf), sorted(kept[0]))
+    rest = {path: dict(one) for path, one in subject.adapter.params.items() if path != site}
+    same = {name: kept[1][name].detach().clone() for name in leaf}
+    ours = our_gradients(subject, fresh.replace(params={**rest, site: same}))
+    with quiet():
+        grads = [
+            dict(zip(names, torch.autograd.grad(loss(model(**subject.inputs_for(model))), names.values()), strict=True))
+            for names, model in zip(kept, (subject.exact, subject.reference), strict=True)
+        ]
+    alone = [fresh.replace(params={site: {name: one[name] for name in leaf}}) for one in grads]
+    compare.adapters("gradient", fresh.replace(params={site: ours.params[site]}), *alone)
 
 
 def _slope(subject: Subject, adapter: pf.Adapter) -> None:

@@ -108,7 +108,7 @@ def _failures(found: Found) -> str:
 
 def kind(why: str) -> str:
     """A reason without what differs from case to case: numbers, paths, and lists."""
-    plain = re.sub(r"\[.*?\]|\{.*?\}|'[^']*'|\d[\d.e+-]*", "*", why)
+    plain = re.sub(r"\[.*?\]|\{.*?\}|'[^']*'|\d[\d.e+-]*|\w+Config\b|\w+(?<!Runtime)Model\b", "*", why)
     return re.sub(r"\b(?:[\w*]+\.)+[\w*]+\b", "*", plain)[:70]
 
 

@@ -8,9 +8,6 @@ from collections.abc import Sequence
 
 from peft_suite import kept
 from peft_suite.inventory import Case
-from peft_suite.verdicts import BAD, RIGHT
-
-RUN = (RIGHT, *BAD)
 
 
 def of(cases: Sequence[Case], size: int, before: kept.Kept) -> list[Case]:
@@ -21,7 +18,7 @@ def of(cases: Sequence[Case], size: int, before: kept.Kept) -> list[Case]:
     strata: dict[tuple[str, str], list[Case]] = {}
     for case in sorted(cases, key=_order):
         key = (kept.test(case), kept.method(case))
-        if not before.counts or any(word in RUN for word in before.counts.get(key, {})):
+        if not before.counts or any(word in kept.RUN for word in before.counts.get(key, {})):
             strata.setdefault(key, []).append(case)
     rounds = itertools.zip_longest(*[_by_base(strata[key]) for key in sorted(strata)])
     chosen = [case for one in rounds for case in one if case is not None][:size]

@@ -82,6 +82,9 @@ OPERATIONS = {
     "conversion_same_output": "save_pretrained(path_initial_model_for_weight_conversion=)",
     "model_and_?layer_?status|modelandlayerstatus": "get_layer_status, get_model_status",
     "get_no_split|getnosplit": "a model's _no_split_modules",
+    "kappa": "find_kappa_target_modules",
+    "unregistered_variant|unsorted_variant|variant_combination|string_variants": "registering variants of LoRA",
+    "scalingadapters": "rescale_adapter_scale",
     "rescale_adapter|disable_lora_input|disable_input_dtype": "rescale_adapter_scale, disable_input_dtype_casting",
     "dynamic_?dispatch": "register_peft_method, LoraConfig._register_custom_module",
 }
@@ -102,6 +105,10 @@ STATE = {
     "naming_?conflict|custom_?model_?config_?warning": "warnings about peft's wrapping",
     "peft_version_(is_dev|warn)": "how peft finds its own version",
     "r_warning|warning_num_layers|still_works": "warnings about fields that are not used",
+    "find_minimal_target|suffix_is_substring": "how peft shortens a list of targets",
+    "checkispeftmodel|check_if": "helpers on peft's wrappers",
+    "initemptyweights|auto_clear_cache": "memory while peft wraps a model",
+    "pissa_olora|revision_warning|without_peft_wrapper": "warnings about peft's wrapping",
     "existing_model_card|non_existing": "merging a model card with one that is there",
 }
 NEEDS = {
@@ -110,18 +117,31 @@ NEEDS = {
     "test_hub_features|test_config.*from_pretrained(_cache_dir)?$|with_runtime_config": "a model hub",
     "from_hub|offline_mode|loadadapteroffline|hub_then|_remote": "a model hub",
     "test_auto": "a model hub",
-    "stable_?diffusion|diffusion": "diffusers",
+    "stable_?diffusion|diffusion|diffusers": "diffusers",
     "fsdp": "several processes",
     "test_seq_?2_?seq_trainer": "a model hub",
 }
-TABLES = ((METHODS, NOT_OFFERED, "method "), (FIELDS, NOT_OFFERED, "field "), (OPERATIONS, NOT_OFFERED, ""))
-REST = ((STATE, VALUES, ""), (NEEDS, UNFIT, ""))
+TABLES = (
+    (METHODS, NOT_OFFERED, "method "),
+    (FIELDS, NOT_OFFERED, "field "),
+    (OPERATIONS, NOT_OFFERED, ""),
+    (STATE, VALUES, ""),
+)
+
+
+def needs(case: Case) -> Verdict | None:
+    """What a case needs that is not at hand, by its file, class and test."""
+    name = f"{case.file}.{case.group}.{case.test}".lower()
+    found = next((reason for pattern, reason in NEEDS.items() if re.search(pattern, name)), None)
+    return Verdict(UNFIT, found) if found else None
 
 
 def of(case: Case) -> Verdict | None:
     """Why the case has no counterpart, by its file, class and test."""
+    if lacks := needs(case):
+        return lacks
     name = f"{case.file}.{case.group}.{case.test}".lower()
-    for table, word, prefix in (REST[1], *TABLES, REST[0]):
+    for table, word, prefix in TABLES:
         for pattern, reason in table.items():
             # A method's name counts where a word begins with it: `oft` is no part of `loftq`.
             if re.search(rf"(?<![a-z])(?:test)?(?:{pattern})" if table in (METHODS, FIELDS) else pattern, name):

@@ -44,13 +44,15 @@ class UnfitError(Exception):
 
 def of(error: BaseException) -> Verdict:
     """The verdict that an exception is."""
-    text = " ".join(str(error).split())[:400]
+    text = re.sub(r"/\S*/(?=\w+[.]\w)", "", " ".join(str(error).split()))[:400]  # whose folder it was is no matter
     if isinstance(error, WrongError):
         return Verdict(WRONG, text)
     if isinstance(error, NotOfferedError):
         return Verdict(NOT_OFFERED, text)
     if isinstance(error, UnfitError):
         return Verdict(UNFIT, text)
+    if isinstance(error, OSError) and "huggingface.co" in text:
+        return Verdict(UNFIT, "a model hub")
     if is_of_peft(error):
         return Verdict(LEFT, f"peft itself raises {type(error).__name__}: {text}")
     named = f"{type(error).__name__}: {text}"
@@ -89,5 +91,5 @@ def unsupported(error: ValueError) -> NotOfferedError | None:
     field = re.search(r"\((\w+)=.*?\): peft has this field", text)
     if field:
         return NotOfferedError(f"field {field[1]}")
-    start = re.search(r"init_lora_weights='(\w+)'; expected", text)
+    start = re.search(r"init_lora_weights='(\w+)'(?:; expected| goes with a base)", text)
     return NotOfferedError(f"init_lora_weights {start[1]}") if start else None
