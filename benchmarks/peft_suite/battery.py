@@ -81,11 +81,12 @@ def _same_shapes(fresh: pf.Adapter, loaded: pf.Adapter) -> None:
 
 
 def _same_weights(made: Made) -> None:
-    """Where no input is known: the merged weights are peft's."""
+    """Where no input is known: the merged weights are peft's, where it merges."""
+    made.peft_model().merge_and_unload()
+    if any(getattr(module, "groups", 1) > 1 for module in made.model.modules()):
+        return  # peft's own tests leave merging into these out
     ours = pf.merge(made.model.state_dict(), made.adapter)
-    theirs = made.peft_model().merge_and_unload().state_dict()
-    for name in sorted(set(ours) & set(theirs)):
-        compare.close(f"merged {name}", ours[name], theirs[name])
+    procedures_outputs.same_weights(made, ours, made.peft_model(), torch.float32, compare.SHARE)
 
 
 def _where_peft_raises(made: Made) -> None:

@@ -34,7 +34,7 @@ class Memory:
 def at_once(case: Case, module: types.ModuleType | str) -> Verdict | None:
     """The verdict on a case for which nothing has to be run: its method is not here, or its file skips itself."""
     if isinstance(module, str):
-        return scope.of(case) or Verdict(verdicts.UNFIT, module)
+        return scope.of(case) or Verdict(verdicts.UNFIT, module or "its file skips itself")
     cls = config_class(case)
     if cls and method_of(cls) not in OFFERED:
         return Verdict(verdicts.NOT_OFFERED, f"method {method_of(cls)}")

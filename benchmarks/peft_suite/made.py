@@ -16,8 +16,8 @@ class Made(Subject):
     """A base and a config as they are; the base's class says which of peft's faults are to be looked past."""
 
     def __init__(self, model: nn.Module, config: Any, inputs: Mapping[str, Any] | None = None, seed: int = 0) -> None:
-        bases = {"ModelMha": "MHA"}
-        super().__init__(bases.get(type(model).__name__, type(model).__name__), type(config), {}, None, seed)
+        attends = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
+        super().__init__("MHA" if attends else type(model).__name__, type(config), {}, None, seed)
         self._model, self._config = copy.deepcopy(model), copy.deepcopy(config)
         fields = vars(config) if config is not None else {}
         self.kwargs = {name: value for name, value in fields.items() if not name.startswith("_")}

@@ -80,7 +80,7 @@ def merging(subject: Subject, _: Mapping[str, Any]) -> None:
     again = pf.merge(subject.base().train().state_dict(), subject.adapter)
     for name, tensor in again.items():
         compare.same(f"merged again, {name}", tensor, params[name])
-    _same_weights(subject, params, subject.peft_model(), torch.float32, compare.SHARE)
+    same_weights(subject, params, subject.peft_model(), torch.float32, compare.SHARE)
 
 
 @procedure("merge_layers_fp16")
@@ -90,10 +90,10 @@ def merging_half(subject: Subject, _: Mapping[str, Any]) -> None:
     model = subject.peft_model(dtype).to(dtype)
     base = subject.base(dtype)
     params = pf.merge(base.state_dict(), pf.load(saved(model), base))
-    _same_weights(subject, params, model, dtype, share=4 * torch.finfo(dtype).eps)
+    same_weights(subject, params, model, dtype, share=4 * torch.finfo(dtype).eps)
 
 
-def _same_weights(subject: Subject, params: Mapping[str, Tensor], model: Any, dtype: torch.dtype, share: float) -> None:
+def same_weights(subject: Subject, params: Mapping[str, Tensor], model: Any, dtype: torch.dtype, share: float) -> None:
     """Raise where merged weights are not those that peft's model merges to; it is used up."""
     exact = subject.widened(model, dtype)
     with quiet():
