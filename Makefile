@@ -27,7 +27,7 @@ INSTALL += --no-warn-conflicts
 PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format doctest bench bench-gpu smollm2 smollm2-quantized transforms docs notebooks test-transformers4 test-peft050 test-gptq test-gptqmodel gptqmodel soak bench-merge clean
+.PHONY: help demo test lint format doctest bench bench-gpu smollm2 smollm2-quantized transforms docs notebooks test-transformers4 test-peft050 test-gptq test-gptqmodel gptqmodel soak bench-merge test-peft-suite clean
 
 help:  ## list the commands
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 22
@@ -72,6 +72,10 @@ soak: $(VENV)/dev.stamp  ## 200 adapters, 8 threads, adapters loaded and dropped
 bench-merge: $(VENV)/dev.stamp  ## time a merge from file to file against peft and a copy (ARGS="--gb 10": 30 GB of disk), and loading
 	$(PY) benchmarks/merge_stream.py $(ARGS)
 	$(PY) -W ignore benchmarks/loading.py
+
+# Where the last run stopped it goes on; ARGS=--fresh starts anew. A sample is held against what is kept of a whole run.
+test-peft-suite: $(VENV)/dev.stamp  ## peft's own test tables, each case through peftfn, into benchmarks/results/; ARGS=--sample is short
+	PYTHONPATH=benchmarks $(PY) -W ignore -m peft_suite $(ARGS)
 
 transforms: $(VENV)/dev.stamp  ## write docs/transforms.md: every method under every transform, run
 	$(PY) -W ignore benchmarks/transforms.py $(ARGS)
