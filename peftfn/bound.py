@@ -146,4 +146,18 @@ def _keep_signature(bound: nn.Module, model: nn.Module) -> None:
     """
     forward = bound.__dict__.get("forward")
     if isinstance(forward, (functools.partial, types.FunctionType)) and forward is not model.__dict__.get("forward"):
-        cast("Any", forward).__signature__ = inspect.signature(model.forward)
+        cast("Any", forward).__signature__ = _signature(model)
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    """What the model's forward takes: what it says, and where it passes more on, also what that of its class says."""
+    said = inspect.signature(model.forward)
+    own = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    if not any(one.kind is one.VAR_KEYWORD for one in said.parameters.values()):
+        return said
+    named = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+    more = {one.name: one.replace(kind=one.KEYWORD_ONLY) for one in said.parameters.values() if one.kind in named}
+    last = [one for one in said.parameters.values() if one.kind is one.VAR_KEYWORD]
+    first = [one for one in own if one.kind is not one.VAR_KEYWORD]
+    rest = [one for name, one in more.items() if name not in {one.name for one in first}]
+    return said.replace(parameters=[*first, *rest, *last])
