@@ -391,7 +391,7 @@ def test_a_model_that_transformers_quantizes_runs_merges_and_is_saved(kind: str,
     assert bound(**batch).logits.equal(ours)
     assert pf.apply(base, (), batch).logits.equal(copy.deepcopy(base)(**batch).logits)
     merged = pf.merge(base.state_dict(), adapter, requantize=True)
-    bound.save_pretrained(tmp_path / "merged")
+    bound.save_pretrained(tmp_path / "merged", merge=True, requantize=True)
     assert snapshot(base) == before
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged", device_map="cpu")
     state = again.state_dict()

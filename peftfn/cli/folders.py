@@ -135,7 +135,7 @@ def _merge_in_memory(
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         bound: Any = pf.bind(base, adapter)
-        bound.save_pretrained(temporary)
+        bound.save_pretrained(temporary, merge=True)
         with contextlib.suppress(UserError):  # a model of images has none
             from_pretrained("AutoTokenizer", base_name(adapter, model)).save_pretrained(temporary)
         if target.exists():
