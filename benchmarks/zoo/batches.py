@@ -46,7 +46,7 @@ def row(model: Any, number: int, length: int = TOKENS) -> dict[str, Tensor]:
     names, main = signature(model), model.main_input_name
     given: dict[str, Tensor] = {}
     if "input_ids" in names and main not in ("input_features", "input_values", "flattened_patches"):
-        given |= text(names, words(number, length))
+        given |= text(names, _ended(model, words(number, length)))
     given |= sounds(model, names, number, dtype_of(model))
     given |= images(model, names, number, dtype_of(model), given.get("input_ids"))
     if "decoder_input_ids" in names and _decodes(model):
@@ -54,5 +54,13 @@ def row(model: Any, number: int, length: int = TOKENS) -> dict[str, Tensor]:
     return given
 
 
+def _ended(model: Any, ids: Tensor) -> Tensor:
+    """The row with an end at its end where a classifier of an encoder and a decoder looks for it."""
+    if not _decodes(model) and model.config.is_encoder_decoder:
+        ids[:, -1] = model.config.eos_token_id
+    return ids
+
+
 def _decodes(model: Any) -> bool:
-    return bool(model.config.is_encoder_decoder) or "EncoderDecoder" in type(model).__name__ or not model.can_generate()
+    """Whether decoder tokens have to be given: classifiers of sequences shift their input themselves."""
+    return "SequenceClassification" not in type(model).__name__

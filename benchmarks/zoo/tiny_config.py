@@ -109,6 +109,8 @@ def tiny(config: PreTrainedConfig, tokens: Tokens) -> PreTrainedConfig:
     ):
         if group in values and values[group] and getattr(config, group) == getattr(config, heads, None):
             values[group] = values.get(heads, sizes.HEADS)  # no groups: multi-head latent attention is built so
+    if "pad_token_id" in {field.name for field in dataclasses.fields(config)}:
+        values.setdefault("pad_token_id", 0)
     rotary(values)
     override = OVERRIDES.get(config.model_type, {})
     values |= override(config) if callable(override) else override
