@@ -41,14 +41,15 @@ def text(names: set[str], ids: Tensor) -> dict[str, Tensor]:
     return given
 
 
-def row(model: Any, number: int, length: int = TOKENS) -> dict[str, Tensor]:
-    """The arguments of one row, which its number seeds."""
+def row(model: Any, number: int, length: int = TOKENS, seen: bool = True) -> dict[str, Tensor]:
+    """The arguments of one row, which its number seeds; not `seen` leaves the pictures beside words out."""
     names, main = signature(model), model.main_input_name
     given: dict[str, Tensor] = {}
     if "input_ids" in names and main not in ("input_features", "input_values", "flattened_patches"):
         given |= text(names, _ended(model, words(number, length)))
     given |= sounds(model, names, number, dtype_of(model))
-    given |= images(model, names, number, dtype_of(model), given.get("input_ids"))
+    if seen or "input_ids" not in given:
+        given |= images(model, names, number, dtype_of(model), given.get("input_ids"))
     if "decoder_input_ids" in names and _decodes(model):
         given["decoder_input_ids"] = torch.cat([torch.ones(1, 1, dtype=torch.long), words(number + 100, 5)], 1)
     return given

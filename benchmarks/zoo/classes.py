@@ -45,6 +45,11 @@ class Entry:
         return TASKS.get(self.family)
 
     @property
+    def layer_task(self) -> str | None:
+        """The same for adapters of layers; peft's wrapper of sequence tasks takes no sound."""
+        return None if self.family in ("speech", "image-text") else self.task
+
+    @property
     def model_class(self) -> type[transformers.PreTrainedModel]:
         return getattr(transformers, self.name)
 

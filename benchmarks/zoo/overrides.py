@@ -16,6 +16,30 @@ def _dbrx_attention(config: Any) -> Any:
     return given
 
 
+def _resnet(config: Any) -> dict[str, Any]:
+    """transformers' own backbone in the place of timm's."""
+    from transformers import ResNetConfig
+
+    backbone = ResNetConfig(**OVERRIDES["resnet"], out_features=["stage2", "stage3", "stage4"])
+    backbone = backbone if "num_feature_levels" in vars(config) else ResNetConfig(**OVERRIDES["resnet"], out_features=["stage4"])
+    return {"backbone_config": backbone, "use_timm_backbone": False, "use_pretrained_backbone": False}
+
+
+def _upernet(config: Any) -> dict[str, Any]:
+    from transformers import ConvNextConfig
+
+    backbone = ConvNextConfig(**STAGES, image_size=64, out_features=["stage1", "stage2", "stage3", "stage4"])
+    return {"backbone_config": backbone, "auxiliary_in_channels": 32, "pool_scales": [1, 2]}
+
+
+RESNET = _resnet
+RTDETR = {"num_queries": 6}
+DPT = {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 16, 24, 32]}
+STAGES = {"hidden_sizes": [16, 24, 32, 32], "depths": [1, 1, 1, 1]}
+SWIN = {"embed_dim": 16, "depths": [2, 1], "num_heads": [2, 2], "window_size": 4, "image_size": 32}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+PINPOINTS = {"image_grid_pinpoints": [[32, 64], [64, 32]]}
+WINDOWS = {"window_size": 16, "fullatt_block_indexes": [1], "out_hidden_size": 32}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}
 
 OVERRIDES: dict[str, Any] = {
@@ -45,7 +69,7 @@ OVERRIDES: dict[str, Any] = {
         "num_hidden_layers": 2,
     },
     "xmod": {"languages": ("en_XX",), "default_language": "en_XX"},
-    "xlstm": {"head_dim": None, "num_heads": 4, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
+    "xlstm": {"head_dim": None, "num_heads": 4, "embedding_dim": 32, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "cohere_compass_text": {
         "rope_parameters": {
@@ -72,41 +96,78 @@ OVERRIDES: dict[str, Any] = {
         "ffn_config": type(config.ffn_config)(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2, hidden_size=32),
     },
     "esm": {"vocab_size": 128},
-    "bit": {"embedding_size": 16, "hidden_sizes": [32, 64, 64, 64], "num_groups": 4, "layer_type": "bottleneck"},
-    "convnext": {"hidden_sizes": [16, 24, 32, 32], "depths": [1, 1, 1, 1]},
-    "convnextv2": {"hidden_sizes": [16, 24, 32, 32], "depths": [1, 1, 1, 1]},
-    "perceiver": {
-        "d_latents": 32,
-        "d_model": 32,
-        "num_latents": 6,
-        "max_position_embeddings": 64,
-        "qk_channels": None,
-        "v_channels": None,
-    },
+    "bit": {"embedding_size": 16, "hidden_sizes": [32, 64, 64, 64], "num_groups": 4},
+    "cvt": {"embed_dim": [16, 24, 32], "num_heads": [1, 1, 2], "depth": [1, 1, 2], "drop_path_rate": [0.0, 0.0, 0.1]},
+    "convnext": STAGES,
+    "convnextv2": STAGES,
+    "levit": {"patch_size": 16, "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 4], "key_dim": [8, 8, 8], "depths": [1, 1, 1], "image_size": 64},
+    "efficientnet": {"image_size": 64, "hidden_dim": 64, "width_coefficient": 1.0, "depth_coefficient": 1.0, "in_channels": [32, 8, 8, 16, 16, 16, 16], "out_channels": [8, 8, 16, 16, 16, 16, 64], "depth_divisor": 8, "num_block_repeats": [1] * 7},
+    "hgnet_v2": {"embedding_size": 8, "hidden_sizes": [16, 16, 24, 32], "depths": [1, 1, 1, 1], "stem_channels": [3, 8, 8], "stage_in_channels": [8, 16, 16, 24], "stage_mid_channels": [8, 8, 8, 8], "stage_out_channels": [16, 16, 24, 32], "stage_num_blocks": [1, 1, 1, 1], "stage_numb_of_layers": [2, 2, 2, 2]},
+    "poolformer": STAGES | {"hidden_sizes": [16, 24, 32, 32], "patch_size": 16},
+    "pvt": STAGES | {"image_size": 64, "num_attention_heads": [1, 2, 2, 2], "sequence_reduction_ratios": [2, 2, 1, 1]},
+    "swin": SWIN,
+    "swinv2": SWIN,
+    "donut-swin": SWIN,
+    "maskformer-swin": SWIN,
+    "mobilevitv2": {"image_size": 128, "base_attn_unit_dims": [16, 24, 32], "n_attn_blocks": [1, 1, 1], "width_multiplier": 0.25},
+    "mobilevit": {"image_size": 64, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 32]},
+    "textnet": {"hidden_sizes": [16, 16, 16, 24, 32], "stem_out_channels": 16},
+    "segformer": STAGES | {"hidden_sizes": [16, 24, 32, 32], "num_attention_heads": [1, 1, 2, 2], "decoder_hidden_size": 32},
+    "focalnet": {"embed_dim": 16, "depths": [1, 1, 1, 1], "image_size": 64, "hidden_sizes": [16, 32, 64, 128]},
+    "hiera": {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "image_size": [64, 64], "initial_layers": 1},
+    "mobilenet_v1": {"depth_multiplier": 0.25, "image_size": 64},
+    "mobilenet_v2": {"depth_multiplier": 0.25, "image_size": 64},
+    "perceiver": {"d_latents": 32, "d_model": 32, "num_latents": 6, "max_position_embeddings": 64, "num_self_attends_per_block": 2, "num_self_attention_heads": 1, "num_cross_attention_heads": 1},
     "funnel": {"d_model": 32, "d_head": 8, "n_head": 4, "d_inner": 48, "block_sizes": (2, 2)},
     "ctrl": {"dff": 48},
     "xlnet": {"d_inner": 48, "n_layer": 2},
-    "gemma3n": {},
     "gemma3": {"mm_tokens_per_image": 4},
+    "shieldgemma2": {"mm_tokens_per_image": 4},
     "t5gemma2_encoder": {"mm_tokens_per_image": 4},
-    "t5gemma2": {},
-    "longcat_flash": {
-        "expert_ffn_hidden_size": 48,
-        "n_routed_experts": 4,
-        "zero_expert_num": 2,
-        "moe_topk": 2,
-        "num_layers": 1,
-        "num_hidden_layers": 2,
-    },
-    "layoutlmv3": {
-        "coordinate_size": 4,
-        "shape_size": 8,
-        "max_2d_position_embeddings": 64,
-        "input_size": 32,
-        "patch_size": 8,
-    },
+    "longcat_flash": {"expert_ffn_hidden_size": 48, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "num_layers": 1, "num_hidden_layers": 2},
+    "layoutlmv3": {"coordinate_size": 4, "shape_size": 8, "max_2d_position_embeddings": 64, "input_size": 32, "patch_size": 8},
     "lilt": {"hidden_size": 48, "num_attention_heads": 4, "max_2d_position_embeddings": 64},
-    "vibevoice_asr": {},
     "canine": {"num_hash_functions": 4, "num_hash_buckets": 64},
+    "dots3_note_vision_encoder": {"mlp_layer_types": ["dense", "dense"], "num_hidden_layers": 2},
+    "wav2vec2-bert": {"vocab_size": 128},
+    "wav2vec2-conformer": {"vocab_size": 128},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "qwen2_vl_text": MROPE,
+    "qwen2_5_vl_text": MROPE,
+    "glm4v_text": MROPE,
+    "glm4v_moe_text": MROPE | {"head_dim": 16},
+    "glm_ocr_text": MROPE,
+    "glm46v_text": MROPE,
+    "ernie4_5_vl_moe_text": MROPE,
+    "cosmos3_edge_text": MROPE,
+    "hunyuan_vl_text": MROPE,
+    "llava_next": PINPOINTS,
+    "llava_next_video": PINPOINTS,
+    "llava_onevision": PINPOINTS,
+    "granite4_vision": PINPOINTS,
+    "qwen2_5_vl_vision": WINDOWS,
+    "exaone4_5_vision": WINDOWS,
+    "vipllava": {"vision_feature_layer": [-1, -2]},
+    "musicgen_decoder": {"num_codebooks": 4},
+    "llama4_vision_model": {"projector_input_dim": 32, "projector_output_dim": 32, "intermediate_size": 128, "vision_output_dim": 32},
+    "d_fine": RTDETR,
+    "rt_detr": RTDETR,
+    "rt_detr_v2": RTDETR,
+    "deimv2": RTDETR,
+    "pp_doclayout_v2": RTDETR,
+    "pp_doclayout_v3": RTDETR,
+    "pp_doclayout_v4": RTDETR,
+    "dpt": DPT,
+    "tipsv2_dpt": DPT,
+    "upernet": _upernet,
+    "lw_detr": {"image_size": 64},
+    "beit": {"out_indices": [1, 2, 3, 4], "num_hidden_layers": 4},
+    "data2vec-vision": {"out_indices": [1, 2, 3, 4], "num_hidden_layers": 4},
+    "detr": RESNET,
+    "conditional_detr": RESNET,
+    "dab-detr": RESNET,
+    "deformable_detr": RESNET,
+    "table-transformer": RESNET,
+    "resnet": {"embedding_size": 16, "hidden_sizes": [16, 16, 24, 32], "depths": [1, 1, 1, 1], "layer_type": "basic"},
     "ReformerModelWithLMHead": {"is_decoder": True},
 }

@@ -111,6 +111,8 @@ def tiny(config: PreTrainedConfig, tokens: Tokens) -> PreTrainedConfig:
             values[group] = values.get(heads, sizes.HEADS)  # no groups: multi-head latent attention is built so
     if "pad_token_id" in {field.name for field in dataclasses.fields(config)}:
         values.setdefault("pad_token_id", 0)
+    if config.is_encoder_decoder:
+        values.setdefault("decoder_start_token_id", 1)
     rotary(values)
     override = OVERRIDES.get(config.model_type, {})
     values |= override(config) if callable(override) else override
