@@ -52,6 +52,12 @@ def row(model: Any, number: int, length: int = TOKENS, seen: bool = True) -> dic
         given |= images(model, names, number, dtype_of(model), given.get("input_ids"))
     if "decoder_input_ids" in names and _decodes(model):
         given["decoder_input_ids"] = torch.cat([torch.ones(1, 1, dtype=torch.long), words(number + 100, 5)], 1)
+    books = getattr(model.config, "num_codebooks", None) if "musicgen" in model.config.model_type else None
+    if books is not None:  # a row of each of its vocabularies
+        given["input_ids"] = torch.cat([words(10 * number + book, length) for book in range(books)])
+    if model.config.model_type == "dia":
+        channels = model.config.decoder_config.num_channels
+        given["decoder_input_ids"] = given["decoder_input_ids"][..., None].expand(-1, -1, channels)
     return given
 
 

@@ -80,6 +80,18 @@ def _scale(owner: nn.Module, vector: Tensor) -> None:
         _put(owner, "bias", bias.detach() * vector[:, 0])
 
 
+def not_called(model: nn.Module, adapter: pf.Adapter, batch: Mapping[str, Any]) -> list[str]:
+    """The adapter's layers whose forward does not run in a call of the bare model."""
+    made = copy.deepcopy(model)
+    ran: set[str] = set()
+    for path in adapter.params:
+        owner, _ = place(made, path)
+        owner.register_forward_hook(lambda *_, path=path: ran.add(path))
+    with torch.no_grad():
+        made(**batch)
+    return sorted(adapter.params.keys() - ran)
+
+
 def gradients(made: Any, adapter: pf.Adapter, loss: Tensor) -> dict[str, dict[str, Tensor]]:
     """The gradient of each factor, from the gradients of the weights of a model of `adapted`."""
     spots = {path: place(made, path) for path in adapter.params}

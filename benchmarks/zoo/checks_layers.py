@@ -20,7 +20,10 @@ from zoo.verdicts import RIGHT, WRONG, NotApplicable, Verdict, judged
 def against_hand(case: Case, adapter: pf.Adapter) -> Verdict:
     """`apply` against a copy with the adapter's weights put in by hand."""
     want = called(by_hand.adapted(case.model, adapter), case.batch)
-    return judged(output_of(lambda: pf.apply(case.model, adapter, case.batch)), want, case.base, case.exact)
+    verdict = judged(output_of(lambda: pf.apply(case.model, adapter, case.batch)), want, case.base, case.exact)
+    if verdict.verdict == WRONG and (lost := by_hand.not_called(case.model, adapter, case.batch)):
+        return verdict._replace(reason=f"{verdict.reason}; the base reads past {len(lost)} layers' forward: {lost[0]}")
+    return verdict
 
 
 def lora(case: Case) -> Verdict:

@@ -15,9 +15,12 @@ def images(model: Any, names: set[str], number: int, dtype: torch.dtype, ids: Te
     """The image arguments of one row; with words, their tokens are put before them."""
     generator = torch.Generator().manual_seed(2000 + number)
     if "flattened_patches" in names:  # two of the numbers of a patch say where it is
-        patches = torch.randn((1, 16, model.config.vision_config.patch_embed_hidden_size), generator=generator)
+        patches = torch.randn((1, 16, model.config.vision_config.patch_embed_hidden_size + 2), generator=generator)
         patches[..., 0], patches[..., 1] = torch.arange(16) // 4 + 1, torch.arange(16) % 4 + 1
         return {"flattened_patches": patches.to(dtype)}
+    if model.main_input_name == "pixel_values_videos":
+        size = number_of(model.config, "image_size", default=32)
+        return {"pixel_values_videos": torch.randn((1, 2, 3, size, size), generator=generator).to(dtype)}
     if "pixel_values" not in names:
         return {}
     given = pixels(model, names, generator, dtype)
@@ -60,6 +63,8 @@ def pixels(model: Any, names: set[str], generator: torch.Generator, dtype: torch
         values = random(1, GRID * GRID, channels * patch * patch)
         return {"pixel_values": values, "spatial_shapes": torch.tensor([[GRID, GRID]]), "pixel_attention_mask": mask}
     kind = model.config.model_type
+    if kind == "fuyu":
+        return {"pixel_values": random(1, GRID, channels * patch * patch)}
     if kind in TILED:
         return {"pixel_values": random(1, 1, channels, size, size)}
     if kind in PINPOINTS:
@@ -70,7 +75,7 @@ def pixels(model: Any, names: set[str], generator: torch.Generator, dtype: torch
         given["image_sizes"] = torch.tensor([[size, size]])
     if "pixel_mask" in names:
         given["pixel_mask"] = torch.ones(1, size, size, dtype=torch.long)
-    return given | _beside(kind, names, random, size)
+    return given | _beside(names, random, size, getattr(model.config, "task_seq_len", 0))
 
 
 # Several pictures a row, or one cut into tiles with a whole one before them.
@@ -96,12 +101,12 @@ def _grid(model: Any, random: Any, channels: int, patch: int, config: Any) -> di
     return given
 
 
-def _beside(kind: str, names: set[str], random: Any, size: int) -> dict[str, Tensor]:
+def _beside(names: set[str], random: Any, size: int, length: int) -> dict[str, Tensor]:
     """What single models want beside the picture."""
     if "high_res_pixel_values" in names:
         return {"high_res_pixel_values": random(1, 3, size, size)}
     if "task_inputs" in names:
-        return {"task_inputs": torch.arange(5, 13)[None]}
+        return {"task_inputs": torch.arange(5, 5 + length)[None]}
     if "qformer_input_ids" in names:
         ids = torch.arange(5, 9)[None]
         return {"qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids)}
@@ -123,7 +128,7 @@ def among_words(model: Any, names: set[str], given: dict[str, Tensor], ids: Tens
         return {}
     start = getattr(model.config, "vision_start_token_id", None)
     front = torch.full((1, features(model, given)), token)
-    ids = torch.cat([torch.full((1, 1), start)] * isinstance(start, int) + [front, ids], 1)
+    ids = torch.cat([*([torch.full((1, 1), start)] if isinstance(start, int) else []), front, ids], 1)
     more = {"input_ids": ids}
     if "attention_mask" in names:
         more["attention_mask"] = torch.ones_like(ids)

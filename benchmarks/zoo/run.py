@@ -20,8 +20,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import argparse
 import json
+import multiprocessing
 import random
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 import torch
@@ -66,7 +69,8 @@ def main() -> int:
     number, count = (int(part) for part in given.shard.split("/"))
     classes = classes[number - 1 :: count]
     if given.sample:
-        found = {one.name: findings(one, checks) for one in progress(classes)}
+        warm_up()
+        found = {one.name: checked for one, checked in each([(one, checks) for one in classes], given.jobs)}
         return worse(found, version)
     work(classes, checks, version, given)
     report.write(kept(version), version, [one.name for one in entries()])
@@ -84,23 +88,26 @@ def work(classes: list[Entry], checks: list[str], version: str, given: argparse.
     warm_up()
     LINES.mkdir(parents=True, exist_ok=True)
     with lines_of(version, given.shard if given.shard != "1/1" else "").open("a") as lines:
-        for one, missing in progress(todo, key=lambda pair: pair[0].name):
-            for check, finding in findings(one, missing).items():
+        for one, found in each(todo, given.jobs):
+            for check, finding in found.items():
                 lines.write(json.dumps({"class": one.name, "family": one.family, "check": check, **finding}) + "\n")
             lines.flush()
 
 
-def progress(items: list[Any], key: Any = lambda one: one.name) -> Any:
-    """The items, with a bar that says which one is on."""
-    bar = tqdm(items, unit="class", dynamic_ncols=True, disable=None)
-    for item in bar:
-        bar.set_postfix_str(key(item))
-        yield item
+def each(todo: list[tuple[Entry, list[str]]], jobs: int) -> Iterator[tuple[Entry, dict[str, Any]]]:
+    """Each class with what was found, as they come, with a bar that says which one came last."""
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        running = {pool.submit(findings, one, checks): one for one, checks in todo}
+        bar = tqdm(as_completed(running), total=len(running), unit="class", dynamic_ncols=True, mininterval=1)
+        for future in bar:
+            bar.set_postfix_str(running[future].name)
+            yield running[future], future.result()
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shard", default="1/1", help="which part of how many, such as 1/2")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="classes at a time")
     parser.add_argument("--only", nargs="+", default=[], help="checks or groups of checks to run again")
     parser.add_argument("--resume", action="store_true", help="with --only: go on instead of starting again")
     parser.add_argument("--classes", nargs="+", default=[], help="classes or families; all by default")

@@ -14,6 +14,8 @@ def sounds(model: Any, names: set[str], number: int, dtype: torch.dtype) -> dict
     """The audio arguments of one row; none for a model without a main input of sound."""
     generator = torch.Generator().manual_seed(1000 + number)
     main, config = model.main_input_name, model.config
+    if main == "inputs" and "input_values" in names:
+        return {"input_values": torch.randn((1, SAMPLES), generator=generator).to(dtype)}
     if main == "input_values" and "input_values" in names:
         shape: tuple[int, ...] = (1, SAMPLES)
         if hasattr(config, "max_length") and hasattr(config, "num_mel_bins"):  # AST: a spectrogram as one picture

@@ -75,4 +75,4 @@ def model_and_batch(model_class: type[transformers.PreTrainedModel]) -> tuple[An
                 said.append(f"{type(error).__name__}: {error}")
             else:
                 return model, batch
-    raise CannotBuild(f"{model_class.__name__}: {said[-2]}") from None
+    raise CannotBuild(f"{model_class.__name__}: {' | '.join(dict.fromkeys(said[-2:]))}") from None

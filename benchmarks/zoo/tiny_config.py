@@ -113,6 +113,8 @@ def tiny(config: PreTrainedConfig, tokens: Tokens) -> PreTrainedConfig:
         values.setdefault("pad_token_id", 0)
     if config.is_encoder_decoder:
         values.setdefault("decoder_start_token_id", 1)
+    if hasattr(config, "depths") and getattr(config, "_out_features", None):
+        values["out_features"] = list(config.out_features)  # a backbone's stages, of which none is dropped
     rotary(values)
     override = OVERRIDES.get(config.model_type, {})
     values |= override(config) if callable(override) else override

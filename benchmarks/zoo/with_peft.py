@@ -66,6 +66,7 @@ def reads(case: Case, adapter: pf.Adapter) -> tuple[Any, list[str]]:
     with peft_at_work(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         model = peft.PeftModel.from_pretrained(copy.deepcopy(case.model), folder).eval()
+    clear(folder)
     complaints = [str(one.message) for one in said if "key" in str(one.message).lower()]
     return model, complaints
 
