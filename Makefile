@@ -73,6 +73,9 @@ bench-merge: $(VENV)/dev.stamp  ## time a merge from file to file against peft a
 	$(PY) benchmarks/merge_stream.py $(ARGS)
 	$(PY) -W ignore benchmarks/loading.py
 
+zoo: $(VENV)/dev.stamp  ## every architecture of transformers, tiny, to benchmarks/results/zoo.md; goes on where it stopped (ARGS="--sample": five minutes)
+	$(PY) -W ignore benchmarks/zoo/run.py $(ARGS)
+
 transforms: $(VENV)/dev.stamp  ## write docs/transforms.md: every method under every transform, run
 	$(PY) -W ignore benchmarks/transforms.py $(ARGS)
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo import sizes
 from zoo.pictures import images
 from zoo.sounds import sounds
 

@@ -1,4 +1,4 @@
-"""Adapted models without any adapter: copies whose weights were replaced by W + sBA or lW, and gradients from theirs."""
+"""Adapted models without any adapter: copies whose weights were replaced by W + sBA or lW, and their gradients."""
 
 from __future__ import annotations
 
@@ -95,7 +95,10 @@ def not_called(model: nn.Module, adapter: pf.Adapter, batch: Mapping[str, Any]) 
 def gradients(made: Any, adapter: pf.Adapter, loss: Tensor) -> dict[str, dict[str, Tensor]]:
     """The gradient of each factor, from the gradients of the weights of a model of `adapted`."""
     spots = {path: place(made, path) for path in adapter.params}
-    wanted = {path: {key: getattr(owner, key if "lora_" not in key else name) for key in adapter.params[path]} for path, (owner, name) in spots.items()}
+    wanted = {
+        path: {key: getattr(owner, key if "lora_" not in key else name) for key in adapter.params[path]}
+        for path, (owner, name) in spots.items()
+    }
     every = list({id(p): p for leaf in wanted.values() for p in leaf.values()}.values())
     found = torch.autograd.grad(loss, every, allow_unused=True)
     grads = {id(p): torch.zeros_like(p) if g is None else g for p, g in zip(every, found, strict=True)}

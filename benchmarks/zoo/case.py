@@ -72,5 +72,6 @@ class Case:
         return self.lora_of(0)
 
     def lora_of(self, seed: int) -> pf.Adapter:
+        """Another one like it."""
         config = pf.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type=self.entry.layer_task)
         return filled(pf.init(self.model, config), seed)

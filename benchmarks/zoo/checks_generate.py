@@ -31,7 +31,13 @@ def prepared(case: Case) -> dict[str, Any]:
 def decoded(model: Any, batch: Mapping[str, Any], **given: Any) -> dict[str, Tensor]:
     """Greedy tokens and the scores that led to them; the model's own stop tokens stop nothing."""
     torch.manual_seed(0)
-    for stop in ("eos_token_id", "forced_eos_token_id", "forced_bos_token_id", "suppress_tokens", "begin_suppress_tokens"):
+    for stop in (
+        "eos_token_id",
+        "forced_eos_token_id",
+        "forced_bos_token_id",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+    ):
         setattr(model.generation_config, stop, None)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = 0
@@ -58,6 +64,8 @@ def generate(case: Case) -> Verdict:
         try:
             want = decoded(hand, batch, **given)
         except Exception:  # noqa: BLE001
-            raise NotApplicable(f"the bare model does not generate: {type(first).__name__}: {str(first)[:150]}") from first
+            raise NotApplicable(
+                f"the bare model does not generate: {type(first).__name__}: {str(first)[:150]}"
+            ) from first
     got = decoded(pf.bind(case.model, case.lora), batch, **given)
     return judged(got, want, None, case.exact)

@@ -1,4 +1,4 @@
-"""Adapters of layers and of bare parameters: the output of `apply`, `bind` and `merge` against weights replaced by hand."""
+"""Adapters of layers and of bare parameters: what `apply`, `bind` and `merge` give against weights put in by hand."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def default(case: Case) -> Verdict:
     adapter = filled(pf.init(case.model, pf.LoraConfig(r=4, lora_alpha=6, task_type=case.entry.layer_task)))
     ours = {path for path, leaf in adapter.params.items() if any("lora_" in name for name in leaf)}
     if ours != theirs:
-        return Verdict(WRONG, f"other layers: only here {sorted(ours - theirs)[:3]}, only in peft {sorted(theirs - ours)[:3]}")
+        return Verdict(
+            WRONG, f"other layers: only here {sorted(ours - theirs)[:3]}, only in peft {sorted(theirs - ours)[:3]}"
+        )
     return against_hand(case, adapter)
 
 

@@ -1,4 +1,4 @@
-"""Prompts and prefixes: `apply`, `generate`, gradients, rows of unlike length, against embeddings and caches by hand."""
+"""Prompts and prefixes: `apply`, `generate`, gradients, rows of unlike length, against tokens and caches by hand."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ TASKED = {"causal", "seq2seq", "classification", "speech", "image-text"}
 
 def prompt_of(case: Case, seed: int = 0, tokens: int = TOKENS) -> pf.Adapter:
     _asked(case)
-    return filled(pf.init(case.model, pf.PromptTuningConfig(num_virtual_tokens=tokens, task_type=case.entry.task)), seed)
+    return filled(
+        pf.init(case.model, pf.PromptTuningConfig(num_virtual_tokens=tokens, task_type=case.entry.task)), seed
+    )
 
 
 def prefix_of(case: Case, seed: int = 0, tokens: int = TOKENS) -> pf.Adapter:
     _asked(case)
-    return filled(pf.init(case.model, pf.PrefixTuningConfig(num_virtual_tokens=tokens, task_type=case.entry.task)), seed)
+    return filled(
+        pf.init(case.model, pf.PrefixTuningConfig(num_virtual_tokens=tokens, task_type=case.entry.task)), seed
+    )
 
 
 def _asked(case: Case) -> None:
@@ -49,8 +53,12 @@ def prompt_grad(case: Case) -> Verdict:
     made = hand.prompted(case, adapter)
     rows = hand.rows_of(made)
     rows.requires_grad_()
-    (grad,) = torch.autograd.grad(loss_of(hand.text_part(case, hand.run(made, hand.longer(case, case.batch, TOKENS)))), rows)
-    found = torch.func.grad(lambda p: loss_of(hand.text_part(case, hand.run(case.model, case.batch, adapter.replace(params=p)))))(adapter.params)
+    (grad,) = torch.autograd.grad(
+        loss_of(hand.text_part(case, hand.run(made, hand.longer(case, case.batch, TOKENS)))), rows
+    )
+    found = torch.func.grad(
+        lambda p: loss_of(hand.text_part(case, hand.run(case.model, case.batch, adapter.replace(params=p))))
+    )(adapter.params)
     (leaf,) = [leaf for path, leaf in found.items() if "prompt_embeddings" in leaf]
     got = leaf["prompt_embeddings"][:TOKENS]
     off = apart({"": got}, {"": grad}) / max(float(grad.abs().max()), 1e-30)

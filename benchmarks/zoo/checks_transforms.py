@@ -46,13 +46,18 @@ def grad(case: Case) -> Verdict:
 
 
 def _by_grad(case: Case) -> Any:
-    return torch.func.grad(lambda p: loss_of(pf.apply(case.model, case.lora.replace(params=p), case.batch)))(case.lora.params)
+    return torch.func.grad(lambda p: loss_of(pf.apply(case.model, case.lora.replace(params=p), case.batch)))(
+        case.lora.params
+    )
 
 
 def _by_backward(case: Case) -> Any:
     params = {path: {n: t.clone().requires_grad_() for n, t in leaf.items()} for path, leaf in case.lora.params.items()}
     loss_of(pf.apply(case.model, case.lora.replace(params=params), case.batch)).backward()
-    return {path: {n: torch.zeros_like(t) if t.grad is None else t.grad for n, t in leaf.items()} for path, leaf in params.items()}
+    return {
+        path: {n: torch.zeros_like(t) if t.grad is None else t.grad for n, t in leaf.items()}
+        for path, leaf in params.items()
+    }
 
 
 def _off(found: Any, want: Any) -> float:
@@ -76,7 +81,11 @@ def vmap(case: Case) -> Verdict:
     adapters = [case.lora, case.lora_of(1)]
     want = _stacked([called(by_hand.adapted(case.model, one), case.batch) for one in adapters])
     try:
-        got = output_of(lambda: torch.vmap(lambda one: tensors(pf.apply(case.model, one, case.batch)), randomness="same")(pf.stack(adapters)))
+        got = output_of(
+            lambda: torch.vmap(lambda one: tensors(pf.apply(case.model, one, case.batch)), randomness="same")(
+                pf.stack(adapters)
+            )
+        )
     except Exception as error:
         said = of_error(error)
         if said.verdict == CRASH and (alone := _vmap_alone(case, adapters)):
@@ -94,7 +103,11 @@ def _vmap_alone(case: Case, adapters: list[pf.Adapter]) -> str | None:
     weights = [pf.merge(dict(case.model.named_parameters()), one) for one in adapters]
     stacked = {name: torch.stack([one[name].detach() for one in weights]) for name in weights[0]}
     try:
-        output_of(lambda: torch.vmap(lambda w: tensors(torch.func.functional_call(case.model, w, (), dict(case.batch))), randomness="same")(stacked))
+        output_of(
+            lambda: torch.vmap(
+                lambda w: tensors(torch.func.functional_call(case.model, w, (), dict(case.batch))), randomness="same"
+            )(stacked)
+        )
     except Exception as error:  # noqa: BLE001  # it is asked whether it fails
         return f"{type(error).__name__}: {str(error)[:200]}".replace("\n", " ")
     return None
@@ -108,12 +121,16 @@ def rows(case: Case) -> Verdict:
     alone = [called(case.model, case.rows(number)) for number in range(3)]
     kept = {name for name, t in base.items() if t.shape[0] == 3 and _rows_alone(t, [one.get(name) for one in alone])}
     if not kept:
-        raise NotApplicable("the bare model's rows are not what they are by themselves, or its output has no axis of rows")
+        raise NotApplicable(
+            "the bare model's rows are not what they are by themselves, or its output has no axis of rows"
+        )
     hands = [by_hand.adapted(case.model, adapters[1]), case.model, by_hand.adapted(case.model, adapters[0])]
     want = [called(model, case.rows(number)) for number, model in enumerate(hands)]
     got = output_of(lambda: pf.apply(case.model, pf.stack(adapters), batch, index=torch.tensor([1, -1, 0])))
     wanted = {name: torch.cat([one[name] for one in want]) for name in kept}
-    return judged({name: t for name, t in got.items() if name in kept}, wanted, {name: base[name] for name in kept}, case.exact)
+    return judged(
+        {name: t for name, t in got.items() if name in kept}, wanted, {name: base[name] for name in kept}, case.exact
+    )
 
 
 def _rows_alone(together: Tensor, alone: list[Tensor | None]) -> bool:

@@ -1,4 +1,4 @@
-"""The model classes of the zoo: every one that transformers names for these families, with the task that PEFT calls it."""
+"""The model classes of the zoo: every one that transformers names for these families, with PEFT's name of its task."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ class Entry:
 
     @property
     def model_class(self) -> type[transformers.PreTrainedModel]:
+        """The class itself."""
         return getattr(transformers, self.name)
 
 

@@ -25,7 +25,7 @@ class TooLong(BaseException):
 def warm_up() -> None:
     """Imports what every class needs, once, before the forks."""
     import peft  # noqa: F401
-    import torch._dynamo
+    import torch._dynamo  # noqa: F401
     import transformers.generation  # noqa: F401
     from transformers import (  # noqa: F401
         BartForConditionalGeneration,

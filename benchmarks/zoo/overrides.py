@@ -1,4 +1,4 @@
-"""What the rules of sizes.py cannot know: fields of single models that have to fit each other, by model type or class name.
+"""What the rules of sizes.py cannot know: fields of single models that have to fit each other, by model type or class.
 
 An entry under a model type is put over the rules' values. An entry under a class name is given to the configuration
 before the rules see it, or is a function that makes the whole configuration.
@@ -26,7 +26,7 @@ def _resnet(config: Any, every: bool = False) -> dict[str, Any]:
     return {"backbone_config": backbone, "use_timm_backbone": False, "use_pretrained_backbone": False}
 
 
-def _upernet(config: Any) -> dict[str, Any]:
+def _upernet(_: Any) -> dict[str, Any]:
     from transformers import ConvNextConfig
 
     backbone = ConvNextConfig(**STAGES, image_size=64, out_features=["stage1", "stage2", "stage3", "stage4"])
@@ -35,7 +35,12 @@ def _upernet(config: Any) -> dict[str, Any]:
 
 BACKBONE = {"embedding_size": 16, "hidden_sizes": [16, 16, 24, 32], "depths": [1, 1, 1, 1], "layer_type": "basic"}
 RESNET = _resnet
-RTDETR = {"num_queries": 6, "encoder_in_channels": [16, 24, 32], "decoder_in_channels": [32, 32, 32], "num_denoising": 0}
+RTDETR = {
+    "num_queries": 6,
+    "encoder_in_channels": [16, 24, 32],
+    "decoder_in_channels": [32, 32, 32],
+    "num_denoising": 0,
+}
 DPT = {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 16, 24, 32]}
 STAGES = {"hidden_sizes": [16, 24, 32, 32], "depths": [1, 1, 1, 1]}
 BLOCKS = STAGES | {"num_encoder_blocks": 4}
@@ -72,7 +77,14 @@ OVERRIDES: dict[str, Any] = {
         "num_hidden_layers": 2,
     },
     "xmod": {"languages": ("en_XX",), "default_language": "en_XX"},
-    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "head_dim": None, "num_heads": 4, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
+    "xlstm": {
+        "hidden_size": 64,
+        "embedding_dim": 64,
+        "head_dim": None,
+        "num_heads": 4,
+        "qk_dim_factor": 1.0,
+        "v_dim_factor": 1.0,
+    },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "cohere_compass_text": {
         "rope_parameters": {
@@ -103,32 +115,82 @@ OVERRIDES: dict[str, Any] = {
     "cvt": {"embed_dim": [16, 24, 32], "num_heads": [1, 1, 2], "depth": [1, 2, 3], "drop_path_rate": [0.0, 0.0, 0.1]},
     "convnext": STAGES,
     "convnextv2": STAGES,
-    "levit": {"patch_size": 16, "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 4], "key_dim": [8, 8, 8], "depths": [1, 1, 1], "image_size": 64},
+    "levit": {
+        "patch_size": 16,
+        "hidden_sizes": [16, 24, 32],
+        "num_attention_heads": [2, 2, 4],
+        "key_dim": [8, 8, 8],
+        "depths": [1, 1, 1],
+        "image_size": 64,
+    },
     "efficientnet": {"image_size": 64, "hidden_dim": 320, "width_coefficient": 0.25, "depth_coefficient": 0.3},
-    "hgnet_v2": {"embedding_size": 8, "hidden_sizes": [16, 16, 24, 32], "depths": [1, 1, 1, 1], "stem_channels": [3, 8, 8], "stage_in_channels": [8, 16, 16, 24], "stage_mid_channels": [8, 8, 8, 8], "stage_out_channels": [16, 16, 24, 32], "stage_num_blocks": [1, 1, 1, 1], "stage_numb_of_layers": [2, 2, 2, 2]},
+    "hgnet_v2": {
+        "embedding_size": 8,
+        "hidden_sizes": [16, 16, 24, 32],
+        "depths": [1, 1, 1, 1],
+        "stem_channels": [3, 8, 8],
+        "stage_in_channels": [8, 16, 16, 24],
+        "stage_mid_channels": [8, 8, 8, 8],
+        "stage_out_channels": [16, 16, 24, 32],
+        "stage_num_blocks": [1, 1, 1, 1],
+        "stage_numb_of_layers": [2, 2, 2, 2],
+    },
     "poolformer": BLOCKS | {"hidden_sizes": [16, 24, 32, 32], "patch_size": 16},
     "pvt": BLOCKS | {"image_size": 64, "num_attention_heads": [1, 2, 2, 2], "sequence_reduction_ratios": [2, 2, 1, 1]},
     "swin": SWIN,
     "swinv2": SWIN,
     "donut-swin": SWIN,
     "maskformer-swin": SWIN,
-    "mobilevitv2": {"image_size": 128, "base_attn_unit_dims": [16, 24, 32], "n_attn_blocks": [1, 1, 1], "width_multiplier": 0.25},
+    "mobilevitv2": {
+        "image_size": 128,
+        "base_attn_unit_dims": [16, 24, 32],
+        "n_attn_blocks": [1, 1, 1],
+        "width_multiplier": 0.25,
+    },
     "mobilevit": {"image_size": 64, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 32]},
     "textnet": {"hidden_sizes": [16, 16, 16, 24, 32], "stem_out_channels": 16},
-    "segformer": BLOCKS | {"hidden_sizes": [16, 24, 32, 32], "num_attention_heads": [1, 1, 2, 2], "decoder_hidden_size": 32},
+    "segformer": BLOCKS
+    | {"hidden_sizes": [16, 24, 32, 32], "num_attention_heads": [1, 1, 2, 2], "decoder_hidden_size": 32},
     "focalnet": {"embed_dim": 16, "depths": [1, 1, 1, 1], "image_size": 64, "hidden_sizes": [16, 32, 64, 128]},
-    "hiera": {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "image_size": [64, 64], "initial_layers": 1},
+    "hiera": {
+        "embed_dim": 16,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 2, 2, 4],
+        "image_size": [64, 64],
+        "initial_layers": 1,
+    },
     "mobilenet_v1": {"depth_multiplier": 0.25, "image_size": 64},
     "mobilenet_v2": {"depth_multiplier": 0.25, "image_size": 64},
-    "perceiver": {"d_latents": 32, "d_model": 32, "num_latents": 6, "max_position_embeddings": 64, "num_self_attends_per_block": 2, "num_self_attention_heads": 1, "num_cross_attention_heads": 1},
+    "perceiver": {
+        "d_latents": 32,
+        "d_model": 32,
+        "num_latents": 6,
+        "max_position_embeddings": 64,
+        "num_self_attends_per_block": 2,
+        "num_self_attention_heads": 1,
+        "num_cross_attention_heads": 1,
+    },
     "funnel": {"d_model": 32, "d_head": 8, "n_head": 4, "d_inner": 48, "block_sizes": (2, 2)},
     "ctrl": {"dff": 48},
     "xlnet": {"d_inner": 48, "n_layer": 2},
     "gemma3": {"mm_tokens_per_image": 4},
     "shieldgemma2": {"mm_tokens_per_image": 4, "yes_token_index": 5, "no_token_index": 6},
     "t5gemma2_encoder": {"mm_tokens_per_image": 4},
-    "longcat_flash": {"expert_ffn_hidden_size": 48, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "num_layers": 1, "num_hidden_layers": 2},
-    "layoutlmv3": {"coordinate_size": 4, "shape_size": 8, "max_2d_position_embeddings": 64, "input_size": 32, "patch_size": 8},
+    "longcat_flash": {
+        "expert_ffn_hidden_size": 48,
+        "n_routed_experts": 4,
+        "zero_expert_num": 2,
+        "moe_topk": 2,
+        "num_layers": 1,
+        "num_hidden_layers": 2,
+    },
+    "layoutlmv3": {
+        "coordinate_size": 4,
+        "shape_size": 8,
+        "max_2d_position_embeddings": 64,
+        "input_size": 32,
+        "patch_size": 8,
+    },
     "lilt": {"hidden_size": 48, "num_attention_heads": 4, "max_2d_position_embeddings": 64},
     "canine": {"num_hash_functions": 4, "num_hash_buckets": 64},
     "dots3_note_vision_encoder": {"mlp_layer_types": ["dense", "dense"], "num_hidden_layers": 2},
@@ -151,7 +213,12 @@ OVERRIDES: dict[str, Any] = {
     "exaone4_5_vision": WINDOWS,
     "vipllava": {"vision_feature_layer": [-1, -2]},
     "musicgen_decoder": {"num_codebooks": 4},
-    "llama4_vision_model": {"projector_input_dim": 32, "projector_output_dim": 32, "intermediate_size": 128, "vision_output_dim": 32},
+    "llama4_vision_model": {
+        "projector_input_dim": 32,
+        "projector_output_dim": 32,
+        "intermediate_size": 128,
+        "vision_output_dim": 32,
+    },
     "d_fine": RTDETR,
     "rt_detr": RTDETR,
     "rt_detr_v2": RTDETR,

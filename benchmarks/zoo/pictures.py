@@ -79,7 +79,16 @@ def pixels(model: Any, names: set[str], generator: torch.Generator, dtype: torch
 
 
 # Several pictures a row, or one cut into tiles with a whole one before them.
-TILED = {"idefics", "idefics2", "idefics3", "smolvlm", "modernvbert", "ultravbert", "granite_docling", "instructblipvideo"}
+TILED = {
+    "idefics",
+    "idefics2",
+    "idefics3",
+    "smolvlm",
+    "modernvbert",
+    "ultravbert",
+    "granite_docling",
+    "instructblipvideo",
+}
 PINPOINTS = {"llava_next", "llava_next_video", "llava_onevision", "granite4_vision"}
 # Their patches are pictures themselves.
 SQUARE_PATCHES = {"paddleocr_vl", "kimi_k25"}
@@ -145,6 +154,8 @@ def features(model: Any, given: dict[str, Tensor]) -> int:
     with torch.no_grad():
         found = core.get_image_features(**{name: value for name, value in given.items() if name in taken})
     pooled = getattr(found, "pooler_output", None)
-    found = found if not hasattr(found, "last_hidden_state") else pooled if pooled is not None else found.last_hidden_state
+    found = (
+        found if not hasattr(found, "last_hidden_state") else pooled if pooled is not None else found.last_hidden_state
+    )
     parts = found if isinstance(found, (list, tuple)) else [found]
     return sum(part.numel() // part.shape[-1] for part in parts)

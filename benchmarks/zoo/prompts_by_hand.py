@@ -27,9 +27,11 @@ class Enlarged(nn.Module):
 
     @property
     def weight(self) -> Tensor:
+        """The vocabulary's own, as models look at its shape and dtype."""
         return self.base.weight
 
     def forward(self, ids: Tensor) -> Tensor:
+        """The embedded tokens, each from the vocabulary or from the prompt."""
         inside = ids < self.size
         found = self.base(torch.where(inside, ids, 0))
         own = self.rows[(ids - self.size).clamp(0, len(self.rows) - 1)].to(found.dtype)
@@ -109,7 +111,9 @@ def _cache(case: Case, adapter: pf.Adapter, rows: int) -> tuple[str, Any]:
         pair = 2 * ((step * layer) % config.num_layers)
         key, value = (layers[pair + i].expand(rows, -1, -1, -1).contiguous() for i in range(2))
         cache.update(key, value, layer)
-    return name, EncoderDecoderCache(cache, DynamicCache(config=case.model.config)) if case.model.config.is_encoder_decoder else cache
+    return name, EncoderDecoderCache(
+        cache, DynamicCache(config=case.model.config)
+    ) if case.model.config.is_encoder_decoder else cache
 
 
 def prefixed(case: Case, adapter: pf.Adapter, batch: Mapping[str, Any]) -> Any:
@@ -135,7 +139,9 @@ def prefixed(case: Case, adapter: pf.Adapter, batch: Mapping[str, Any]) -> Any:
     except NotApplicable:
         raise
     except Exception as error:
-        raise NotApplicable(f"the bare model takes no filled cache: {type(error).__name__}: {str(error)[:150]}") from error
+        raise NotApplicable(
+            f"the bare model takes no filled cache: {type(error).__name__}: {str(error)[:150]}"
+        ) from error
 
 
 def prefixed_row(case: Case, adapter: pf.Adapter, row: Mapping[str, Any]) -> dict[str, Tensor]:

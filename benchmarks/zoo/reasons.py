@@ -10,8 +10,7 @@ UNEXPLAINED = "unexplained"
 
 
 class Rule(NamedTuple):
-    """A reason, and what it is the reason of: regular expressions that match a whole class name and check, and a part
-    of what was said."""
+    """A reason, and of what: expressions for whole names of checks, classes and verdicts, and for part of what was said."""
 
     reason: str
     check: str = ".*"

@@ -1,4 +1,4 @@
-"""benchmarks/results/zoo.md: totals by family and check, then every class and check that is not right, with its reason."""
+"""benchmarks/results/zoo.md: totals by family and check, then every class and check that is not right, and why."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _page(kept: dict[str, Found]) -> list[str]:
         "",
         "`make zoo` writes this page: each class that transformers names for these families is built tiny from its",
         "configuration, and what peftfn makes of it is held against copies with weights replaced by hand, decoding by",
-        "hand, rows by themselves, and peft. What a check does is in `benchmarks/zoo/checks_*.py`, why something is not",
+        "hand, rows by themselves, and peft. What a check does is in `benchmarks/zoo/checks_*.py`, why one is not",
         "right in `benchmarks/zoo/reasons.py`. A cell reads right / wrong / crash / refused; what a check says nothing",
         "about is not counted.",
     ]
@@ -89,10 +89,17 @@ def _bad(found: Found) -> list[str]:
         for check, one in checks.items():
             if one["verdict"] in BAD:
                 said = explained(name, check, one)
-                groups[said].append(f"| {name} | {check} | {one['verdict']} | {_numbers(one)} | {_short(one['reason'])} |")
+                groups[said].append(
+                    f"| {name} | {check} | {one['verdict']} | {_numbers(one)} | {_short(one['reason'])} |"
+                )
     lines: list[str] = []
     for said in sorted(groups, key=lambda one: (one != UNEXPLAINED, -len(groups[one]))):
-        lines += [f"**{said}** ({len(groups[said])})", "", "| class | check | verdict | off / effect | said |", "|---|---|---|---|---|"]
+        lines += [
+            f"**{said}** ({len(groups[said])})",
+            "",
+            "| class | check | verdict | off / effect | said |",
+            "|---|---|---|---|---|",
+        ]
         lines += [*groups[said], ""]
     return lines or ["Nothing."]
 

@@ -63,7 +63,9 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     version, checks = transformers.__version__, chosen(given.only)
-    classes = [one for one in entries() if not given.classes or one.name in given.classes or one.family in given.classes]
+    classes = [
+        one for one in entries() if not given.classes or one.name in given.classes or one.family in given.classes
+    ]
     if given.sample:
         classes = [one for one in classes if one.name in SAMPLE]
     number, count = (int(part) for part in given.shard.split("/"))
@@ -81,7 +83,9 @@ def work(classes: list[Entry], checks: list[str], version: str, given: argparse.
     """Runs what is not yet in the lines, and adds it there as it comes."""
     done: dict[str, dict[str, Any]] = {} if given.again else kept(version)
     if given.only and not given.resume:
-        done = {name: {check: one for check, one in found.items() if check not in checks} for name, found in done.items()}
+        done = {
+            name: {check: one for check, one in found.items() if check not in checks} for name, found in done.items()
+        }
     todo = [(one, [check for check in checks if check not in done.get(one.name, {})]) for one in classes]
     todo = [(one, missing) for one, missing in todo if missing]
     random.Random(0).shuffle(todo)  # families last unlike times: so the bar's guess is fair

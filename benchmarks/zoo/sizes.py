@@ -1,4 +1,4 @@
-"""What a configuration's numbers become in a tiny model: rules on the fields' names, so that new models need none of their own.
+"""What a configuration's numbers become in a tiny model: rules on fields' names, so that new models need no others.
 
 Widths are 32 and heads 4 of 8 everywhere, so that parts that a model joins fit each other, also across sub-configs.
 """

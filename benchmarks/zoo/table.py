@@ -36,7 +36,9 @@ def write(found: Found, version: str, names: Iterable[str]) -> None:
     about = {"transformers": version, "peft": peft.__version__, "torch": torch.__version__}
     rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(line)}" for name, line in classes.items())
     said = ",\n".join(json.dumps(one) for one in reasons)
-    path_of(version).write_text(f'{{"about": {json.dumps(about)},\n"reasons": [\n{said}\n],\n"classes": {{\n{rows}\n}}}}\n')
+    path_of(version).write_text(
+        f'{{"about": {json.dumps(about)},\n"reasons": [\n{said}\n],\n"classes": {{\n{rows}\n}}}}\n'
+    )
 
 
 def _entry(one: Mapping[str, Any], reasons: list[str]) -> list[Any]:

@@ -8,11 +8,11 @@ For another sweep:
     from zoo.outputs import tensors, apart
 
     for one in entries():
-        model, batch = model_and_batch(one.model_class)  # eval, seeded, float64 where it runs so; 2 rows, keywords
+        model, batch = model_and_batch(one.model_class)  # eval, seeded, float64 if it runs so; 2 rows, keywords
         alone = batch_of(model, rows=(1,))               # the second row by itself
 
-A class that cannot be built or run raises `CannotBuild` with the reason. Import torch, transformers and peft in a parent
-and fork a process for each class: importing them takes ten times what one class does.
+A class that cannot be built or run raises `CannotBuild` with the reason. Import torch, transformers and peft in a
+parent and fork a process for each class: importing them takes ten times what one class does.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ from zoo.outputs import tensors
 from zoo.tiny_config import tiny_config
 from zoo.weights import scaled
 
-
 # Some detectors ask for scipy when they are made, for a loss that no check calls.
 _, ASKED = BACKENDS_MAPPING["scipy"]
 BACKENDS_MAPPING["scipy"] = (lambda: True, ASKED)
 
 
-class CannotBuild(RuntimeError):
+class CannotBuild(RuntimeError):  # noqa: N818  # it says what cannot be done
     """The class has no tiny model here, for the reason given."""
 
 

@@ -1,4 +1,4 @@
-"""A tiny configuration of any model class of transformers, by the rules of sizes.py and the exceptions of overrides.py."""
+"""A tiny configuration of any model class, by the rules of sizes.py and the exceptions of overrides.py."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Tokens:
         self.given = dict(SPECIAL)
 
     def number(self, name: str) -> int:
+        """The number that this name has."""
         base = re.sub(r"_(token_?)?(id|index)$|_token$", "", name)
         if base not in self.given:
             self.given[base] = sizes.VOCABULARY - 1 - (len(self.given) - len(SPECIAL))
@@ -41,17 +42,12 @@ def shrunk(name: str, value: Any, tokens: Tokens) -> Any:
     """One field's tiny value."""
     if isinstance(value, PreTrainedConfig):
         return tiny(value, tokens)
-    if isinstance(value, bool) or value is None:
+    is_list = isinstance(value, (list, tuple)) and value and all(type(one) is int for one in value)
+    if not is_list and type(value) is not int:
         return value
-    if isinstance(value, int):
-        if is_token(name):
-            return tokens.number(name) if value >= 0 else value
-        return sizes.integer(name, value)
-    if isinstance(value, (list, tuple)) and value and all(type(one) is int for one in value):
-        if is_token(name):
-            return tokens.number(name)
-        return type(value)(sizes.numbers(name, list(value)))
-    return value
+    if is_token(name):
+        return value if type(value) is int and value < 0 else tokens.number(name)
+    return type(value)(sizes.numbers(name, list(value))) if is_list else sizes.integer(name, value)
 
 
 def rotary(values: dict[str, Any]) -> None:
@@ -68,13 +64,11 @@ def fields_of(config: PreTrainedConfig) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name, None)
+        computed = field.default in (None, "auto") and not isinstance(value, PreTrainedConfig)
         if field.name == "head_dim" and value is None:
-            value = sizes.HEAD
-        elif field.name in KEPT or value is None:
-            continue
-        elif field.default in (None, "auto") and not isinstance(value, PreTrainedConfig) and not is_token(field.name):
-            continue
-        given[field.name] = value
+            given[field.name] = sizes.HEAD
+        elif field.name not in KEPT and value is not None and not (computed and not is_token(field.name)):
+            given[field.name] = value
     return given
 
 

@@ -25,7 +25,7 @@ class Verdict(NamedTuple):
 
     verdict: str
     reason: str = ""
-    numbers: Mapping[str, float] = {}  # noqa: RUF012  # an empty mapping that nobody writes to
+    numbers: Mapping[str, float] = {}
 
 
 class NotApplicable(Exception):  # noqa: N818  # no error: the check has no meaning for the class
@@ -65,8 +65,15 @@ def of_error(error: BaseException) -> Verdict:
     frames = traceback.extract_tb(error.__traceback__)
     last: Any = frames[-1] if frames else None
     text = f"{type(error).__name__}: {error}".replace("\n", " ")
-    if last is not None and "/peftfn/" in last.filename and isinstance(error, (ValueError, TypeError, NotImplementedError)):
-        lines = [linecache.getline(last.filename, line).strip() for line in range(last.lineno - 1, (last.end_lineno or last.lineno) + 1)]
+    if (
+        last is not None
+        and "/peftfn/" in last.filename
+        and isinstance(error, (ValueError, TypeError, NotImplementedError))
+    ):
+        lines = [
+            linecache.getline(last.filename, line).strip()
+            for line in range(last.lineno - 1, (last.end_lineno or last.lineno) + 1)
+        ]
         if any(line.startswith("raise ") for line in lines):
             return Verdict(REFUSED, text[:400])
     where = " < ".join(f"{frame.filename.split('/')[-1]}:{frame.lineno}" for frame in frames[::-1][:3])

@@ -1,4 +1,4 @@
-"""Weights that make a tiny model's output tell something: what a fresh model leaves at nearly nothing is drawn again."""
+"""Weights that make a tiny model's output tell something: what a fresh model leaves near nothing is drawn again."""
 
 from __future__ import annotations
 
