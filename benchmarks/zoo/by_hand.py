@@ -71,8 +71,11 @@ def shaped(owner: nn.Module, base: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def _scale(owner: nn.Module, vector: Tensor) -> None:
     """IA3: l times what the layer puts out (a column), or what it takes in (a row)."""
     base = weight(owner, "weight")
-    if base.ndim > 2:
-        raise NotImplementedError("IA3 on a convolution, by hand")
+    if base.ndim > 2:  # a convolution's vector is shaped like what it puts out: one number for each channel
+        _put(owner, "weight", base * vector.reshape(-1, *[1] * (base.ndim - 1)))
+        if isinstance(owner.bias, Tensor):
+            _put(owner, "bias", owner.bias.detach() * vector.flatten())
+        return
     _put(owner, "weight", base * (vector.mT if isinstance(owner, Conv1D) else vector))
     outputs = vector.shape[0] if vector.ndim > 1 else 0
     bias = getattr(owner, "bias", None)

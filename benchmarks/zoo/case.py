@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import peftfn as pf
-from zoo.classes import Entry
+from zoo.classes import WRITES, Entry
 from zoo.outputs import tensors
 from zoo.tiny import batch_of, model_and_batch
 
@@ -55,7 +56,38 @@ class Case:
         self.entry = entry
         self.model, self.batch = model_and_batch(entry.model_class)
         self.exact = next(p for p in self.model.parameters() if p.is_floating_point()).dtype == torch.float64
-        self.text_only = self.batch.keys() <= {"input_ids", "attention_mask", "decoder_input_ids", "token_type_ids"}
+
+    @property
+    def task(self) -> str | None:
+        """PEFT's name for what the model does; None where it has none."""
+        if self.entry.family == "classification":
+            return "SEQ_CLS"
+        if self.entry.family not in WRITES:
+            return None
+        return "SEQ_2_SEQ_LM" if self.model.config.is_encoder_decoder else "CAUSAL_LM"
+
+    @property
+    def layer_task(self) -> str | None:
+        """The same for adapters of layers; peft's wrapper of sequence tasks takes no sound and no picture."""
+        return self.task if self.entry.family in ("causal", "seq2seq", "classification") and self.is_text else None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether words go in."""
+        return "input_ids" in self.batch
+
+    @functools.cached_property
+    def targets(self) -> Any:
+        """Every linear layer; where there is none, every ungrouped convolution."""
+        if any(isinstance(layer, (nn.Linear, Conv1D)) for layer in self.model.modules()):
+            return "all-linear"
+        return self.convolutions
+
+    @functools.cached_property
+    def convolutions(self) -> list[str]:
+        """The paths of all ungrouped convolutions."""
+        named = self.model.named_modules()
+        return sorted(path for path, one in named if isinstance(one, (nn.Conv1d, nn.Conv2d)) and one.groups == 1)
 
     @functools.cached_property
     def base(self) -> dict[str, Tensor]:
@@ -73,5 +105,5 @@ class Case:
 
     def lora_of(self, seed: int) -> pf.Adapter:
         """Another one like it."""
-        config = pf.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type=self.entry.layer_task)
+        config = pf.LoraConfig(r=4, lora_alpha=6, target_modules=self.targets, task_type=self.layer_task)
         return filled(pf.init(self.model, config), seed)

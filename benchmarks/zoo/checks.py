@@ -14,6 +14,7 @@ GROUPS: dict[str, dict[str, Callable[[Case], Verdict]]] = {
         "sites": checks_layers.sites,
         "default": checks_layers.default,
         "ia3": checks_layers.ia3,
+        "convolutions": checks_layers.convolutions,
         "experts": checks_layers.experts,
         "bind": checks_layers.bind,
         "merge": checks_layers.merge,

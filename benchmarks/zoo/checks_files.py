@@ -12,7 +12,7 @@ from zoo.verdicts import NOT_APPLICABLE, RIGHT, WRONG, Verdict, judged
 
 def load(case: Case) -> Verdict:
     """peft's `all-linear` file, read here, against peft's own output."""
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type=case.entry.layer_task)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=case.targets, task_type=case.layer_task)
     theirs = with_peft.made(case, config)
     folder = with_peft.files_of(theirs)
     try:

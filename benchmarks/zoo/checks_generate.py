@@ -11,10 +11,10 @@ from torch import Tensor
 import peftfn as pf
 from zoo import by_hand
 from zoo.case import Case
+from zoo.classes import WRITES
 from zoo.verdicts import NotApplicable, Verdict, judged
 
 NEW = 5
-GENERATES = {"causal", "seq2seq", "speech", "image-text"}
 
 
 def prepared(case: Case) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def prepared(case: Case) -> dict[str, Any]:
     Raises:
         NotApplicable: the class does not generate.
     """
-    if case.entry.family not in GENERATES or not case.model.can_generate():
+    if case.entry.family not in WRITES or not case.model.can_generate():
         raise NotApplicable("it does not generate")
     return {name: value for name, value in case.batch.items() if not name.startswith("decoder_")}
 

@@ -31,8 +31,8 @@ def lora(case: Case) -> Verdict:
 
 
 def sites(case: Case) -> Verdict:
-    """The layers that `all-linear` means are those that it means in peft."""
-    theirs = with_peft.lora_sites(with_peft.made(case, _peft_lora(case, target_modules="all-linear")))
+    """`all-linear` means the layers that it means in peft."""
+    theirs = with_peft.lora_sites(with_peft.made(case, _peft_lora(case, target_modules=case.targets)))
     ours = {path for path, leaf in case.lora.params.items() if any("lora_" in name for name in leaf)}
     if ours == theirs:
         return Verdict(RIGHT, "", {"sites": len(ours)})
@@ -45,7 +45,7 @@ def default(case: Case) -> Verdict:
     if case.model.config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
         raise NotApplicable("peft has no default layers for this model type")
     theirs = with_peft.lora_sites(with_peft.made(case, _peft_lora(case)))
-    adapter = filled(pf.init(case.model, pf.LoraConfig(r=4, lora_alpha=6, task_type=case.entry.layer_task)))
+    adapter = filled(pf.init(case.model, pf.LoraConfig(r=4, lora_alpha=6, task_type=case.layer_task)))
     ours = {path for path, leaf in adapter.params.items() if any("lora_" in name for name in leaf)}
     if ours != theirs:
         return Verdict(
@@ -57,9 +57,17 @@ def default(case: Case) -> Verdict:
 def ia3(case: Case) -> Verdict:
     """IA3 on peft's default layers, or on all linear ones."""
     known = case.model.config.model_type in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
-    given: Any = {} if known else {"target_modules": "all-linear", "feedforward_modules": []}
-    adapter = filled(pf.init(case.model, pf.IA3Config(task_type=case.entry.layer_task, **given)))
+    given: Any = {} if known else {"target_modules": case.targets, "feedforward_modules": []}
+    adapter = filled(pf.init(case.model, pf.IA3Config(task_type=case.layer_task, **given)))
     return against_hand(case, adapter)
+
+
+def convolutions(case: Case) -> Verdict:
+    """LoRA on every ungrouped convolution."""
+    if not case.convolutions:
+        raise NotApplicable("it has none")
+    config = pf.LoraConfig(r=4, lora_alpha=6, target_modules=case.convolutions)
+    return against_hand(case, filled(pf.init(case.model, config)))
 
 
 def experts(case: Case) -> Verdict:
@@ -92,4 +100,4 @@ def merge(case: Case) -> Verdict:
 
 
 def _peft_lora(case: Case, **given: Any) -> peft.LoraConfig:
-    return peft.LoraConfig(r=4, lora_alpha=6, task_type=case.entry.layer_task, **given)
+    return peft.LoraConfig(r=4, lora_alpha=6, task_type=case.layer_task, **given)

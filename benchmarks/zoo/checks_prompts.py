@@ -11,32 +11,33 @@ import peftfn as pf
 from zoo import prompts_by_hand as hand
 from zoo.case import Case, called, filled, output_of
 from zoo.checks_generate import decoded, prepared
-from zoo.checks_transforms import ROUNDING, loss_of
+from zoo.checks_transforms import ROUNDING, loss_of, raise_if_bare_fails
 from zoo.outputs import apart
 from zoo.verdicts import RIGHT, WRONG, NotApplicable, Verdict, judged
 
 TOKENS = 3
-TASKED = {"causal", "seq2seq", "classification", "speech", "image-text"}
 
 
 def prompt_of(case: Case, seed: int = 0, tokens: int = TOKENS) -> pf.Adapter:
     _asked(case)
-    return filled(
-        pf.init(case.model, pf.PromptTuningConfig(num_virtual_tokens=tokens, task_type=case.entry.task)), seed
-    )
+    return filled(pf.init(case.model, pf.PromptTuningConfig(num_virtual_tokens=tokens, task_type=case.task)), seed)
 
 
 def prefix_of(case: Case, seed: int = 0, tokens: int = TOKENS) -> pf.Adapter:
     _asked(case)
-    return filled(
-        pf.init(case.model, pf.PrefixTuningConfig(num_virtual_tokens=tokens, task_type=case.entry.task)), seed
-    )
+    try:
+        adapter = pf.init(case.model, pf.PrefixTuningConfig(num_virtual_tokens=tokens, task_type=case.task))
+    except ValueError as error:
+        if not hand.takes_keys(case.model):
+            raise NotApplicable(f"refused, and rightly: the model takes no cache of keys: {error}") from error
+        raise
+    return filled(adapter, seed)
 
 
 def _asked(case: Case) -> None:
-    if case.entry.family not in TASKED:
+    if case.task is None:
         raise NotApplicable("peft has no task for it")
-    if "input_ids" not in case.batch:
+    if not case.is_text:
         raise NotApplicable("its input is no text")
 
 
@@ -56,9 +57,14 @@ def prompt_grad(case: Case) -> Verdict:
     (grad,) = torch.autograd.grad(
         loss_of(hand.text_part(case, hand.run(made, hand.longer(case, case.batch, TOKENS)))), rows
     )
-    found = torch.func.grad(
-        lambda p: loss_of(hand.text_part(case, hand.run(case.model, case.batch, adapter.replace(params=p))))
-    )(adapter.params)
+    torch.manual_seed(0)
+    try:
+        found = torch.func.grad(
+            lambda p: loss_of(hand.text_part(case, hand.run(case.model, case.batch, adapter.replace(params=p))))
+        )(adapter.params)
+    except Exception as error:
+        raise_if_bare_fails(case, error)
+        raise
     (leaf,) = [leaf for path, leaf in found.items() if "prompt_embeddings" in leaf]
     got = leaf["prompt_embeddings"][:TOKENS]
     off = apart({"": got}, {"": grad}) / max(float(grad.abs().max()), 1e-30)
@@ -81,16 +87,16 @@ def prompt_rows(case: Case) -> Verdict:
 
 def prefix(case: Case) -> Verdict:
     adapter = prefix_of(case)
-    want = hand.text_part(case, output_of(lambda: hand.prefixed(case, adapter, case.batch)))
     got = hand.text_part(case, output_of(lambda: pf.apply(case.model, adapter, case.batch)))
+    want = hand.text_part(case, output_of(lambda: hand.prefixed(case, adapter, case.batch)))
     return judged(got, want, hand.text_part(case, case.base), case.exact)
 
 
 def prefix_generate(case: Case) -> Verdict:
     """Against greedy decoding by hand: every step from the start, with a new cache that has the prefix alone."""
     adapter, batch = prefix_of(case), prepared(case)
-    want = hand.greedy(case, adapter, batch)
-    return judged(decoded(pf.bind(case.model, adapter), batch), want, None, case.exact)
+    got = decoded(pf.bind(case.model, adapter), batch)
+    return judged(got, hand.greedy(case, adapter, batch), None, case.exact)
 
 
 def prefix_rows(case: Case) -> Verdict:

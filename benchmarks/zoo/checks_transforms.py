@@ -30,19 +30,21 @@ def grad(case: Case) -> Verdict:
     except RuntimeError as error:
         raise NotApplicable(f"the model itself has no gradient: {str(error)[:150]}") from error
     off: dict[str, float] = {}
-    for name, gradients in (("func.grad", _by_grad), ("backward", _by_backward)):
+    excused = ""
+    for name, gradients in (("backward", _by_backward), ("func.grad", _by_grad)):
         torch.manual_seed(0)
         try:
-            found = gradients(case)
+            off[name] = _off(gradients(case), want)
         except Exception as error:  # noqa: BLE001  # either way may fail alone
             said = of_error(error)
-            if said.verdict == CRASH and name == "func.grad" and _alone(case):
-                return Verdict(NOT_APPLICABLE, f"torch: so does torch.func.grad of the bare model: {said.reason[:150]}")
-            return said._replace(reason=f"{name}: {said.reason}")
-        off[name] = _off(found, want)
-    numbers = off | {"scale": max(float(t.abs().max()) for leaf in want.values() for t in leaf.values() if t.numel())}
+            excused = _bare_fails(case) if said.verdict == CRASH and name == "func.grad" else ""
+            if not excused:
+                return said._replace(reason=f"{name}: {said.reason}")
     bad = [name for name, value in off.items() if not value <= ROUNDING[case.exact]]
-    return Verdict(WRONG if bad else RIGHT, f"{', '.join(bad)} is off by more than rounding" if bad else "", numbers)
+    numbers = off | {"scale": max(float(t.abs().max()) for leaf in want.values() for t in leaf.values() if t.numel())}
+    return Verdict(
+        WRONG if bad else RIGHT, f"{', '.join(bad)} is off by more than rounding" if bad else excused, numbers
+    )
 
 
 def _by_grad(case: Case) -> Any:
@@ -66,14 +68,21 @@ def _off(found: Any, want: Any) -> float:
     return max(apart(found[path], want[path]) for path in want) / max(scale, 1e-30)
 
 
-def _alone(case: Case) -> bool:
-    """Whether torch.func.grad of the bare model, by its own weights, fails as well."""
+def raise_if_bare_fails(case: Case, error: Exception) -> None:
+    """Raises NotApplicable for a crash where torch.func.grad of the bare model, by its own weights, fails as well."""
+    if of_error(error).verdict == CRASH and (said := _bare_fails(case)):
+        raise NotApplicable(said) from error
+
+
+def _bare_fails(case: Case) -> str:
+    """How torch.func.grad of the bare model fails; nothing where it does not."""
     weights = {n: p.detach() for n, p in case.model.named_parameters()}
     try:
         torch.func.grad(lambda w: loss_of(torch.func.functional_call(case.model, w, (), dict(case.batch))))(weights)
-    except Exception:  # noqa: BLE001  # it is asked whether it fails
-        return True
-    return False
+    except Exception as alone:  # noqa: BLE001  # it is asked whether it fails
+        said = f"{type(alone).__name__}: {str(alone)[:150]}".replace("\n", " ")
+        return f"torch.func.grad of the bare model fails too: {said}"
+    return ""
 
 
 def vmap(case: Case) -> Verdict:

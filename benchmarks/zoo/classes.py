@@ -1,4 +1,4 @@
-"""The model classes of the zoo: every one that transformers names for these families, with PEFT's name of its task."""
+"""The model classes of the zoo: every one that transformers names for these families, by family."""
 
 from __future__ import annotations
 
@@ -22,13 +22,8 @@ FAMILIES = {
     "universal": "UNIVERSAL_SEGMENTATION",
     "instance": "INSTANCE_SEGMENTATION",
 }
-TASKS = {
-    "causal": "CAUSAL_LM",
-    "image-text": "CAUSAL_LM",
-    "seq2seq": "SEQ_2_SEQ_LM",
-    "speech": "SEQ_2_SEQ_LM",
-    "classification": "SEQ_CLS",
-}
+WRITES = {"causal", "seq2seq", "speech", "image-text"}
+"""The families whose classes write tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +33,6 @@ class Entry:
     name: str
     family: str
     model_type: str
-
-    @property
-    def task(self) -> str | None:
-        """PEFT's name for what the model does; None where it has none."""
-        return TASKS.get(self.family)
-
-    @property
-    def layer_task(self) -> str | None:
-        """The same for adapters of layers; peft's wrapper of sequence tasks takes no sound."""
-        return None if self.family in ("speech", "image-text") else self.task
 
     @property
     def model_class(self) -> type[transformers.PreTrainedModel]:

@@ -95,6 +95,15 @@ def prompted_row(case: Case, adapter: pf.Adapter, row: Mapping[str, Any]) -> dic
     return text_part(case, called(prompted(case, adapter), longer(case, row, tokens)))
 
 
+def takes_keys(model: Any) -> bool:
+    """Whether the model, or what is in it, takes a cache that has layers of keys and values."""
+    parts = [model, model.base_model, *([model.get_decoder()] if hasattr(model, "get_decoder") else [])]
+    if not any({"cache", "past_key_values"} & signature(part) for part in parts if part is not None):
+        return False
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    return not layers or any(hasattr(layer, "keys") for layer in layers)
+
+
 def _cache(case: Case, adapter: pf.Adapter, rows: int) -> tuple[str, Any]:
     """The name of the argument, and a new cache with the prefix alone in it."""
     names = signature(case.model)

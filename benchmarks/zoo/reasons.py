@@ -10,7 +10,7 @@ UNEXPLAINED = "unexplained"
 
 
 class Rule(NamedTuple):
-    """A reason, and of what: expressions for whole names of checks, classes and verdicts, and for part of what was said."""
+    """A reason, and of what: expressions for names of checks, classes, verdicts, and for part of what was said."""
 
     reason: str
     check: str = ".*"
