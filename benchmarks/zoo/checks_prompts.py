@@ -43,20 +43,15 @@ def _asked(case: Case) -> None:
 
 def prompt(case: Case) -> Verdict:
     adapter = prompt_of(case)
-    want = hand.text_part(case, called(hand.prompted(case, adapter), hand.longer(case, case.batch, TOKENS)))
     got = hand.text_part(case, output_of(lambda: pf.apply(case.model, adapter, case.batch)))
+    with hand.reference():
+        want = hand.text_part(case, called(hand.prompted(case, adapter), hand.longer(case, case.batch, TOKENS)))
     return judged(got, want, hand.text_part(case, case.base), case.exact)
 
 
 def prompt_grad(case: Case) -> Verdict:
     """The gradient of a prompt, against the one of an embedding by hand."""
     adapter = prompt_of(case)
-    made = hand.prompted(case, adapter)
-    rows = hand.rows_of(made)
-    rows.requires_grad_()
-    (grad,) = torch.autograd.grad(
-        loss_of(hand.text_part(case, hand.run(made, hand.longer(case, case.batch, TOKENS)))), rows
-    )
     torch.manual_seed(0)
     try:
         found = torch.func.grad(
@@ -65,19 +60,21 @@ def prompt_grad(case: Case) -> Verdict:
     except Exception as error:
         raise_if_bare_fails(case, error)
         raise
-    (leaf,) = [leaf for path, leaf in found.items() if "prompt_embeddings" in leaf]
-    got = leaf["prompt_embeddings"][:TOKENS]
-    off = apart({"": got}, {"": grad}) / max(float(grad.abs().max()), 1e-30)
-    return Verdict(RIGHT if off <= ROUNDING[case.exact] else WRONG, "", {"off": off, "scale": float(grad.abs().max())})
+    (got,) = [leaf["prompt_embeddings"][:TOKENS] for leaf in found.values() if "prompt_embeddings" in leaf]
+    with hand.reference():
+        made = hand.prompted(case, adapter)
+        loss = loss_of(hand.text_part(case, hand.run(made, hand.longer(case, case.batch, TOKENS))))
+        (want,) = torch.autograd.grad(loss, hand.rows_of(made))
+    off = apart({"": got}, {"": want}) / max(float(want.abs().max()), 1e-30)
+    return Verdict(RIGHT if off <= ROUNDING[case.exact] else WRONG, "", {"off": off, "scale": float(want.abs().max())})
 
 
 def prompt_generate(case: Case) -> Verdict:
     adapter, batch = prompt_of(case), prepared(case)
-    try:
+    got = decoded(pf.bind(case.model, adapter), batch)
+    with hand.reference():
         want = decoded(hand.prompted(case, adapter), hand.longer(case, batch, TOKENS))
-    except Exception as error:
-        raise NotApplicable(f"the bare model does not generate: {type(error).__name__}: {str(error)[:150]}") from error
-    return judged(decoded(pf.bind(case.model, adapter), batch), want, None, case.exact)
+    return judged(got, want, None, case.exact)
 
 
 def prompt_rows(case: Case) -> Verdict:
@@ -106,8 +103,9 @@ def prefix_rows(case: Case) -> Verdict:
 def _rows(case: Case, long: pf.Adapter, short: pf.Adapter, alone: Any) -> Verdict:
     batch = case.rows(0, 1, 2)
     got = output_of(lambda: pf.apply(case.model, pf.stack([long, short]), batch, index=torch.tensor([1, -1, 0])))
-    bare = [hand.text_part(case, called(case.model, case.rows(number))) for number in range(3)]
-    want = [alone(case, short, case.rows(0)), bare[1], alone(case, long, case.rows(2))]
+    with hand.reference():
+        bare = [hand.text_part(case, called(case.model, case.rows(number))) for number in range(3)]
+        want = [alone(case, short, case.rows(0)), bare[1], alone(case, long, case.rows(2))]
     return judged(hand.text_part(case, got), _joined(want), _joined(bare), case.exact)
 
 

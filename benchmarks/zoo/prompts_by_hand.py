@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from typing import Any
@@ -36,6 +37,18 @@ class Enlarged(nn.Module):
         found = self.base(torch.where(inside, ids, 0))
         own = self.rows[(ids - self.size).clamp(0, len(self.rows) - 1)].to(found.dtype)
         return torch.where(inside[..., None], found, own)
+
+
+@contextlib.contextmanager
+def reference() -> Any:
+    """Where the bare model is asked: what it raises there says nothing of peftfn."""
+    try:
+        yield
+    except NotApplicable:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {str(error)[:150]}".replace("\n", " ")
+        raise NotApplicable(f"the bare model cannot do it: {said}") from error
 
 
 def tensors_of(adapter: pf.Adapter) -> Tensor:
@@ -138,19 +151,13 @@ def prefixed(case: Case, adapter: pf.Adapter, batch: Mapping[str, Any]) -> Any:
     else:
         model = case.model
     rows = batch["input_ids"].shape[0]
-    try:
+    with reference():
         name, cache = _cache(case, adapter, rows)
         given = dict(batch) | {name: cache}
         if not case.model.config.is_encoder_decoder and "attention_mask" in given:
             front = given["attention_mask"].new_ones(rows, adapter.config.num_virtual_tokens)
             given["attention_mask"] = torch.cat([front, given["attention_mask"]], 1)
         return model(**given)
-    except NotApplicable:
-        raise
-    except Exception as error:
-        raise NotApplicable(
-            f"the bare model takes no filled cache: {type(error).__name__}: {str(error)[:150]}"
-        ) from error
 
 
 def prefixed_row(case: Case, adapter: pf.Adapter, row: Mapping[str, Any]) -> dict[str, Tensor]:
