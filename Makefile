@@ -83,6 +83,9 @@ bench-merge: $(VENV)/dev.stamp  ## time a merge from file to file against peft a
 test-peft-suite: $(VENV)/dev.stamp  ## peft's own test tables, each case through peftfn, into benchmarks/results/; ARGS=--sample is short
 	PYTHONPATH=benchmarks $(PY) -W ignore -m peft_suite $(ARGS)
 
+zoo: $(VENV)/dev.stamp  ## every architecture of transformers, tiny, to benchmarks/results/zoo.md; goes on where it stopped (ARGS="--sample": five minutes)
+	$(PY) -W ignore benchmarks/zoo/run.py $(ARGS)
+
 transforms: $(VENV)/dev.stamp  ## write docs/transforms.md: every method under every transform, run
 	$(PY) -W ignore benchmarks/transforms.py $(ARGS)
 
