@@ -27,6 +27,7 @@ from peftfn import (
     rows,
     stacking,
 )
+from peftfn import transformers_names as hf
 from peftfn.adapter import Adapter, Tree, as_tuple, sorted_tree
 
 _KEY = "_peftfn_binding"
@@ -108,6 +109,8 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any =
     recompute.suit(bound)
     _keep_signature(bound)
     _suit_transformers(bound)
+    if any(part.method.kind == layers.MODEL for here in found.values() for part in here):
+        bound.__dict__[hf.GENERATION_MASKS] = hf.mask_as_given
     return bound
 
 

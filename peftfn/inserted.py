@@ -15,9 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from peftfn.calls import Added, Call, cached, tokens_of
+from peftfn import transformers_names as hf
+from peftfn.calls import Added, Call, tokens_of
 
 LENGTH = "tokens"
 """The buffer of a stack's leaf that says how many rows each adapter's prompt has, where they have unlike numbers."""
@@ -26,8 +28,7 @@ IGNORED = -100
 """The label that torch's cross entropy leaves out."""
 
 _TOKEN_TASKS = ("CAUSAL_LM", "TOKEN_CLS")
-_OTHERS = ("decoder_", "encoder_", "cross_")  # arguments about the other half of an encoder-decoder
-_KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "labels", "position_ids", "cache_position")
+_KNOWN = (hf.IDS, hf.EMBEDS, hf.MASK, hf.TOKEN_TYPES, hf.LABELS, hf.POSITIONS, hf.CACHE_POSITIONS)
 
 
 def with_tokens(
@@ -51,42 +52,42 @@ def with_tokens(
     """
     if not call.first:
         return call._replace(prompts=(*call.prompts, added))
-    embeds = call.given.get("inputs_embeds")
+    embeds = call.given.get(hf.EMBEDS)
     if embeds is None:
-        ids = call.given.get("input_ids")
+        ids = call.given.get(hf.IDS)
         if ids is None:
             raise ValueError(
                 f"the batch has {sorted(call.given)}; expected input_ids or inputs_embeds, to put the prompt before."
             )
         embeds = embed(ids)  # (rows, length, dim)
-    if added.own is not None and call.given.get("attention_mask") is None:
-        call = call.having(attention_mask=_ones(embeds, embeds.shape[1]))
-    place = _Place.of(call.given.get("attention_mask"), embeds, added)
+    if added.own is not None and call.given.get(hf.MASK) is None:
+        call = call.having(**{hf.MASK: _ones(embeds, embeds.shape[1])})
+    place = _Place.of(call.given.get(hf.MASK), embeds, added)
     _refuse_unknown(call.given, embeds.shape[:2])
     beside = _beside(call, place, embeds, task)
-    changes = {"input_ids": None, "inputs_embeds": place.put(tokens.to(embeds.dtype), embeds), **beside}
-    is_guess = "position_ids" in beside and call.given.get("position_ids") is None
+    changes = {hf.IDS: None, hf.EMBEDS: place.put(tokens.to(embeds.dtype), embeds), **beside}
+    is_guess = hf.POSITIONS in beside and call.given.get(hf.POSITIONS) is None
     return call.having(**changes)._replace(guessed=call.guessed or is_guess)
 
 
 def _beside(call: Call, place: _Place, embeds: Tensor, task: str | None) -> dict[str, Any]:
     """What the other arguments become: masks, labels, positions."""
     added = place.added
-    changes: dict[str, Any] = {"cache_position": None}  # the model counts them itself
-    for name, fill in (("attention_mask", 1), ("token_type_ids", 0)):
+    changes: dict[str, Any] = {hf.CACHE_POSITIONS: None}  # the model counts them itself
+    for name, fill in ((hf.MASK, 1), (hf.TOKEN_TYPES, 0)):
         if (given := call.given.get(name)) is not None:
             changes[name] = place.fill(fill, given)
-    labels = call.given.get("labels")
+    labels = call.given.get(hf.LABELS)
     if labels is not None and _per_token(labels, embeds, task):
-        changes["labels"] = place.fill(IGNORED, labels, missing=IGNORED)
+        changes[hf.LABELS] = place.fill(IGNORED, labels, missing=IGNORED)
         if task != "TOKEN_CLS":  # there is no shift
-            changes["labels"] = place.first_ignored(changes["labels"])
-    positions = call.given.get("position_ids")
+            changes[hf.LABELS] = place.first_ignored(changes[hf.LABELS])
+    positions = call.given.get(hf.POSITIONS)
     if positions is not None:
-        changes["position_ids"] = place.positions(positions)
+        changes[hf.POSITIONS] = place.positions(positions)
     elif added.counted and added.own is not None:
-        changes["position_ids"] = place.default_positions(embeds.shape[1])
-    for name in ("start_positions", "end_positions"):
+        changes[hf.POSITIONS] = place.default_positions(embeds.shape[1])
+    for name in hf.ANSWERS:
         if (given := call.given.get(name)) is not None:
             changes[name] = given + place.moved()  # the answer's tokens have moved
     return changes
@@ -101,7 +102,26 @@ def settled(call: Call) -> Call:
         call = _with_cached(call, added, front=False)
     for added in reversed(call.prefixes):
         call = _with_cached(call, added, front=True)
-    return call
+    size = hf.capacity(call.cache)
+    return call if size is None else _fitted(call, size)
+
+
+def _fitted(call: Call, size: int) -> Call:
+    """The call with a static cache of this size, which it must not write past.
+
+    Raises:
+        ValueError: it would.
+    """
+    tokens, left = tokens_of(call), size - (hf.length(call.cache) or 0)
+    if tokens is not None and tokens.shape[1] > left:
+        raise ValueError(
+            f"the call has {tokens.shape[1]} tokens, those of prompts included, and its static cache has room for "
+            f"{left} more. Make the cache longer by the prompts' tokens, or leave it out."
+        )
+    mask = call.given.get(hf.MASK)
+    if mask is None or not call.takes.whole_mask:
+        return call
+    return call.having(**{hf.MASK: F.pad(mask, (0, size - mask.shape[1]))})
 
 
 def _explicit(call: Call, added: Sequence[Added]) -> Call:
@@ -109,13 +129,16 @@ def _explicit(call: Call, added: Sequence[Added]) -> Call:
     tokens = tokens_of(call)
     if tokens is None:
         return call
-    past = cached(call.given.get("past_key_values")) - sum(one.places for one in added)
+    held = hf.length(call.cache)
+    if held is None:
+        return call  # states of a model that knows neither masks nor positions of what it has seen
+    past = held - sum(one.places for one in added)
     changes: dict[str, Any] = {}
-    if call.given.get("attention_mask") is None:
-        changes["attention_mask"] = _ones(tokens, past + tokens.shape[1])
-    if call.given.get("position_ids") is None and any(one.counted for one in added):
+    if call.given.get(hf.MASK) is None:
+        changes[hf.MASK] = _ones(tokens, past + tokens.shape[1])
+    if call.given.get(hf.POSITIONS) is None and any(one.counted for one in added):
         at = past + torch.arange(tokens.shape[1], device=tokens.device)
-        changes["position_ids"] = at.expand(tokens.shape[0], -1)
+        changes[hf.POSITIONS] = at.expand(tokens.shape[0], -1)
     return call.having(**changes)
 
 
@@ -132,26 +155,26 @@ def _with_cached(call: Call, added: Added, *, front: bool) -> Call:
         front: whether they are before any left padding, as a prefix is, or after it.
     """
     changes: dict[str, Any] = {}
-    mask = call.given.get("attention_mask")
+    mask = call.given.get(hf.MASK)
     if mask is not None:
         _check_mask(mask)
-        changes["attention_mask"] = _Place.of(None if front else mask, mask, added).fill(1, mask)
-    positions = call.given.get("position_ids")
+        changes[hf.MASK] = _Place.of(None if front else mask, mask, added).fill(1, mask)
+    positions = call.given.get(hf.POSITIONS)
     if positions is not None:
-        changes["position_ids"] = positions + (added.places if added.own is None else added.own.view(-1, 1))
-    if (given := call.given.get("cache_position")) is not None:
-        changes["cache_position"] = given + added.places
+        changes[hf.POSITIONS] = positions + (added.places if added.own is None else added.own.view(-1, 1))
+    if (given := call.given.get(hf.CACHE_POSITIONS)) is not None:
+        changes[hf.CACHE_POSITIONS] = given + added.places
     return call.having(**changes)
 
 
 def with_encoded(call: Call, added: Added) -> Call:
     """A decoder's call, whose encoder has seen more tokens than the mask knows of."""
-    hidden, mask = call.given["encoder_hidden_states"], call.given.get("encoder_attention_mask")
+    hidden, mask = call.given[hf.ENCODED], call.given.get(hf.ENCODED_MASK)
     if mask is None and added.own is not None:
         mask = _ones(hidden, hidden.shape[1] - added.places)
     if mask is None or mask.shape[1] == hidden.shape[1]:
         return call
-    return call.having(encoder_attention_mask=_Place.of(mask, mask, added).fill(1, mask))
+    return call.having(**{hf.ENCODED_MASK: _Place.of(mask, mask, added).fill(1, mask)})
 
 
 def rightmost(tokens: Tensor, added: Added) -> Tensor:
@@ -276,8 +299,8 @@ def _check_mask(mask: Any) -> None:
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         given = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
         raise ValueError(
-            f"attention_mask has {given}, in which a prompt's tokens have no place; expected (rows, length). A static "
-            "cache makes such masks: generate with the default, dynamic cache."
+            f"attention_mask has {given}, in which a prompt's tokens have no place; expected (rows, length), one "
+            "number for each token. Leave it out, or give that."
         )
 
 
@@ -289,7 +312,7 @@ def _per_token(labels: Tensor, embeds: Tensor, task: str | None) -> bool:
 
 def _refuse_unknown(given: Mapping[str, Any], shape: torch.Size) -> None:
     for name, value in given.items():
-        if name in _KNOWN or name.startswith(_OTHERS) or not isinstance(value, Tensor):
+        if name in _KNOWN or name.startswith(hf.OTHER_HALF) or not isinstance(value, Tensor):
             continue
         if value.dim() > 1 and value.shape[:2] == shape:
             raise ValueError(

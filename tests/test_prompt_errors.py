@@ -52,7 +52,7 @@ INITS: dict[str, tuple[Callable[[], nn.Module], pf.PeftConfig]] = {
         BASES["t5"].make,
         pf.AdaptionPromptConfig(adapter_len=2, adapter_layers=1),
     ),
-    "ViTModel takes no past_key_values": (vit, pf.PrefixTuningConfig(**TOKENS)),
+    "ViTModel.forward has no argument for a cache of keys and values": (vit, pf.PrefixTuningConfig(**TOKENS)),
     "Sequential takes no inputs_embeds": (BASES["mlp"].make, PROMPT),
     "takes no inputs_embeds": (vit, PROMPT),
     "task_type='SEQ_2_SEQ_LM' is for an encoder-decoder, and GPT2LMHeadModel is none": (
