@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from peftfn import calls, codecs, graft, inserted, layers, masks, readers, routing
+from peftfn import cached, calls, codecs, graft, inserted, layers, masks, readers, routing
 from peftfn import transformers_names as hf
 from peftfn.layers import Place, Site
 from peftfn.parts import How, Part
@@ -93,7 +93,7 @@ def _adapt_model(root: nn.Module, by_path: Mapping[str, nn.Module], here: Sequen
     for home, several in steps.items():
         twin = by_path[home]
         run = graft.base_forward(graft.second(twin) if how.apart else twin)
-        run = functools.partial(calls.run, run, calls.Takes.of(twin), several, inserted.settled, noted)
+        run = functools.partial(calls.run, run, calls.Takes.of(twin), several, cached.settled, noted)
         graft.set_forward(
             twin, run if how.armed is None else functools.partial(_watched, run, how.armed, home, tensors)
         )

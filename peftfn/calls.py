@@ -1,4 +1,4 @@
-"""The call of a model as a value, which prompt methods change (`peftfn.inserted` has the changes)."""
+"""The call of a model as a value, which prompt methods change (`peftfn.inserted`, `peftfn.cached`)."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Call(NamedTuple):
         takes: what the model's forward takes.
         first: whether nothing is cached yet. Later calls of a generation bring new tokens only, and a cache that
             begins with the prompt.
-        prompts: what is cached of prompts, and the arguments do not know of; `peftfn.inserted.settled` tells them.
+        prompts: what is cached of prompts, and the arguments do not know of; `peftfn.cached.settled` tells them.
         prefixes: the same of prefixes, which are in the cache before everything else.
         guessed: whether the position ids are ours: those that the model would have counted in each row alone.
     """

@@ -223,6 +223,13 @@ def _fixed_layers(cache: Any) -> list[Any]:
     return [layer for layer in _layers(cache) or () if isinstance(getattr(layer, "max_cache_len", None), int)]
 
 
+def window(cache: Any) -> int | None:
+    """How many tokens back the layers see that see least, themselves included; `None` where all see everything."""
+    sliding = [layer for layer in _layers(cache) or () if getattr(layer, "is_sliding", False)]
+    sizes = (getattr(layer, "sliding_window", None) or getattr(layer, "max_cache_len", None) for layer in sliding)
+    return min((size for size in sizes if isinstance(size, int)), default=None)
+
+
 def capacity(cache: Any) -> int | None:
     """How many tokens a static cache can hold, or `None` where it grows or forgets."""
     sizes = (layer.max_cache_len for layer in _fixed_layers(cache) if not getattr(layer, "is_sliding", False))

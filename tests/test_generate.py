@@ -145,6 +145,40 @@ def test_lora_says_what_merged_weights_say() -> None:
     assert not found.equal(generated(model, **PADDED))
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_a_model_that_keeps_states_says_what_it_says_by_hand(cache: str | None) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "head_dim": 8, "num_heads": 4, "state_size": 8}
+    config = transformers.Mamba2Config(**sizes, n_groups=1, num_hidden_layers=2, initializer_range=0.5)
+    torch.manual_seed(1)
+    model = transformers.Mamba2ForCausalLM(config).double().eval()
+    adapter = oracle.randomised(pf.init(model, pf.PromptTuningConfig(num_virtual_tokens=3)), size=1.0)
+    found = generated(pf.bind(model, adapter), **PADDED, **ENDLESS, cache_implementation=cache)
+    assert_said_by_hand(model, adapter, found)
+
+
+def test_a_prefix_behind_padding_and_a_window_is_right_or_refused() -> None:
+    # Alone a row sees the whole prefix; behind padding, the window would end before it.
+    sizes: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.3}
+    for window, said in ((12, ""), (11, "layers of the model see 11 tokens, and padding on the left is between")):
+        torch.manual_seed(1)
+        model = (
+            transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, sliding_window=window)).double().eval()
+        )
+        adapter = oracle.randomised(pf.init(model, pf.PrefixTuningConfig(num_virtual_tokens=3)), size=1.0)
+        short = {**ENDLESS, "max_new_tokens": 4, "min_new_tokens": 4}
+        if said:
+            with pytest.raises(ValueError, match=said):
+                generated(pf.bind(model, adapter), **PADDED, **short)
+        else:
+            assert_said_by_hand(model, adapter, generated(pf.bind(model, adapter), **PADDED, **short))
+        row = LEFT[1:2]
+        alone = generated(pf.bind(model, adapter), input_ids=row, attention_mask=torch.ones_like(row), **short)
+        logits = decoding.by_hand(model, adapter, row)
+        expected = logits(alone.sequences[:, :-1])[0]
+        assert oracle.distance(alone.logits[-1][0], expected) < ROUNDING
+
+
 @pytest.mark.parametrize("method", ["prompt tuning", "prefix"])
 def test_a_static_cache_of_ones_own_grows_by_the_prompt_or_says_that_it_is_full(method: str) -> None:
     model, adapter = pair(Case("llama", method))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfn import calls, inserted, layers, signatures
+from peftfn import calls, inserted, layers, places, signatures
 from peftfn import transformers_names as hf
 from peftfn.adapter import Leaf
 from peftfn.calls import Added, Call
@@ -165,7 +165,7 @@ def forward(config: PrefixTuningConfig, leaf: Mapping[str, Tensor], site: Site, 
     tokens = calls.tokens_of(call)
     if tokens is None:
         raise ValueError(f"the batch has {sorted(call.given)}; expected input_ids or inputs_embeds, for the prefix.")
-    past = _past(inserted.rightmost(prefix, added), config, prompt_config.dtype(model, prefix.dtype))
+    past = _past(places.rightmost(prefix, added), config, prompt_config.dtype(model, prefix.dtype))
     cache = _filled(config, past, model, tokens.shape[0], call)
     return _with_positions(call, tokens, model, added).with_cache(cache)
 
@@ -181,7 +181,7 @@ def _with_positions(call: Call, tokens: Tensor, model: Any, added: Added) -> Cal
         return call
     if not isinstance(mask, Tensor) or mask.dim() != 2 or not _counts(model):
         return call
-    lead = inserted.left_padding(mask)
+    lead = places.left_padding(mask)
     if added.own is not None and added.counted:
         lead = lead * (added.own.view(-1, 1) > 0)
     ids = torch.arange(tokens.shape[1], device=mask.device) - lead

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import inserted, layers
+from peftfn import cached, inserted, layers
 from peftfn import transformers_names as hf
 from peftfn.adapter import Leaf
 from peftfn.calls import Call
@@ -116,7 +116,7 @@ def prompted(config: PromptLearningConfig, leaf: Mapping[str, Tensor], site: Sit
     tokens = prompt[..., : config.num_virtual_tokens, :]
     added = prompt_rows.added(model, tokens.shape[-2], leaf)
     if prompt_config.is_encoder_decoder(model) and call.given.get(hf.ENCODED) is not None:
-        return inserted.with_encoded(call, added)
+        return cached.with_encoded(call, added)
     if call.first:
         hf.make_room(call.cache, added.places, getattr(model, "config", None))
     after = inserted.with_tokens(call, tokens, added, lambda ids: prompt_config.embed(model, ids), config.task_type)
