@@ -25,6 +25,7 @@ from peftfn import (
     rows,
     saving,
 )
+from peftfn import transformers_names as hf
 from peftfn.adapter import Adapter, as_tuple
 
 
@@ -95,6 +96,8 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any =
     recompute.suit(bound)
     _keep_signature(bound, model)
     saving.suit(bound)
+    if any(part.method.kind == layers.MODEL for here in found.values() for part in here):
+        bound.__dict__[hf.GENERATION_MASKS] = hf.mask_as_given
     return bound
 
 

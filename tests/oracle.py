@@ -29,6 +29,8 @@ def quiet_peft() -> Generator[None]:
     with warnings.catch_warnings():
         for category in (UserWarning, RuntimeWarning, FutureWarning):
             warnings.filterwarnings("ignore", category=category, module=r"(peft|transformers)(\.|$)")
+        # peft 0.21.2 gives transformers 5.24 a cache by its old name, through torch.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=r"`past_key_values` is deprecated")
         yield
 
 

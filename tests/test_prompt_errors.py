@@ -30,6 +30,14 @@ def gpt2() -> nn.Module:
     return BASES["gpt2"].make()
 
 
+def of_tiny(name: str, **sizes: Any) -> nn.Module:
+    """A model that writes, without weights."""
+    small = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = getattr(transformers, f"{name}Config")(**small, **{"num_attention_heads": 2, **sizes})
+    with torch.device("meta"):
+        return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
 def checkpointed(use_reentrant: bool, build: Callable[[], nn.Module] = gpt2) -> nn.Module:
     """The model with checkpoints on, in training, without dropout."""
     model = enable(build(), use_reentrant)
@@ -52,7 +60,15 @@ INITS: dict[str, tuple[Callable[[], nn.Module], pf.PeftConfig]] = {
         BASES["t5"].make,
         pf.AdaptionPromptConfig(adapter_len=2, adapter_layers=1),
     ),
-    "ViTModel takes no past_key_values": (vit, pf.PrefixTuningConfig(**TOKENS)),
+    "ViTModel.forward has no argument for a cache of keys and values": (vit, pf.PrefixTuningConfig(**TOKENS)),
+    "Mamba2Model.forward has no argument for a cache of keys and values": (
+        lambda: of_tiny("Mamba2", head_dim=8, num_heads=4, state_size=8, n_groups=1),
+        pf.PrefixTuningConfig(**TOKENS),
+    ),
+    "1 layers of Qwen3NextForCausalLM keep something else than keys and values (the first is layer 0)": (
+        lambda: of_tiny("Qwen3Next", layer_types=["linear_attention", "full_attention"], num_experts=0),
+        pf.PrefixTuningConfig(**TOKENS),
+    ),
     "Sequential takes no inputs_embeds": (BASES["mlp"].make, PROMPT),
     "takes no inputs_embeds": (vit, PROMPT),
     "task_type='SEQ_2_SEQ_LM' is for an encoder-decoder, and GPT2LMHeadModel is none": (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn import calls
+from peftfn import signatures
 from peftfn.cli import labels, tables
 from peftfn.cli.columns import Columns
 from peftfn.cli.errors import UserError
@@ -217,7 +217,7 @@ def suited(batch: dict[str, Tensor], model: nn.Module, adapter: pf.Adapter | Non
     mask = batch["attention_mask"]
     order = torch.sort(mask, dim=1, stable=True).indices  # padding first, the rest as it was
     moved = {name: batch[name].gather(1, order) for name in ("input_ids", "attention_mask")}
-    if "position_ids" in calls.argument_names(type(model)):
+    if "position_ids" in signatures.argument_names(type(model)):
         moved["position_ids"] = (moved["attention_mask"].cumsum(1) - 1).clamp(min=0)
     return {**batch, **moved}
 
