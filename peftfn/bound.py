@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any =
     )
     guards.protect(bound, {id(parameter) for parameter in holder.made.values()})
     recompute.suit(bound)
-    _keep_signature(bound, model)
+    _keep_signatures(by_path, dict(layers.named_modules(model, remove_duplicate=False)))
     saving.suit(bound)
     if any(part.method.kind == layers.MODEL for here in found.values() for part in here):
         bound.__dict__[hf.GENERATION_MASKS] = hf.mask_as_given
@@ -141,15 +141,17 @@ def _read(name: str, module: nn.Module) -> Tensor:
     return module.__dict__["_peftfn_weights"][name]()
 
 
-def _keep_signature(bound: nn.Module, model: nn.Module) -> None:
-    """Let a forward that `bind` set say what the model's own says: generate() and Trainer ask what it takes.
+def _keep_signatures(by_path: Mapping[str, nn.Module], base: Mapping[str, nn.Module]) -> None:
+    """Let forwards that `bind` set say what the base's own say: generate() and Trainer ask what a model takes.
 
-    One that somebody had set on the model (accelerate, a kernel library) has been copied, and says it by itself; where
-    nothing in it led into the model, it is the model's own object still.
+    One that somebody had set on the base (accelerate, a kernel library) has been copied, and says it by itself; where
+    nothing in it led into the model, it is the base's own object still. Layers nobody asks.
     """
-    forward = bound.__dict__.get("forward")
-    if isinstance(forward, (functools.partial, types.FunctionType)) and forward is not model.__dict__.get("forward"):
-        cast("Any", forward).__signature__ = _signature(model)
+    for path, module in by_path.items():
+        forward = module.__dict__.get("forward")
+        is_ours = isinstance(forward, (functools.partial, types.FunctionType)) and (not path or bool(module._modules))
+        if is_ours and forward is not base[path].__dict__.get("forward"):
+            cast("Any", forward).__signature__ = _signature(base[path])
 
 
 def _signature(model: nn.Module) -> inspect.Signature:

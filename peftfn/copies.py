@@ -141,12 +141,17 @@ def is_callable_object(value: Any) -> bool:
     return isinstance(call, types.FunctionType) and not is_value and hasattr(value, "__dict__")
 
 
+def another(value: Any) -> Any:
+    """An object of the same class without attributes."""
+    return object.__new__(cast("type[Any]", type(value)))
+
+
 def _copied_callable(value: Any, memo: Memo) -> Any:
     """The object; or, where it leads into the model, another one of its class that leads into the copy."""
     seen = {**memo, id(value): value}  # it may lead to itself
     if all(_copied(one, seen, deep=False) is one for one in value.__dict__.values()):
         return value
-    made = memo[id(value)] = object.__new__(type(value))
+    made = memo[id(value)] = another(value)
     made.__dict__.update({name: _copied(one, memo, deep=False) for name, one in value.__dict__.items()})
     return made
 

@@ -234,7 +234,7 @@ class Twins:
             return self._functions[id(value)]
         self._functions[id(value)] = value  # it may lead to itself
         if any(self._mapped(one) is not one for one in value.__dict__.values()):
-            made = self._functions[id(value)] = object.__new__(type(value))
+            made = self._functions[id(value)] = copies.another(value)
             made.__dict__.update({name: self._mapped(one) for name, one in value.__dict__.items()})
         return self._functions[id(value)]
 
