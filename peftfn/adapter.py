@@ -22,7 +22,11 @@ Tree = dict[str, Leaf]
 """Leaves by the path of their site."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+_SHOWN = 12
+"""Sites that an adapter's repr names."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """Tensors that change what a frozen base computes, and the config that says how.
 
@@ -44,6 +48,25 @@ class Adapter:
     def replace(self, **changes: Any) -> Adapter:
         """This adapter with other `params`, `buffers` or `config`: `adapter.replace(params=new)`."""
         return dataclasses.replace(self, **changes)
+
+    def __repr__(self) -> str:
+        """Method, and the shapes at each site: the numbers themselves are in `params` and `buffers`."""
+        params: Any = self.params  # a function mapped over an adapter may have put anything there
+        if not isinstance(params, dict):
+            return f"Adapter({type(self.config).__name__}, params={params!r})"
+        sites = cast("Mapping[str, Any]", params)
+        rows = [f"  {site or '(the model)'}: {_shapes(leaf)}" for site, leaf in list(sites.items())[:_SHOWN]]
+        more = [f"  and {len(sites) - _SHOWN:,} more"] if len(sites) > _SHOWN else []
+        return "\n".join([f"Adapter({type(self.config).__name__}, {len(sites):,} sites)", *rows, *more])
+
+
+def _shapes(leaf: Any) -> str:
+    if not isinstance(leaf, dict):
+        return type(leaf).__name__
+    items = cast("Mapping[str, Any]", leaf).items()
+    return ", ".join(
+        f"{n} {'×'.join(map(str, t.shape)) or '1' if isinstance(t, Tensor) else repr(t)}" for n, t in items
+    )
 
 
 class Count(NamedTuple):

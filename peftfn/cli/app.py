@@ -101,7 +101,7 @@ def sweep(settings: SweepSettings, config: pf.PeftConfig, values: dict[str, list
     --lr, --weight-decay, --warmup, --max-grad-norm, --seed and every number of the method's config take several
     values, by comma or by repeating the option. Each adapter is what `peftfn train` makes of its values, but for
     dropout, of which each draws its own; it goes into a folder of its own in --output, where summary.csv and a picture
-    of all losses are too. A sweep that is killed does not resume.
+    of all losses are too. Killed and started again, the same command goes on where it was.
 
     Example: `peftfn sweep --model MODEL --data train.csv --eval-data test.csv --lr 1e-3,3e-3 --r 4,8 --seed 0,1
     --output sweep`
@@ -120,7 +120,7 @@ app.command("sweep")(
         options.command(
             sweep,
             {SweepSettings: "Run"},
-            fixed=(*FILLED, "save_every", "resume"),
+            fixed=(*FILLED, "resume"),
             one_of=options.OneOf("method", METHODS, "What to train; its options are in the panels below."),
             several=(*grids.OF_RUN, *options.numbers(METHODS.values())),
         )

@@ -81,7 +81,7 @@ class SweepSettings(TrainSettings):
     patience: int | None = option(
         "An adapter stops when its held-out loss has not fallen for so many epochs; needs --eval-data.", None
     )
-    replace: bool = option("Replace the sweep that is in --output.", False)
+    replace: bool = option("Replace the sweep that is in --output, and begin anew.", False)
 
     def __post_init__(self) -> None:
         """Refuse a patience without anything to lose it over."""

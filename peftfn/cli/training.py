@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -51,6 +52,7 @@ def prepare(
     held_out: tables.Table | None = None,
 ) -> Job:
     """Everything loaded, checked and encoded; `table` and `held_out` stand in for the settings' files."""
+    _refuse_ranks()
     for module in ("tqdm", "matplotlib"):
         need(module)  # a missing one is an error now, not after the training
     table = table or tables.read_table(settings.data, settings.split)
@@ -68,6 +70,16 @@ def prepare(
     config = ranks.with_steps(config, _total(settings, read["data"]))
     adapter = pf.init(base.model, config, generator=torch.Generator().manual_seed(settings.seed))
     return Job(settings, base, task, columns, read["data"], read.get("held out"), adapter, data)
+
+
+def _refuse_ranks() -> None:
+    """Raise in one of several processes: all of them would write the same folder."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count.isdigit() and int(count) > 1:
+        raise UserError(
+            f"started as one of {count} processes (WORLD_SIZE), and this command trains in one; start it without "
+            "torchrun or with --nproc-per-node 1, or train peftfn.bind(model, adapter) with transformers' Trainer"
+        )
 
 
 def _refuse_labels(table: tables.Table, columns: Columns) -> None:
