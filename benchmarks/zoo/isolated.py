@@ -77,7 +77,11 @@ def _run(entry: Entry, checks: list[str], pipe: Any) -> None:
 
     with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
         try:
-            case = Case(entry)
+            with _timed():
+                case = Case(entry)
+        except TooLong:
+            _say(pipe, "build", Verdict(NOT_APPLICABLE, f"not built: no end within {SECONDS} s"), SECONDS)
+            return
         except Exception as error:  # noqa: BLE001  # the class has no tiny model here
             reason = f"{type(error).__name__}: {error}".replace("\n", " ")[:400]
             _say(pipe, "build", Verdict(NOT_APPLICABLE, f"not built: {reason}"), 0.0)
