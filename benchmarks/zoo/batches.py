@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.pictures import images
+from zoo.pictures import TOKENS, images
 from zoo.sounds import sounds
 
-TOKENS = 8
 FIRST, LAST = 5, 90  # ordinary tokens: no special one is among them
 
 

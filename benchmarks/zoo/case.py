@@ -6,11 +6,13 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import peft
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import peftfn as pf
+from zoo import by_hand
 from zoo.classes import WRITES, Entry
 from zoo.outputs import tensors
 from zoo.tiny import batch_of, model_and_batch
@@ -99,11 +101,28 @@ class Case:
         return batch_of(self.model, numbers)
 
     @functools.cached_property
-    def lora(self) -> pf.Adapter:
-        """A LoRA on every linear layer, filled with random numbers."""
-        return self.lora_of(0)
-
-    def lora_of(self, seed: int) -> pf.Adapter:
-        """Another one like it."""
+    def loras(self) -> list[pf.Adapter]:
+        """Two LoRAs on every linear layer, filled with random numbers."""
         config = pf.LoraConfig(r=4, lora_alpha=6, target_modules=self.targets, task_type=self.layer_task)
-        return filled(pf.init(self.model, config), seed)
+        fresh = pf.init(self.model, config)
+        return [filled(fresh, seed) for seed in range(2)]
+
+    @property
+    def lora(self) -> pf.Adapter:
+        """The first of them."""
+        return self.loras[0]
+
+    @functools.cached_property
+    def hands(self) -> list[Any]:
+        """The models with their weights put in by hand. Nobody writes to them."""
+        return [by_hand.adapted(self.model, one) for one in self.loras]
+
+    @functools.cached_property
+    def wanted(self) -> list[dict[str, Tensor]]:
+        """What those put out."""
+        return [called(one, self.batch) for one in self.hands]
+
+    @functools.cached_property
+    def peft_config(self) -> peft.LoraConfig:
+        """The same LoRA's config in peft."""
+        return peft.LoraConfig(r=4, lora_alpha=6, target_modules=self.targets, task_type=self.layer_task)

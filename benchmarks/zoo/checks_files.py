@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import peft
-
 import peftfn as pf
 from zoo import by_hand, with_peft
 from zoo.case import Case, called, output_of
@@ -12,8 +10,7 @@ from zoo.verdicts import NOT_APPLICABLE, RIGHT, WRONG, Verdict, judged
 
 def load(case: Case) -> Verdict:
     """peft's `all-linear` file, read here, against peft's own output."""
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=case.targets, task_type=case.layer_task)
-    theirs = with_peft.made(case, config)
+    theirs = with_peft.all_linear(case)
     folder = with_peft.files_of(theirs)
     try:
         adapter = pf.load(folder, case.model)
@@ -30,7 +27,7 @@ def save(case: Case) -> Verdict:
     theirs, complaints = with_peft.reads(case, case.lora)
     if complaints:
         return Verdict(WRONG, f"peft: {complaints[0][:200]}")
-    want = called(by_hand.adapted(case.model, case.lora), case.batch)
+    want = case.wanted[0]
     with with_peft.peft_at_work():
         got = called(theirs, case.batch)
     verdict = judged(got, want, case.base, case.exact)

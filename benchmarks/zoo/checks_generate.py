@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import peftfn as pf
-from zoo import by_hand
 from zoo.case import Case
 from zoo.classes import WRITES
 from zoo.verdicts import NotApplicable, Verdict, judged
@@ -56,7 +55,7 @@ def found(scores: Tensor, tokens: Tensor) -> dict[str, Tensor]:
 def generate(case: Case) -> Verdict:
     batch = prepared(case)
     given: dict[str, Any] = {}
-    hand = by_hand.adapted(case.model, case.lora)
+    hand = case.hands[0]
     try:
         want = decoded(hand, batch)
     except Exception as first:  # noqa: BLE001  # whatever it is, it is the model's own

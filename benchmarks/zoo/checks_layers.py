@@ -19,7 +19,7 @@ from zoo.verdicts import RIGHT, WRONG, NotApplicable, Verdict, judged
 
 def against_hand(case: Case, adapter: pf.Adapter) -> Verdict:
     """`apply` against a copy with the adapter's weights put in by hand."""
-    want = called(by_hand.adapted(case.model, adapter), case.batch)
+    want = case.wanted[0] if adapter is case.lora else called(by_hand.adapted(case.model, adapter), case.batch)
     verdict = judged(output_of(lambda: pf.apply(case.model, adapter, case.batch)), want, case.base, case.exact)
     if verdict.verdict == WRONG and (lost := by_hand.not_called(case.model, adapter, case.batch)):
         return verdict._replace(reason=f"{verdict.reason}; the base reads past {len(lost)} layers' forward: {lost[0]}")
@@ -32,7 +32,7 @@ def lora(case: Case) -> Verdict:
 
 def sites(case: Case) -> Verdict:
     """`all-linear` means the layers that it means in peft."""
-    theirs = with_peft.lora_sites(with_peft.made(case, _peft_lora(case, target_modules=case.targets)))
+    theirs = with_peft.lora_sites(with_peft.all_linear(case))
     ours = {path for path, leaf in case.lora.params.items() if any("lora_" in name for name in leaf)}
     if ours == theirs:
         return Verdict(RIGHT, "", {"sites": len(ours)})
@@ -44,7 +44,8 @@ def default(case: Case) -> Verdict:
     """LoRA on the layers that peft has by default for this kind of model."""
     if case.model.config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
         raise NotApplicable("peft has no default layers for this model type")
-    theirs = with_peft.lora_sites(with_peft.made(case, _peft_lora(case)))
+    config = peft.LoraConfig(r=4, lora_alpha=6, task_type=case.layer_task)
+    theirs = with_peft.lora_sites(with_peft.made(case, config))
     adapter = filled(pf.init(case.model, pf.LoraConfig(r=4, lora_alpha=6, task_type=case.layer_task)))
     ours = {path for path, leaf in adapter.params.items() if any("lora_" in name for name in leaf)}
     if ours != theirs:
@@ -85,19 +86,12 @@ def experts(case: Case) -> Verdict:
 
 
 def bind(case: Case) -> Verdict:
-    want = called(by_hand.adapted(case.model, case.lora), case.batch)
     bound = pf.bind(case.model, case.lora)
-    return judged(called(bound, case.batch), want, case.base, case.exact)
+    return judged(called(bound, case.batch), case.wanted[0], case.base, case.exact)
 
 
 def merge(case: Case) -> Verdict:
     """The merged weights in a model of their own, put there by name."""
-    adapted = by_hand.adapted(case.model, case.lora)
-    want = called(adapted, case.batch)
     merged = pf.merge(dict(case.model.named_parameters()), case.lora)
     got = output_of(lambda: torch.func.functional_call(case.model, merged, (), dict(case.batch)))
-    return judged(got, want, case.base, case.exact)
-
-
-def _peft_lora(case: Case, **given: Any) -> peft.LoraConfig:
-    return peft.LoraConfig(r=4, lora_alpha=6, task_type=case.layer_task, **given)
+    return judged(got, case.wanted[0], case.base, case.exact)

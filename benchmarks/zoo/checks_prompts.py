@@ -106,7 +106,10 @@ def _rows(case: Case, long: pf.Adapter, short: pf.Adapter, alone: Any) -> Verdic
     with hand.reference():
         bare = [hand.text_part(case, called(case.model, case.rows(number))) for number in range(3)]
         want = [alone(case, short, case.rows(0)), bare[1], alone(case, long, case.rows(2))]
-    return judged(hand.text_part(case, got), _joined(want), _joined(bare), case.exact)
+    verdict = judged(hand.text_part(case, got), _joined(want), _joined(bare), case.exact)
+    if verdict.verdict == WRONG and not hand.ignores_masked(case):
+        return verdict._replace(reason=f"{verdict.reason}; the bare model does not ignore masked places before a row")
+    return verdict
 
 
 def _joined(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:

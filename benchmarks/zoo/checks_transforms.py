@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 import peftfn as pf
 from zoo import by_hand
+from zoo.batches import signature
 from zoo.case import Case, called, output_of
 from zoo.outputs import apart, tensors
 from zoo.verdicts import CRASH, NOT_APPLICABLE, RIGHT, WRONG, NotApplicable, Verdict, judged, of_error
@@ -23,7 +25,7 @@ def loss_of(output: Any) -> Tensor:
 
 def grad(case: Case) -> Verdict:
     """`torch.func.grad` and `backward()`, each against the gradient through weights put in by hand."""
-    made = by_hand.adapted(case.model, case.lora)
+    made = case.hands[0]
     try:
         torch.manual_seed(0)
         want = by_hand.gradients(made, case.lora, loss_of(made(**case.batch)))
@@ -87,8 +89,8 @@ def _bare_fails(case: Case) -> str:
 
 def vmap(case: Case) -> Verdict:
     """Two adapters as one stack under `torch.vmap`, against each by hand."""
-    adapters = [case.lora, case.lora_of(1)]
-    want = _stacked([called(by_hand.adapted(case.model, one), case.batch) for one in adapters])
+    adapters = case.loras
+    want = _stacked(case.wanted)
     try:
         got = output_of(
             lambda: torch.vmap(lambda one: tensors(pf.apply(case.model, one, case.batch)), randomness="same")(
@@ -96,9 +98,12 @@ def vmap(case: Case) -> Verdict:
             )
         )
     except Exception as error:
-        said = of_error(error)
-        if said.verdict == CRASH and (alone := _vmap_alone(case, adapters)):
-            return Verdict(NOT_APPLICABLE, f"torch: so does the bare model: {alone}")
+        if of_error(error).verdict == CRASH and (alone := _vmap_bare_fails(case, adapters, case.batch)):
+            without = {**case.batch, "use_cache": False}
+            if "use_cache" not in signature(case.model) or _vmap_bare_fails(case, adapters, without):
+                return Verdict(NOT_APPLICABLE, f"torch.vmap of the bare model fails too: {alone}")
+            said = of_error(error)
+            return said._replace(reason=f"the bare model runs with use_cache=False: {said.reason}")
         raise
     return judged(got, want, _stacked([case.base, case.base]), case.exact)
 
@@ -107,25 +112,24 @@ def _stacked(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([one[name] for one in outputs]) for name in outputs[0]}
 
 
-def _vmap_alone(case: Case, adapters: list[pf.Adapter]) -> str | None:
-    """What torch says of the bare model under vmap over stacked weights, if it fails too."""
+def _vmap_bare_fails(case: Case, adapters: list[pf.Adapter], batch: Mapping[str, Any]) -> str:
+    """What torch says of the bare model under vmap over stacked weights; nothing where it runs."""
     weights = [pf.merge(dict(case.model.named_parameters()), one) for one in adapters]
     stacked = {name: torch.stack([one[name].detach() for one in weights]) for name in weights[0]}
+
+    def one(weights: Any) -> dict[str, Tensor]:
+        return tensors(torch.func.functional_call(case.model, weights, (), dict(batch)))
+
     try:
-        output_of(
-            lambda: torch.vmap(
-                lambda w: tensors(torch.func.functional_call(case.model, w, (), dict(case.batch))), randomness="same"
-            )(stacked)
-        )
+        output_of(lambda: torch.vmap(one, randomness="same")(stacked))
     except Exception as error:  # noqa: BLE001  # it is asked whether it fails
         return f"{type(error).__name__}: {str(error)[:200]}".replace("\n", " ")
-    return None
+    return ""
 
 
 def rows(case: Case) -> Verdict:
     """Three rows with the second adapter, none and the first, against each row by itself, by hand."""
     batch = case.rows(0, 1, 2)
-    adapters = [case.lora, case.lora_of(1)]
     base = called(case.model, batch)
     alone = [called(case.model, case.rows(number)) for number in range(3)]
     kept = {name for name, t in base.items() if t.shape[0] == 3 and _rows_alone(t, [one.get(name) for one in alone])}
@@ -133,9 +137,9 @@ def rows(case: Case) -> Verdict:
         raise NotApplicable(
             "the bare model's rows are not what they are by themselves, or its output has no axis of rows"
         )
-    hands = [by_hand.adapted(case.model, adapters[1]), case.model, by_hand.adapted(case.model, adapters[0])]
+    hands = [case.hands[1], case.model, case.hands[0]]
     want = [called(model, case.rows(number)) for number, model in enumerate(hands)]
-    got = output_of(lambda: pf.apply(case.model, pf.stack(adapters), batch, index=torch.tensor([1, -1, 0])))
+    got = output_of(lambda: pf.apply(case.model, pf.stack(case.loras), batch, index=torch.tensor([1, -1, 0])))
     wanted = {name: torch.cat([one[name] for one in want]) for name in kept}
     return judged(
         {name: t for name, t in got.items() if name in kept}, wanted, {name: base[name] for name in kept}, case.exact

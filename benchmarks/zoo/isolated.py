@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import time
@@ -16,6 +17,10 @@ from zoo.verdicts import CRASH, NOT_APPLICABLE, Verdict
 SECONDS = 40  # of one check, of its own processor time: another load on the machine changes no verdict
 TOTAL = 240  # of a class
 GIGABYTES = 5  # of memory that it asks for beyond what the parent has
+
+
+# Of files on this machine; addresses stay.
+FOLDERS = re.compile(r"(?<![:/\w.])/(?:[\w.+-]+/)+")
 
 
 class TooLong(BaseException):
@@ -72,7 +77,11 @@ def _run(entry: Entry, checks: list[str], pipe: Any) -> None:
 
     with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
         try:
-            case = Case(entry)
+            with _timed():
+                case = Case(entry)
+        except TooLong:
+            _say(pipe, "build", Verdict(NOT_APPLICABLE, f"not built: no end within {SECONDS} s"), SECONDS)
+            return
         except Exception as error:  # noqa: BLE001  # the class has no tiny model here
             reason = f"{type(error).__name__}: {error}".replace("\n", " ")[:400]
             _say(pipe, "build", Verdict(NOT_APPLICABLE, f"not built: {reason}"), 0.0)
@@ -91,7 +100,8 @@ def _run(entry: Entry, checks: list[str], pipe: Any) -> None:
 
 def _say(pipe: Any, check: str, verdict: Verdict, seconds: float) -> None:
     numbers = {name: float(f"{value:.2e}") for name, value in verdict.numbers.items()}
-    line = {"check": check, "verdict": verdict.verdict, "reason": verdict.reason, "numbers": numbers}
+    reason = FOLDERS.sub("", verdict.reason)
+    line = {"check": check, "verdict": verdict.verdict, "reason": reason, "numbers": numbers}
     pipe.write(json.dumps(line | {"seconds": round(seconds, 2)}) + "\n")
     pipe.flush()
 

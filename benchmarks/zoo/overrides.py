@@ -233,7 +233,14 @@ OVERRIDES: dict[str, Any] = {
     "beit": {"out_indices": [1, 2, 3, 4], "num_hidden_layers": 4},
     "data2vec-vision": {"out_indices": [1, 2, 3, 4], "num_hidden_layers": 4},
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 6400},
-    "fun_asr_nano_adaptor": {"intermediate_size": 8},
+    "fun_asr_nano": lambda config: {
+        "adaptor_config": type(config.adaptor_config)(
+            hidden_size=32, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4
+        )
+    },
+    "step3p5": {"sliding_window": 8},
+    "mimi": {"upsample_groups": 32, "num_filters": 8, "vector_quantization_hidden_dimension": 32, "codebook_dim": 32},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "granite4_vision": PINPOINTS | {"deepstack_layer_map": [[0, 0]]},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_hidden_layers": 2},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
@@ -243,7 +250,7 @@ OVERRIDES: dict[str, Any] = {
     "blt": {"num_hidden_layers": 2},
     "markuplm": {"max_xpath_tag_unit_embeddings": 256, "max_xpath_subs_unit_embeddings": 1024},
     "rt_detr_resnet": BACKBONE,
-    "lw_detr_vit": {"num_windows": 4, "image_size": 64},
+    "lw_detr_vit": {"num_windows": 4, "image_size": 64, "out_indices": [1, 2], "window_block_indices": [0]},
     "detr": lambda config: _resnet(config, every=True) | {"encoder_attention_heads": 8, "decoder_attention_heads": 8},
     "blip-2": {"image_token_index": 120},
     "instructblip": {"image_token_index": 120},

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TOKENS = 8  # words of a row
+QUERIES = 6  # of a picture that a model reads by as many queries
 GRID = 4  # patches on a side, where a picture is given as its patches
 
 
@@ -66,7 +68,7 @@ def pixels(model: Any, names: set[str], generator: torch.Generator, dtype: torch
     if kind == "fuyu":
         return {"pixel_values": random(1, GRID, channels * patch * patch)}
     if kind in TILED:
-        return {"pixel_values": random(1, 1, channels, size, size)}
+        return {"pixel_values": random(1, 1, channels, size, size)} | _beside(names, random, size, 0)
     if kind in PINPOINTS:
         tiles = {"pixel_values": random(1, 3, channels, size, size), "image_sizes": torch.tensor([[size, 2 * size]])}
         return tiles | ({"batch_num_images": torch.tensor([1])} if kind == "llava_onevision" else {})
@@ -116,6 +118,10 @@ def _beside(names: set[str], random: Any, size: int, length: int) -> dict[str, T
         return {"high_res_pixel_values": random(1, 3, size, size)}
     if "task_inputs" in names:
         return {"task_inputs": torch.arange(5, 5 + length)[None]}
+    if "image_embeds_position_mask" in names:
+        return {"image_embeds_position_mask": (torch.arange(TOKENS) < QUERIES).long()[None]}
+    if "image_attention_mask" in names:
+        return {"image_attention_mask": torch.ones(1, TOKENS, 1, dtype=torch.long)}
     if "qformer_input_ids" in names:
         ids = torch.arange(5, 9)[None]
         return {"qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids)}

@@ -15,7 +15,9 @@ import peftfn as pf
 from zoo.batches import signature
 from zoo.case import Case, called, output_of
 from zoo.checks_generate import found
-from zoo.verdicts import NotApplicable
+from zoo.verdicts import RIGHT, NotApplicable, judged
+
+TOKENS_BEFORE = 2
 
 
 class Enlarged(nn.Module):
@@ -59,6 +61,8 @@ def tensors_of(adapter: pf.Adapter) -> Tensor:
 
 def prompted(case: Case, adapter: pf.Adapter) -> Any:
     """A copy of the model whose vocabulary goes on with the prompt; a head trained beside it is put in."""
+    if case.entry.family == "classification" and case.model.config.is_encoder_decoder:
+        raise NotApplicable("a classifier of an encoder and a decoder makes the decoder's tokens from the prompt's too")
     made = copy.deepcopy(case.model)
     for path, leaf in adapter.params.items():
         for name, tensor in leaf.items():
@@ -106,6 +110,22 @@ def text_part(case: Case, output: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def prompted_row(case: Case, adapter: pf.Adapter, row: Mapping[str, Any]) -> dict[str, Tensor]:
     tokens = adapter.config.num_virtual_tokens
     return text_part(case, called(prompted(case, adapter), longer(case, row, tokens)))
+
+
+def ignores_masked(case: Case) -> bool:
+    """Whether the bare model's output for a row is the same with masked tokens before it, as padding on the left."""
+    row = case.rows(1)
+    padded = longer(case, row, TOKENS_BEFORE)
+    ids = padded["input_ids"].clone()
+    ids[:, :TOKENS_BEFORE] = 0
+    if "attention_mask" not in row:
+        return False
+    mask = padded["attention_mask"].clone()
+    mask[:, :TOKENS_BEFORE] = 0
+    with reference():
+        got = text_part(case, called(case.model, padded | {"input_ids": ids, "attention_mask": mask}))
+        want = text_part(case, called(case.model, row))
+    return judged(got, want, None, case.exact).verdict == RIGHT
 
 
 def takes_keys(model: Any) -> bool:

@@ -88,7 +88,7 @@ def _bad(found: Found) -> list[str]:
     for name, checks in found.items():
         for check, one in checks.items():
             if one["verdict"] in BAD:
-                said = explained(name, check, one)
+                said = explained(name, check, checks)
                 groups[said].append(
                     f"| {name} | {check} | {one['verdict']} | {_numbers(one)} | {_short(one['reason'])} |"
                 )

@@ -20,6 +20,8 @@ def sounds(model: Any, names: set[str], number: int, dtype: torch.dtype) -> dict
         shape: tuple[int, ...] = (1, SAMPLES)
         if hasattr(config, "max_length") and hasattr(config, "num_mel_bins"):  # AST: a spectrogram as one picture
             shape = (1, config.max_length, config.num_mel_bins)
+        if config.model_type == "omniasr_ctc":
+            shape = (1, 1, SAMPLES)
         return {"input_values": torch.randn(shape, generator=generator).to(dtype)}
     if main == "input_features" and "input_features" in names:
         return {"input_features": torch.randn(_features(config), generator=generator).to(dtype)}
@@ -28,6 +30,8 @@ def sounds(model: Any, names: set[str], number: int, dtype: torch.dtype) -> dict
 
 def _features(config: Any) -> tuple[int, ...]:
     encoder = getattr(config, "encoder_config", None) or config
+    if config.model_type == "granite_speech5_ctc":  # it takes four frames as one
+        return (1, 64, 4 * encoder.num_mel_bins)
     if (
         hasattr(config, "max_source_positions")
         and not hasattr(config, "input_feat_per_channel")

@@ -68,7 +68,7 @@ def of_error(error: BaseException) -> Verdict:
     if (
         last is not None
         and "/peftfn/" in last.filename
-        and isinstance(error, (ValueError, TypeError, NotImplementedError))
+        and isinstance(error, (ValueError, TypeError, KeyError, NotImplementedError))
     ):
         lines = [
             linecache.getline(last.filename, line).strip()
