@@ -84,8 +84,9 @@ class Subject:
             model = peft.get_peft_model(self.base(dtype), self.peft_config(), **kwargs).eval()
         generator = torch.Generator().manual_seed(100 + self.seed)
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
+            for name, parameter in model.named_parameters():
+                # Over a half-precision base peft lets AdaLoRA's count of ranks be trained; no file of its has it.
+                if parameter.requires_grad and "ranknum" not in name:
                     noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                     parameter.add_((MOVED * noise).to(parameter.dtype))
         return model
