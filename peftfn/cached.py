@@ -77,8 +77,8 @@ def _refuse_far_prefix(call: Call) -> None:
     if is_asked or bool((left_padding(mask) > 0).any()):
         raise ValueError(
             f"layers of the model see {window} tokens, and padding on the left is between a row and its prefix: the "
-            "row would see less of the prefix than it sees alone. Give rows of one length and no mask, pad on the right, "
-            "or use prompt tuning."
+            "row would see less of the prefix than it sees alone. Give rows of one length and no mask, pad on the "
+            "right, or use prompt tuning."
         )
 
 
