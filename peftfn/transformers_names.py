@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from peftfn import signatures, transforms
 
 IDS = "input_ids"
+DECODER_IDS = "decoder_input_ids"
 EMBEDS = "inputs_embeds"
 MASK = "attention_mask"
 POSITIONS = "position_ids"
@@ -142,7 +143,7 @@ def is_empty(cache: Any) -> bool:
         return True
     if isinstance(cache, (tuple, list)):
         return not any(map(_holds, cast("Sequence[Any]", cache)))
-    layers = _layers(cache)
+    layers = layers_of(cache)
     return not any(map(_layer_holds, [cache] if layers is None else layers))
 
 
@@ -152,7 +153,8 @@ def _holds(state: Any) -> bool:
     return isinstance(state, Tensor) and state.numel() > 0
 
 
-def _layers(cache: Any) -> Sequence[Any] | None:
+def layers_of(cache: Any) -> Sequence[Any] | None:
+    """The layers of a cache, of an encoder-decoder's those of the decoder's own tokens; `None` of a class without."""
     return getattr(self_attention(cache), "layers", None)
 
 
@@ -182,7 +184,7 @@ def length(cache: Any) -> int | None:
     if isinstance(cache, (tuple, list)):  # as it was before there were classes
         first: Any = next(iter(cast("Sequence[Any]", cache)), None)
         return int(cast("Sequence[Tensor]", first)[0].shape[-2]) if isinstance(first, (tuple, list)) else None
-    layers = _layers(cache)
+    layers = layers_of(cache)
     if layers is not None and len(layers) == 0:
         return 0  # they are made when something is put into them
     counts: Iterable[Any] = (getattr(one, "get_seq_length", None) for one in ([cache] if layers is None else layers))
@@ -220,12 +222,12 @@ def make_room(cache: Any, places: int, config: Any) -> None:
 
 
 def _fixed_layers(cache: Any) -> list[Any]:
-    return [layer for layer in _layers(cache) or () if isinstance(getattr(layer, "max_cache_len", None), int)]
+    return [layer for layer in layers_of(cache) or () if isinstance(getattr(layer, "max_cache_len", None), int)]
 
 
 def window(cache: Any) -> int | None:
     """How many tokens back the layers see that see least, themselves included; `None` where all see everything."""
-    sliding = [layer for layer in _layers(cache) or () if getattr(layer, "is_sliding", False)]
+    sliding = [layer for layer in layers_of(cache) or () if getattr(layer, "is_sliding", False)]
     sizes = (getattr(layer, "sliding_window", None) or getattr(layer, "max_cache_len", None) for layer in sliding)
     return min((size for size in sizes if isinstance(size, int)), default=None)
 
@@ -268,7 +270,7 @@ def new_cache(config: Any) -> Any:
 
 def layers_without_keys(config: Any) -> list[int]:
     """The numbers of the layers whose part of a new cache is not one of keys and values, or of nothing else."""
-    return [number for number, one in enumerate(_layers(new_cache(config)) or ()) if not hasattr(one, "update")]
+    return [number for number, one in enumerate(layers_of(new_cache(config)) or ()) if not hasattr(one, "update")]
 
 
 def text_config(config: Any) -> Any:

@@ -38,6 +38,10 @@ def of_tiny(name: str, **sizes: Any) -> nn.Module:
         return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
+LATENT: dict[str, Any] = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
+LATENT |= {"v_head_dim": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1}
+
+
 def checkpointed(use_reentrant: bool, build: Callable[[], nn.Module] = gpt2) -> nn.Module:
     """The model with checkpoints on, in training, without dropout."""
     model = enable(build(), use_reentrant)
@@ -67,6 +71,10 @@ INITS: dict[str, tuple[Callable[[], nn.Module], pf.PeftConfig]] = {
     ),
     "1 layers of Qwen3NextForCausalLM keep something else than keys and values (the first is layer 0)": (
         lambda: of_tiny("Qwen3Next", layer_types=["linear_attention", "full_attention"], num_experts=0),
+        pf.PrefixTuningConfig(**TOKENS),
+    ),
+    "layers of DeepseekV3ForCausalLM keep keys of": (
+        lambda: of_tiny("DeepseekV3", **LATENT),
         pf.PrefixTuningConfig(**TOKENS),
     ),
     "Sequential takes no inputs_embeds": (BASES["mlp"].make, PROMPT),

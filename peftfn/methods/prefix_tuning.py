@@ -18,6 +18,7 @@ from peftfn import calls, inserted, layers, places, signatures
 from peftfn import transformers_names as hf
 from peftfn.adapter import Leaf
 from peftfn.calls import Added, Call
+from peftfn.key_shapes import Shape, key_shapes
 from peftfn.layers import Site
 from peftfn.methods import prompt_config, prompt_rows
 from peftfn.methods.method import Method, like_weight, refuse_merge
@@ -65,6 +66,7 @@ def resolve(model: nn.Module, config: PrefixTuningConfig) -> PrefixTuningConfig:
         raise ValueError(f"{type(model).__name__} has layers with keys of unlike shapes; one prefix does not fit them.")
     config = prompt_config.resolve(model, config)
     heads, width = _key_sizes(found, config.num_attention_heads or 1, config.token_dim or 0)
+    _refuse_other_keys(model, config.num_layers or 0, Shape(heads, width, width))
     hidden = config.encoder_hidden_size or heads * width
     return dataclasses.replace(config, num_attention_heads=heads, token_dim=heads * width, encoder_hidden_size=hidden)
 
@@ -82,6 +84,18 @@ def _refuse_without_keys(home: nn.Module) -> None:
         raise ValueError(
             f"{len(others)} layers of {name} keep something else than keys and values (the first is layer "
             f"{others[0]}), and a prefix is keys and values for each layer; use prompt tuning or P-tuning."
+        )
+
+
+def _refuse_other_keys(model: nn.Module, count: int, shape: Shape) -> None:
+    """Refuse a model whose layers keep other keys and values than PEFT's format has: as many of one shape as layers."""
+    home = model if prompt_config.is_encoder_decoder(model) else model.get_submodule(homes(model)[0])
+    found = key_shapes(home)
+    if found is not None and found != [shape] * count:
+        kept = ", ".join(f"{found.count(one)} of {one}" for one in dict.fromkeys(found))
+        raise ValueError(
+            f"layers of {type(home).__name__} keep keys of {kept} (heads x width), and a prefix has those of {shape} "
+            f"for each of {count} layers; use prompt tuning or P-tuning."
         )
 
 
