@@ -132,7 +132,7 @@ def test_digest_knows_where_prompts_end(place: Path) -> None:
 
 def test_what_was_read_of_labelled_rows_is_said(place: Path) -> None:
     rows: list[dict[str, Any]] = [{"text": "sun", "label": "Good", "id": 1}, {"text": "the cold rain", "label": "bad"}]
-    rows += [{"text": " ", "label": "bad"}, {"text": "mud " * 20, "label": "good"}, {"text": "mud", "label": "bad"}]
+    rows += [{"text": " ", "label": "bad"}, {"text": "mud " * 20, "label": "good"}, {"text": "NaN", "label": "bad"}]
     examples, said = read(place, rows, kind="bert", max_length=8)
     assert len(examples.ids[2]) == 8
     assert examples.ids[2][-1] == tokenizer(place, "bert").sep_token_id  # the closing token is kept
@@ -144,6 +144,7 @@ def test_what_was_read_of_labelled_rows_is_said(place: Path) -> None:
         "not read  'id'",
         "1 with no text (row 3)",
         "'sun' is Good",
+        "1 with 'NaN' and nothing else, read as a text (row 5)",
     ):
         assert part in said
 

@@ -140,6 +140,8 @@ def test_columns_that_may_both_be_meant_are_asked_for() -> None:
         ({"prompt": "a", "completion": "b", "label": True}, "--task causal_lm to train on the completions"),
         ({"prompt": "a", "response": "b"}, "give --completion-column response, or --text-column prompt"),
         ({"text": "a", "output": "b"}, "give --completion-column output, or --text-column text"),
+        ({"prompt": "a", "response": "b", "label": 1}, "of prompt and response together"),
+        ({"text;label": "a;b"}, "--text-column; it has: text;label"),
         ({"instruction": "a", "output": "b"}, "--text-column; it has: instruction, output"),
     ):
         with pytest.raises(UserError, match=option):
@@ -199,6 +201,8 @@ def test_a_chat_is_refused_by_name(row: dict[str, object]) -> None:
         (["none", "some"], ["none", "some"]),
         (["1", "2", "other"], ["1", "2", "other"]),
         ([True, False], ["True", "False"]),
+        ([2**63, 2**63 + 1, str(2**63)], [str(2**63), str(2**63 + 1), str(2**63)]),
+        ([10**400, 1], [str(10**400), "1"]),
     ],
 )
 def test_labels_are_names_or_whole_numbers(values: list[object], names: list[str]) -> None:

@@ -81,8 +81,8 @@ def text_column(table: Table, given: str | None, others: Sequence[str | None] = 
     found = _found(table if given else left, given, TEXT_NAMES, "--text-column", "text")
     if found is not None:
         return found
-    # the one name of a file without a header is a text
-    if len(left.columns) == 1 and (any(others) or not table.has_cells):
+    # the one name of a file without a header is a text, and one with a delimiter in it is several
+    if len(left.columns) == 1 and (any(others) or not table.has_cells) and not set(left.columns[0]) & set(",;|\t"):
         return left.columns[0]
     if chats := _named(table, tables.CHATS):
         tables.texts_of(table, chats[0])  # which says how a chat is written as text
@@ -114,6 +114,12 @@ def _classified(table: Table, settings: DataSettings, label: str | None) -> Colu
     text = text_column(table, settings.text_column, [label])
     if text == label:
         raise UserError(f"--text-column and --label-column are both {text}; give two columns")
+    answers = [column for column in _named(table, ANSWER_NAMES) if column != label]
+    if settings.text_column is None and text in _named(table, (PROMPT,)) and answers:
+        raise UserError(
+            f"{table.name}: the label may be of {text}, or of {text} and {answers[0]} together; write the text of both "
+            f"into a column, or give --text-column {text}"
+        )
     rows = [number for number, _ in tables.texts_of(table, text)]
     return Columns(text, label, labels.label_names(labels.labels_of(table, label, rows)))
 

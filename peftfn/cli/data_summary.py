@@ -54,6 +54,11 @@ def _lines(table: Table, columns: Columns, examples: Examples, settings: DataSet
             else f"a prompt that fills --max-length {settings.max_length}"
         )
         yield "left out", f"{reading.too_short:,} with {why}: nothing of them is predicted"
+    texts = [row.get(columns.text) for row in table.rows]
+    nothing = [n for n, text in enumerate(texts) if isinstance(text, str) and text.strip().lower() in labels.NOTHING]
+    if nothing:
+        words = f"{texts[nothing[0]]!r} and nothing else"
+        yield "note", f"{len(nothing):,} with {words}, read as a text ({tables.row_numbers(nothing)})"
     for note in table.notes:
         yield "note", note
     yield "row 1", _first(table, columns, reading)

@@ -11,10 +11,11 @@ from typing import Any
 from peftfn.cli.errors import UserError
 from peftfn.cli.tables import Table, refuse_missing, row_numbers
 
+_WHOLE = re.compile(r"-?\d+")
 _NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)([eE][+-]?\d+)?")
-_NOTHING = frozenset(("nan", "null", "<na>", "#n/a"))
+NOTHING = frozenset(("nan", "null", "<na>", "#n/a"))
 """What programs write for a missing value, which is hardly the name of a class."""
-_NOTHING_AMONG_NUMBERS = _NOTHING | {"na", "n/a", "none", "-", "?"}
+_NOTHING_AMONG_NUMBERS = NOTHING | {"na", "n/a", "none", "-", "?"}
 _LONGEST = 200
 """Characters of a label: a longer one is a text."""
 _FEW = 10
@@ -53,27 +54,29 @@ def _is_missing(value: Any) -> bool:
     return value is None or is_nan or (isinstance(value, str) and not value.strip())
 
 
-def _number(value: Any) -> float | None:
+def _number(value: Any) -> int | float | None:
     if isinstance(value, bool):
         return None
     if isinstance(value, (int, float)):
-        return float(value)
+        return value
     text = str(value).strip()
+    if _WHOLE.fullmatch(text):
+        return int(text)  # exactly: a float holds no more than 53 bits
     return float(text.replace(",", ".")) if _NUMBER.fullmatch(text) else None
 
 
-def _whole(where: str, values: Sequence[Any], numbers: Sequence[float]) -> list[str]:
+def _whole(where: str, values: Sequence[Any], numbers: Sequence[int | float]) -> list[str]:
     """Names of whole numbers: 1, 1.0, "1" and "1.0" are one label."""
     names: list[str] = []
     for value, number in zip(values, numbers, strict=True):
-        if not number.is_integer():
+        if isinstance(number, float) and not number.is_integer():
             raise UserError(
                 f"{where} holds numbers such as {value}: that is regression, which is not trained here; give a column "
                 "of names or whole numbers"
             )
         text = str(value).strip()
-        names.append(text if re.fullmatch(r"-?\d+", text) else str(int(number)))
-    spelled: dict[float, set[str]] = {}
+        names.append(text if _WHOLE.fullmatch(text) else str(int(number)))
+    spelled: dict[int | float, set[str]] = {}
     for name, number in zip(names, numbers, strict=True):
         spelled.setdefault(number, set()).add(name)
     if several := next((some for some in spelled.values() if len(some) > 1), None):
@@ -81,9 +84,9 @@ def _whole(where: str, values: Sequence[Any], numbers: Sequence[float]) -> list[
     return names
 
 
-def _refuse_nothing(where: str, names: Sequence[str], numbers: Sequence[float | None]) -> None:
+def _refuse_nothing(where: str, names: Sequence[str], numbers: Sequence[int | float | None]) -> None:
     others = [n for name, n in zip(names, numbers, strict=True) if name.lower() not in _NOTHING_AMONG_NUMBERS]
-    words = _NOTHING_AMONG_NUMBERS if others and None not in others else _NOTHING
+    words = _NOTHING_AMONG_NUMBERS if others and None not in others else NOTHING
     if found := [number for number, name in enumerate(names) if name.lower() in words]:
         raise UserError(
             f"{where}: {len(found):,} of {len(names):,} labels are {names[found[0]]!r}, which says that there is none; "

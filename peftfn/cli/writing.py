@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +22,8 @@ from peftfn.cli.settings import GenerateOptions
 def write(options: GenerateOptions) -> list[dict[str, Any]]:
     """The rows of the file with the written text in the column `generated`, in the file's order."""
     table = tables.read_table(options.data, options.split)
+    for note in table.notes:
+        print(f"{table.name}: {note}", file=sys.stderr)
     column = text_column(table, options.text_column, [completion_column(table, options.text_column, None)])
     found = _chosen(options, table)
     texts = dict(tables.texts_of(table, column))
