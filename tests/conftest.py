@@ -1,6 +1,6 @@
 """What every test runs under: no hub, one thread, and a global random state that is put back.
 
-`--threads`, `--order` and `--sums` run the same tests as another machine might; `make test-grounds` does.
+`--threads`, `--order` and `--sums` run the same tests as another machine might; `make test-machines` does.
 """
 
 from __future__ import annotations
