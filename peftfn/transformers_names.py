@@ -228,8 +228,9 @@ def _fixed_layers(cache: Any) -> list[Any]:
 def window(cache: Any) -> int | None:
     """How many tokens back the layers see that see least, themselves included; `None` where all see everything."""
     sliding = [layer for layer in layers_of(cache) or () if getattr(layer, "is_sliding", False)]
-    sizes = (getattr(layer, "sliding_window", None) or getattr(layer, "max_cache_len", None) for layer in sliding)
-    return min((size for size in sizes if isinstance(size, int)), default=None)
+    sizes = [getattr(layer, "sliding_window", None) or getattr(layer, "max_cache_len", None) for layer in sliding]
+    known = [size for size in sizes if isinstance(size, int)]
+    return min(known) if known else None  # with `default=`, torch.compile stops at min
 
 
 def capacity(cache: Any) -> int | None:
