@@ -106,6 +106,7 @@ def test_a_text_of_several_lines_is_one_text(tmp_path: Path) -> None:
 def test_a_header_in_the_middle_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="line 3 is the header again"):
         read(tmp_path, "text,label\na,yes\n\ufefftext,label\nb,no\n")
+    assert len(read(tmp_path, "text\na\ntext\n").rows) == 2  # of one column alone, that may be a text
 
 
 def test_a_file_without_a_header_is_refused(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def _cells(path: Path, text: str) -> tuple[list[str], list[Row], list[str]]:
     for line in lines[1:]:
         if len(line.cells) != len(columns):
             _refuse_width(path, line, columns, delimiter)
-        if [cell.removeprefix("\ufeff") for cell in line.cells] == columns:
+        if len(columns) > 1 and [cell.removeprefix("\ufeff") for cell in line.cells] == columns:
             raise UserError(f"{path}, line {line.number} is the header again; two files in one? take it out")
         rows.append(dict(zip(columns, line.cells, strict=True)))
     if swallowed := _swallowed(lines, delimiter):
