@@ -70,7 +70,8 @@ def with_tokens(
 def _beside(call: Call, place: Place, embeds: Tensor, task: str | None) -> dict[str, Any]:
     """What the other arguments become: masks, labels, positions."""
     added = place.added
-    changes: dict[str, Any] = {hf.CACHE_POSITIONS: None}  # the model counts them itself
+    # The model counts them itself; those of states say whether this is the first call.
+    changes: dict[str, Any] = {} if hf.holds_states(call.takes.cache) else {hf.CACHE_POSITIONS: None}
     for name, fill in ((hf.MASK, 1), (hf.TOKEN_TYPES, 0)):
         if (given := call.given.get(name)) is not None:
             changes[name] = place.fill(fill, given)

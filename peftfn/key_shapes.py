@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn import transformers_names as hf
+from peftfn import transforms
 
 
 class Shape(NamedTuple):
@@ -33,13 +34,13 @@ def key_shapes(model: nn.Module) -> list[Shape] | None:
     """What each layer of a model keeps; `None` where it cannot be found out.
 
     A config says it in many ways, and not always what its model does: latent attention keeps one head of keys, of
-    another width than its values; layers share keys. So a model of the same class and config, on the meta device, is
-    run on one token.
+    another width than its values; layers share keys. So a model of the same class and config, whose tensors have no
+    numbers, is run on one token.
     """
     config: Any = copy.deepcopy(getattr(model, "config", None))
     given = {hf.IDS: 1, **({hf.DECODER_IDS: 1} if getattr(config, "is_encoder_decoder", False) else {})}
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), transforms.without_numbers(), torch.no_grad():
             empty = type(model)(config).eval()
             output: Any = empty(**{name: torch.zeros(1, 1, dtype=torch.long) for name in given}, use_cache=True)
     except Exception:  # noqa: BLE001  # another's constructor, or a forward that looks at values: then nothing is known

@@ -69,7 +69,13 @@ def cache_argument(module: nn.Module) -> str | None:
 
 def keeps_keys(module: nn.Module) -> bool:
     """Whether what the module's forward takes from earlier calls is a cache of keys and values, by its name."""
-    return cache_argument(module) not in (None, *_STATES)
+    name = cache_argument(module)
+    return name is not None and not holds_states(name)
+
+
+def holds_states(name: str | None) -> bool:
+    """Whether the argument of this name holds states, which know no tokens: Mamba's positions are no token's."""
+    return name in _STATES
 
 
 @transforms.constant_result
@@ -271,7 +277,11 @@ def new_cache(config: Any) -> Any:
 
 def layers_without_keys(config: Any) -> list[int]:
     """The numbers of the layers whose part of a new cache is not one of keys and values, or of nothing else."""
-    return [number for number, one in enumerate(layers_of(new_cache(config)) or ()) if not hasattr(one, "update")]
+    kinds: Sequence[str] = getattr(text_config(config), "layer_types", None) or ()
+    # transformers 4 makes a cache of keys for these too, which their models do not take
+    of_states = {number for number, kind in enumerate(kinds) if kind == "linear_attention"}
+    made = enumerate(layers_of(new_cache(config)) or ())
+    return sorted(of_states | {number for number, one in made if not hasattr(one, "update")})
 
 
 def text_config(config: Any) -> Any:
