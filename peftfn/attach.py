@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from peftfn import calls, codecs, graft, inserted, layers, masks, readers, routing
+from peftfn import cached, calls, codecs, graft, inserted, layers, masks, readers, routing
+from peftfn import transformers_names as hf
 from peftfn.layers import Place, Site
 from peftfn.parts import How, Part
 
@@ -84,7 +85,7 @@ def _adapt_model(root: nn.Module, by_path: Mapping[str, nn.Module], here: Sequen
             steps.setdefault(home, []).append(_step(part, site))
         tensors += part.leaf.values()
         if inserted.LENGTH in part.leaf:  # prompts of unlike length make a mask, also where none is given
-            masks.suit(by_path.values(), {"attention_mask": part.leaf[inserted.LENGTH]})
+            masks.suit(by_path.values(), {hf.MASK: part.leaf[inserted.LENGTH]})
     noted = [0]
     if steps and "" not in steps and not torch.compiler.is_compiling():
         run = graft.base_forward(graft.second(root) if how.apart else root)
@@ -92,7 +93,7 @@ def _adapt_model(root: nn.Module, by_path: Mapping[str, nn.Module], here: Sequen
     for home, several in steps.items():
         twin = by_path[home]
         run = graft.base_forward(graft.second(twin) if how.apart else twin)
-        run = functools.partial(calls.run, run, calls.argument_names(type(twin)), several, inserted.settled, noted)
+        run = functools.partial(calls.run, run, calls.Takes.of(twin), several, cached.settled, noted)
         graft.set_forward(
             twin, run if how.armed is None else functools.partial(_watched, run, how.armed, home, tensors)
         )

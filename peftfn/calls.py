@@ -1,16 +1,15 @@
-"""The call of a model as a value, which prompt methods change (`peftfn.inserted` has the changes)."""
+"""The call of a model as a value, which prompt methods change (`peftfn.inserted`, `peftfn.cached`)."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from peftfn import tracing
+from peftfn import signatures
+from peftfn import transformers_names as hf
 
 Step = Callable[["Call"], "Call"]
 
@@ -32,23 +31,59 @@ class Added(NamedTuple):
     counted: bool = False
 
 
+class Takes(NamedTuple):
+    """What the forward of a model takes.
+
+    Attributes:
+        arguments: the names of its positional arguments.
+        cache: the one of them that holds what earlier calls left, if it has one.
+        whole_mask: whether its mask has a number for each place of a static cache.
+    """
+
+    arguments: tuple[str, ...]
+    cache: str | None
+    whole_mask: bool
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Takes:
+        """What this module's takes."""
+        kind = type(module)
+        return cls(signatures.argument_names(kind), hf.cache_argument(module), hf.wants_whole_mask(kind))
+
+    def cache_in(self, given: Mapping[str, Any]) -> Any:
+        """What of the arguments is the model's cache, or `None`."""
+        return hf.cache_in(given, self.cache, self.arguments)
+
+
 class Call(NamedTuple):
     """One call of a model.
 
     Attributes:
         given: its arguments, by name.
+        takes: what the model's forward takes.
         first: whether nothing is cached yet. Later calls of a generation bring new tokens only, and a cache that
             begins with the prompt.
-        prompts: what is cached of prompts, and the arguments do not know of; `peftfn.inserted.settled` tells them.
+        prompts: what is cached of prompts, and the arguments do not know of; `peftfn.cached.settled` tells them.
         prefixes: the same of prefixes, which are in the cache before everything else.
         guessed: whether the position ids are ours: those that the model would have counted in each row alone.
     """
 
     given: Mapping[str, Any]
+    takes: Takes
     first: bool
     prompts: tuple[Added, ...] = ()
     prefixes: tuple[Added, ...] = ()
     guessed: bool = False
+
+    @property
+    def cache(self) -> Any:
+        """What earlier calls left, or what a prefix was put into; `None` if there is nothing."""
+        return self.takes.cache_in(self.given)
+
+    def with_cache(self, cache: Any) -> Call:
+        """This call with another cache."""
+        assert self.takes.cache is not None
+        return self._replace(given=hf.with_cache(self.given, self.takes.cache, cache))
 
     def having(self, **changes: Any) -> Call:
         """This call with other arguments; `None` leaves one out."""
@@ -58,7 +93,7 @@ class Call(NamedTuple):
 
 def run(
     forward: Callable[..., Any],
-    names: Sequence[str],
+    takes: Takes,
     steps: Sequence[Step],
     settle: Step,
     noted: list[int],
@@ -69,7 +104,7 @@ def run(
 
     Args:
         forward: the model's own.
-        names: those of its positional arguments.
+        takes: what it takes.
         steps: what each active adapter does to the call, in the adapters' order; the last one acts first, so that the
             first one's tokens come first.
         settle: what is done to the call after all of them.
@@ -79,14 +114,15 @@ def run(
     """
     if not torch.compiler.is_compiling():
         noted[0] += 1
-    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    named = {**dict(zip(takes.arguments, args, strict=False)), **kwargs}
     given = {name: value for name, value in named.items() if value is not None}
-    call = Call(given, cached(given.get("past_key_values")) == 0)
+    cache = takes.cache_in(given)
+    call = Call(given, takes, hf.is_empty(cache))
     for step in reversed(steps):
         call = step(call)
     output = forward(**settle(call).given)
-    unasked = given.get("use_cache") is False and given.get("past_key_values") is None
-    return _without_cache(output) if unasked else output
+    # A generation without a cache would go on from one that nobody asked for.
+    return hf.without_caches(output) if given.get(hf.USE_CACHE) is False and cache is None else output
 
 
 def expecting(forward: Callable[..., Any], homes: Sequence[str], noted: list[int], *args: Any, **kwargs: Any) -> Any:
@@ -101,47 +137,7 @@ def expecting(forward: Callable[..., Any], homes: Sequence[str], noted: list[int
     return output
 
 
-def _without_cache(output: Any) -> Any:
-    """The output without a cache that nobody asked for: a generation without one would go on from it."""
-    kind = cast("Callable[..., Any]", type(output))
-    if not hasattr(output, "items") or "past_key_values" not in output:
-        return output
-    return kind(**{name: value for name, value in output.items() if name != "past_key_values"})
-
-
-def cached(cache: Any) -> int:
-    """How many tokens a cache holds: any class of transformers, or tuples of tensors as it had before."""
-    if cache is None:
-        return 0
-    if isinstance(cache, (tuple, list)):
-        return int(cast("Any", cache)[0][0].shape[-2]) if cache else 0
-    return int(cache.get_seq_length())
-
-
-@tracing.constant_result
-def argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
-    """The names of a class's positional arguments in `forward`, in order."""
-    return _argument_names(cls)
-
-
-def takes(module: nn.Module, name: str) -> bool:
-    """Whether the module's forward, or one that it may pass its arguments on to, names this argument."""
-    return _takes(type(module), name)
-
-
-@tracing.constant_result
-def _takes(cls: type[nn.Module], name: str) -> bool:
-    return any(name in _argument_names(one) for one in cls.__mro__ if "forward" in vars(one))
-
-
-@functools.cache
-def _argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
-    return tuple(one.name for one in parameters if one.kind in positional)
-
-
 def tokens_of(call: Call) -> Tensor | None:
     """The call's token ids (rows, length), or its embedded tokens (rows, length, dim); `None` if it has neither."""
-    ids = call.given.get("input_ids")
-    return call.given.get("inputs_embeds") if ids is None else ids
+    ids = call.given.get(hf.IDS)
+    return call.given.get(hf.EMBEDS) if ids is None else ids

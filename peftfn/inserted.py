@@ -11,23 +11,21 @@ after everything else where it reads the first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftfn.calls import Added, Call, cached, tokens_of
+from peftfn import transformers_names as hf
+from peftfn.calls import Added, Call
+from peftfn.places import IGNORED, Place, ones
 
 LENGTH = "tokens"
 """The buffer of a stack's leaf that says how many rows each adapter's prompt has, where they have unlike numbers."""
 
-IGNORED = -100
-"""The label that torch's cross entropy leaves out."""
-
 _TOKEN_TASKS = ("CAUSAL_LM", "TOKEN_CLS")
-_OTHERS = ("decoder_", "encoder_", "cross_")  # arguments about the other half of an encoder-decoder
-_KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "labels", "position_ids", "cache_position")
+_KNOWN = (hf.IDS, hf.EMBEDS, hf.MASK, hf.TOKEN_TYPES, hf.LABELS, hf.POSITIONS, hf.CACHE_POSITIONS)
 
 
 def with_tokens(
@@ -51,234 +49,45 @@ def with_tokens(
     """
     if not call.first:
         return call._replace(prompts=(*call.prompts, added))
-    embeds = call.given.get("inputs_embeds")
+    embeds = call.given.get(hf.EMBEDS)
     if embeds is None:
-        ids = call.given.get("input_ids")
+        ids = call.given.get(hf.IDS)
         if ids is None:
             raise ValueError(
                 f"the batch has {sorted(call.given)}; expected input_ids or inputs_embeds, to put the prompt before."
             )
         embeds = embed(ids)  # (rows, length, dim)
-    if added.own is not None and call.given.get("attention_mask") is None:
-        call = call.having(attention_mask=_ones(embeds, embeds.shape[1]))
-    place = _Place.of(call.given.get("attention_mask"), embeds, added)
+    if added.own is not None and call.given.get(hf.MASK) is None:
+        call = call.having(**{hf.MASK: ones(embeds, embeds.shape[1])})
+    place = Place.of(call.given.get(hf.MASK), embeds, added)
     _refuse_unknown(call.given, embeds.shape[:2])
     beside = _beside(call, place, embeds, task)
-    changes = {"input_ids": None, "inputs_embeds": place.put(tokens.to(embeds.dtype), embeds), **beside}
-    is_guess = "position_ids" in beside and call.given.get("position_ids") is None
+    changes = {hf.IDS: None, hf.EMBEDS: place.put(tokens.to(embeds.dtype), embeds), **beside}
+    is_guess = hf.POSITIONS in beside and call.given.get(hf.POSITIONS) is None
     return call.having(**changes)._replace(guessed=call.guessed or is_guess)
 
 
-def _beside(call: Call, place: _Place, embeds: Tensor, task: str | None) -> dict[str, Any]:
+def _beside(call: Call, place: Place, embeds: Tensor, task: str | None) -> dict[str, Any]:
     """What the other arguments become: masks, labels, positions."""
     added = place.added
-    changes: dict[str, Any] = {"cache_position": None}  # the model counts them itself
-    for name, fill in (("attention_mask", 1), ("token_type_ids", 0)):
+    changes: dict[str, Any] = {hf.CACHE_POSITIONS: None}  # the model counts them itself
+    for name, fill in ((hf.MASK, 1), (hf.TOKEN_TYPES, 0)):
         if (given := call.given.get(name)) is not None:
             changes[name] = place.fill(fill, given)
-    labels = call.given.get("labels")
+    labels = call.given.get(hf.LABELS)
     if labels is not None and _per_token(labels, embeds, task):
-        changes["labels"] = place.fill(IGNORED, labels, missing=IGNORED)
+        changes[hf.LABELS] = place.fill(IGNORED, labels, missing=IGNORED)
         if task != "TOKEN_CLS":  # there is no shift
-            changes["labels"] = place.first_ignored(changes["labels"])
-    positions = call.given.get("position_ids")
+            changes[hf.LABELS] = place.first_ignored(changes[hf.LABELS])
+    positions = call.given.get(hf.POSITIONS)
     if positions is not None:
-        changes["position_ids"] = place.positions(positions)
+        changes[hf.POSITIONS] = place.positions(positions)
     elif added.counted and added.own is not None:
-        changes["position_ids"] = place.default_positions(embeds.shape[1])
-    for name in ("start_positions", "end_positions"):
+        changes[hf.POSITIONS] = place.default_positions(embeds.shape[1])
+    for name in hf.ANSWERS:
         if (given := call.given.get(name)) is not None:
             changes[name] = given + place.moved()  # the answer's tokens have moved
     return changes
-
-
-def settled(call: Call) -> Call:
-    """The call whose arguments know of everything that is in its cache."""
-    every = (*call.prompts, *call.prefixes)
-    if any(added.own is not None for added in every):
-        call = _explicit(call, every)
-    for added in call.prompts:
-        call = _with_cached(call, added, front=False)
-    for added in reversed(call.prefixes):
-        call = _with_cached(call, added, front=True)
-    return call
-
-
-def _explicit(call: Call, added: Sequence[Added]) -> Call:
-    """The call with the mask and the positions that leaving them out means, for all but what was added to its cache."""
-    tokens = tokens_of(call)
-    if tokens is None:
-        return call
-    past = cached(call.given.get("past_key_values")) - sum(one.places for one in added)
-    changes: dict[str, Any] = {}
-    if call.given.get("attention_mask") is None:
-        changes["attention_mask"] = _ones(tokens, past + tokens.shape[1])
-    if call.given.get("position_ids") is None and any(one.counted for one in added):
-        at = past + torch.arange(tokens.shape[1], device=tokens.device)
-        changes["position_ids"] = at.expand(tokens.shape[0], -1)
-    return call.having(**changes)
-
-
-def _ones(tokens: Tensor, length: int) -> Tensor:
-    return torch.ones(tokens.shape[0], length, dtype=torch.long, device=tokens.device)
-
-
-def _with_cached(call: Call, added: Added, *, front: bool) -> Call:
-    """The call with more tokens in its cache than its arguments know of.
-
-    Args:
-        call: its attention mask covers the text alone.
-        added: how many.
-        front: whether they are before any left padding, as a prefix is, or after it.
-    """
-    changes: dict[str, Any] = {}
-    mask = call.given.get("attention_mask")
-    if mask is not None:
-        _check_mask(mask)
-        changes["attention_mask"] = _Place.of(None if front else mask, mask, added).fill(1, mask)
-    positions = call.given.get("position_ids")
-    if positions is not None:
-        changes["position_ids"] = positions + (added.places if added.own is None else added.own.view(-1, 1))
-    if (given := call.given.get("cache_position")) is not None:
-        changes["cache_position"] = given + added.places
-    return call.having(**changes)
-
-
-def with_encoded(call: Call, added: Added) -> Call:
-    """A decoder's call, whose encoder has seen more tokens than the mask knows of."""
-    hidden, mask = call.given["encoder_hidden_states"], call.given.get("encoder_attention_mask")
-    if mask is None and added.own is not None:
-        mask = _ones(hidden, hidden.shape[1] - added.places)
-    if mask is None or mask.shape[1] == hidden.shape[1]:
-        return call
-    return call.having(encoder_attention_mask=_Place.of(mask, mask, added).fill(1, mask))
-
-
-def rightmost(tokens: Tensor, added: Added) -> Tensor:
-    """(rows, n, ...): each row's own tokens after the places that it does not use, as `_Place` masks them."""
-    if added.own is None:
-        return tokens
-    return tokens.take_along_dim(_front(added).view(*added.own.shape, -1, *(1 for _ in tokens.shape[2:])), 1)
-
-
-def _front(added: Added) -> Tensor:
-    """(rows, n): which token is in each of the places before a row's text, where no padding is between."""
-    assert added.own is not None
-    at, own = torch.arange(added.places, device=added.own.device), added.own.view(-1, 1)
-    return torch.where(at < added.places - own, at + own, at - (added.places - own))
-
-
-def left_padding(mask: Tensor) -> Tensor:
-    """How many tokens of each row are padding before its first real one, (rows, 1), by its mask (rows, length)."""
-    return (mask.cumsum(1) == 0).sum(1, keepdim=True)
-
-
-class _Place(NamedTuple):
-    """Where new tokens go in each row: after its left padding, if there is a mask that tells.
-
-    Attributes:
-        added: how many there are.
-        rows: how many rows.
-        lead: (rows, 1), the length of each row's left padding, if that is known.
-        order: (rows, n + length), into the new tokens followed by the old ones.
-    """
-
-    added: Added
-    rows: int
-    lead: Tensor | None
-    order: Tensor | None
-
-    @classmethod
-    def of(cls, mask: Any, tokens: Tensor, added: Added) -> _Place:
-        rows, length = tokens.shape[:2]
-        if mask is None and added.own is None:
-            return cls(added, rows, None, None)
-        if mask is None:
-            lead = torch.zeros(rows, 1, dtype=torch.long, device=tokens.device)
-        else:
-            _check_mask(mask)
-            if mask.shape[1] != length:
-                raise ValueError(
-                    f"attention_mask has shape {tuple(mask.shape)} and the input {rows} rows of {length} tokens; "
-                    "expected one number per token."
-                )
-            lead = left_padding(mask)
-        own = added.places if added.own is None else added.own.view(-1, 1)
-        at = _inside(added, length, lead.device)  # in the row's own sequence: [padding, prompt, text]
-        order = torch.where(
-            at < lead, at + added.places, torch.where(at < lead + own, at - lead, at + added.places - own)
-        )
-        if added.own is not None:  # the places that are not used get the new tokens that are left over
-            order = torch.where(at < 0, at + added.places, torch.where(at >= own + length, at - length, order))
-        return cls(added, rows, lead, order)
-
-    def put(self, new: Tensor, old: Tensor) -> Tensor:
-        """(rows, n + length, ...) of new (n, ...) or (rows, n, ...) and old (rows, length, ...) ones."""
-        joined = torch.cat([new.expand(self.rows, *new.shape[new.dim() - old.dim() + 1 :]), old], 1)
-        if self.order is None:
-            return joined
-        return joined.take_along_dim(self.order.view(*self.order.shape, *(1 for _ in old.shape[2:])), 1)
-
-    def fill(self, value: int, old: Tensor, missing: int = 0) -> Tensor:
-        """The same with one value for all new tokens, and one for the places that are not used."""
-        new = torch.full((self.added.places,), value, dtype=old.dtype, device=old.device)
-        if self.added.own is not None:
-            new = torch.where(self._is_used(), new, missing)
-        return self.put(new, old)
-
-    def _is_used(self) -> Tensor:
-        assert self.added.own is not None
-        return torch.arange(self.added.places, device=self.added.own.device) < self.added.own.view(-1, 1)
-
-    def first_ignored(self, labels: Tensor) -> Tensor:
-        """The labels of a model that shifts them, in which no row without new tokens has its first token predicted."""
-        own = self.added.own
-        if own is None or self.added.at_end:
-            return labels
-        at = _inside(self.added, labels.shape[1] - self.added.places, labels.device)
-        return labels.masked_fill((at == 0) & (own.view(-1, 1) == 0), IGNORED)
-
-    def positions(self, old: Tensor) -> Tensor:
-        """Position ids in which each row's prompt starts where its text started, and the text follows."""
-        if old.dim() > 2:
-            raise ValueError(
-                f"position_ids has shape {tuple(old.shape)}; expected (rows, length): a prompt's tokens have no place "
-                "in another form."
-            )
-        old = old.expand(self.rows, old.shape[-1])
-        first = old[:, :1] if self.lead is None else old.gather(1, self.lead.clamp(max=old.shape[1] - 1))
-        steps = torch.arange(self.added.places, device=old.device)
-        own = self.added.places if self.added.own is None else self.added.own.view(-1, 1)
-        if self.added.own is not None:
-            steps = steps * self._is_used()  # a masked place has a position that the model knows
-        joined = torch.cat([first + steps, old + own], 1)
-        return joined if self.order is None else joined.gather(1, self.order)
-
-    def default_positions(self, length: int) -> Tensor:
-        """Position ids as a model counts them in the row alone: from 0, padding included."""
-        assert self.lead is not None
-        return _inside(self.added, length, self.lead.device).clamp(min=0).expand(self.rows, -1)
-
-    def moved(self) -> Tensor | int:
-        """By how much a row's text has moved."""
-        return self.added.own if self.added.own is not None and self.added.at_end else self.added.places
-
-
-def _inside(added: Added, length: int, device: torch.device) -> Tensor:
-    """(rows or 1, n + length): the place in the row's own sequence, negative for those that it has not at its front."""
-    at = torch.arange(added.places + length, device=device)
-    if added.own is None or added.at_end:
-        return at
-    return at - (added.places - added.own.view(-1, 1))
-
-
-def _check_mask(mask: Any) -> None:
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        given = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
-        raise ValueError(
-            f"attention_mask has {given}, in which a prompt's tokens have no place; expected (rows, length). A static "
-            "cache makes such masks: generate with the default, dynamic cache."
-        )
 
 
 def _per_token(labels: Tensor, embeds: Tensor, task: str | None) -> bool:
@@ -289,7 +98,7 @@ def _per_token(labels: Tensor, embeds: Tensor, task: str | None) -> bool:
 
 def _refuse_unknown(given: Mapping[str, Any], shape: torch.Size) -> None:
     for name, value in given.items():
-        if name in _KNOWN or name.startswith(_OTHERS) or not isinstance(value, Tensor):
+        if name in _KNOWN or name.startswith(hf.OTHER_HALF) or not isinstance(value, Tensor):
             continue
         if value.dim() > 1 and value.shape[:2] == shape:
             raise ValueError(

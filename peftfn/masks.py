@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfn import attention
+from peftfn import attention, transforms
+from peftfn import transformers_names as hf
 
 _NAME = "peftfn_sdpa"
 _WHOLE = "peftfn_sdpa_whole"  # whose masks are always made
@@ -38,19 +39,19 @@ def suit(twins: Iterable[nn.Module], given: Mapping[str, Any]) -> None:
         twins: every module of this call.
         given: the call's arguments by name.
     """
-    if torch.compiler.is_compiling() or not attention.is_mapping():
+    if torch.compiler.is_compiling() or not transforms.is_mapping():
         return  # transformers does not look at masks while Dynamo traces
-    masks = [value for name, value in given.items() if name.endswith("attention_mask") and isinstance(value, Tensor)]
-    whole = any(map(attention.is_mapped, masks))
+    masks = [value for name, value in given.items() if name.endswith(hf.MASK) and isinstance(value, Tensor)]
+    whole = any(map(transforms.is_mapped, masks))
     copies: dict[int, Any] = {}
     for twin in twins:
         config = twin.__dict__.get("config")
-        name = _instead(twin, getattr(config, "_attn_implementation", None), whole)
+        name = _instead(twin, getattr(config, hf.ATTENTION, None), whole)
         if name is not None:
             if id(config) not in copies:
                 _register()
                 copies[id(config)] = copy.deepcopy(config)
-                setattr(copies[id(config)], "_attn_implementation", name)  # noqa: B010  # transformers' one way to set it
+                setattr(copies[id(config)], hf.ATTENTION, name)
             twin.__dict__["config"] = copies[id(config)]
         if whole and twin.__dict__.get("attn_implementation") == "sdpa":
             twin.__dict__["attn_implementation"] = "eager"  # BERT and its kin of transformers 4 choose a mask by this
@@ -60,7 +61,7 @@ def _instead(twin: nn.Module, kind: str | None, whole: bool) -> str | None:
     """The name that the twin is to find its attention by, or `None` for the one that it has."""
     if kind in ("sdpa", _NAME) and _asks(twin, whole):
         return _WHOLE if whole else _NAME
-    return _EAGER if kind == "eager" and whole and hasattr(twin, "_supports_sdpa") else None
+    return _EAGER if kind == "eager" and whole and hasattr(twin, hf.KNOWS_SDPA) else None
 
 
 def _asks(twin: nn.Module, whole: bool) -> bool:
@@ -69,7 +70,7 @@ def _asks(twin: nn.Module, whole: bool) -> bool:
     Falcon, for one, has its masks made by that name, but compares it with "sdpa" where it calls torch's attention.
     """
     home = sys.modules.get(type(twin).__module__)
-    return hasattr(home, "ALL_ATTENTION_FUNCTIONS") or (whole and hasattr(twin, "_supports_sdpa"))
+    return hasattr(home, hf.ATTENTIONS) or (whole and hasattr(twin, hf.KNOWS_SDPA))
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
-from peftfn import calls, codecs, graft, rows, segments, slices
+from peftfn import codecs, graft, rows, segments, signatures, slices
 from peftfn.layers import Place
 from peftfn.parts import Part
 from peftfn.rows import Rows
@@ -52,7 +52,7 @@ def by_row(layer: nn.Module, path: str, read: Sequence[Read]) -> Callable[..., A
 def _attention(
     layer: nn.MultiheadAttention, path: str, read: Sequence[Read], which: Rows, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    named = {**dict(zip(calls.argument_names(type(layer)), args, strict=False)), **kwargs}
+    named = {**dict(zip(signatures.argument_names(type(layer)), args, strict=False)), **kwargs}
     axis = 0 if layer.batch_first else 1
     given = {name: named.pop(name) for name in ("query", "key", "value")}
     own = rows.of_input(given["query"].movedim(axis, 0), which, path)

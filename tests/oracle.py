@@ -29,6 +29,8 @@ def quiet_peft() -> Generator[None]:
     with warnings.catch_warnings():
         for category in (UserWarning, RuntimeWarning, FutureWarning):
             warnings.filterwarnings("ignore", category=category, module=r"(peft|transformers)(\.|$)")
+        # peft 0.21.2 gives transformers 5.24 a cache by its old name, through torch.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=r"`past_key_values` is deprecated")
         yield
 
 
@@ -44,7 +46,7 @@ def randomised(adapter: pf.Adapter, seed: int = 0, size: float = 0.1) -> pf.Adap
 
     def noisy(tensor: Tensor) -> Tensor:
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        return tensor + (size * noise).to(tensor.dtype)
+        return tensor + (size * noise).to(tensor)
 
     params = {path: {name: noisy(t) for name, t in leaf.items()} for path, leaf in adapter.params.items()}
     return adapter.replace(params=params)
@@ -55,7 +57,7 @@ def randomise(model: nn.Module, seed: int = 0, size: float = 0.1) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in trained(model).values():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data += (size * noise).to(parameter.dtype)
+        parameter.data += (size * noise).to(parameter)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

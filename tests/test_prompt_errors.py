@@ -30,6 +30,18 @@ def gpt2() -> nn.Module:
     return BASES["gpt2"].make()
 
 
+def of_tiny(name: str, **sizes: Any) -> nn.Module:
+    """A model that writes, without weights."""
+    small = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = getattr(transformers, f"{name}Config")(**small, **{"num_attention_heads": 2, **sizes})
+    with torch.device("meta"):
+        return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+LATENT: dict[str, Any] = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
+LATENT |= {"v_head_dim": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1}
+
+
 def checkpointed(use_reentrant: bool, build: Callable[[], nn.Module] = gpt2) -> nn.Module:
     """The model with checkpoints on, in training, without dropout."""
     model = enable(build(), use_reentrant)
@@ -52,7 +64,19 @@ INITS: dict[str, tuple[Callable[[], nn.Module], pf.PeftConfig]] = {
         BASES["t5"].make,
         pf.AdaptionPromptConfig(adapter_len=2, adapter_layers=1),
     ),
-    "ViTModel takes no past_key_values": (vit, pf.PrefixTuningConfig(**TOKENS)),
+    "ViTModel.forward has no argument for a cache of keys and values": (vit, pf.PrefixTuningConfig(**TOKENS)),
+    "Mamba2Model.forward has no argument for a cache of keys and values": (
+        lambda: of_tiny("Mamba2", head_dim=8, num_heads=4, state_size=8, n_groups=1),
+        pf.PrefixTuningConfig(**TOKENS),
+    ),
+    "1 layers of Qwen3NextForCausalLM keep something else than keys and values (the first is layer 0)": (
+        lambda: of_tiny("Qwen3Next", layer_types=["linear_attention", "full_attention"], num_experts=0),
+        pf.PrefixTuningConfig(**TOKENS),
+    ),
+    "layers of DeepseekV3ForCausalLM keep keys of": (
+        lambda: of_tiny("DeepseekV3", **LATENT),
+        pf.PrefixTuningConfig(**TOKENS),
+    ),
     "Sequential takes no inputs_embeds": (BASES["mlp"].make, PROMPT),
     "takes no inputs_embeds": (vit, PROMPT),
     "task_type='SEQ_2_SEQ_LM' is for an encoder-decoder, and GPT2LMHeadModel is none": (
@@ -99,7 +123,7 @@ def test_merge_says_that_there_is_no_weight_to_change(method: str, tmp_path: Pat
     with pytest.raises(ValueError, match=r"changes what the model is given, not its weights, so it cannot be merged"):
         pf.merge(dict(model.named_parameters()), adapter)
     with pytest.raises(ValueError, match=r"cannot be merged"):
-        pf.bind(model, (adapter, adapter)).save_pretrained(tmp_path / "nowhere")
+        pf.bind(model, (adapter, adapter)).save_pretrained(tmp_path / "nowhere", merge=True)
     assert not (tmp_path / "nowhere").exists()
     pf.bind(model, adapter).save_pretrained(tmp_path)  # what can be saved is the adapter
     assert_same(pf.load(tmp_path, model), adapter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import decoding
 import oracle
 import peft
 import pytest
@@ -43,6 +44,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 CANNOT = {"falcon prefix", "opt prompt"}
 """What peft 0.21.2 fails on: one head of keys, and embeddings narrower than the model."""
+if decoding.cache_name(transformers.RobertaModel) == "cache":  # which peft 0.21.2 does not find (transformers 5.24)
+    CANNOT |= {"roberta prefix"}
 if oracle.IS_OLD:  # caches that it does not know, and heads of other widths than the model's
     CANNOT |= {"bart prefix", "gemma3 prefix", "qwen3 prefix", "roberta prefix"}
 

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import decoding
 import oracle
 import peft
 import pytest
@@ -107,10 +108,24 @@ def test_both_libraries_train_as_many_numbers(case: Case) -> None:
     assert pf.count(pf.init(case.model(), case.config(pf))).trained == theirs.get_nb_trainable_parameters()[0]
 
 
-@pytest.mark.parametrize("method", ["prompt tuning", "prefix"])
-def test_token_types_go_along_where_peft_drops_them(method: str) -> None:
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "mistral", "t5", "bert features"])
+@pytest.mark.parametrize("method", ["prefix", "projected prefix"])
+def test_a_prefix_is_what_comes_first_in_a_cache_made_by_hand(name: str, method: str) -> None:
+    case = Case(name, method)
+    model, batch = case.model(), {"input_ids": ids(3, 7)}
+    if name == "t5":
+        batch["decoder_input_ids"] = ids(3, 4)
+    adapter = oracle.randomised(pf.init(model, case.config(pf)))
+    for row in range(3):
+        one = {key: tensor[row : row + 1] for key, tensor in batch.items()}
+        cache = {decoding.cache_name(type(model)): decoding.filled(model, adapter)}
+        expected = output(model(**one, **cache, use_cache=True))
+        assert distance(output(pf.apply(model, adapter, batch))[row], expected[0]) < ROUNDING
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.base == "bert questions"], ids=str)
+def test_token_types_go_along_where_peft_drops_them(case: Case) -> None:
     # peft's question answering names token_type_ids in its forward and passes them on to nobody.
-    case = Case("bert questions", method)
     theirs, batch, model = case.theirs(), case.batch(), case.model()
     kinds = (batch["input_ids"] > 20).long()
     adapter = ours(theirs, case)
@@ -119,7 +134,7 @@ def test_token_types_go_along_where_peft_drops_them(method: str) -> None:
         dropped = output(theirs(**batch, token_type_ids=kinds))
     assert distance(output(pf.apply(model, adapter, batch)), dropped) < ROUNDING
     embedded = model.get_input_embeddings()(batch["input_ids"])
-    if method == "prompt tuning":  # by hand: the prompt is of type 0
+    if case.method == "prompt tuning":  # by hand: the prompt is of type 0
         prompt = adapter.params[""]["prompt_embeddings"].expand(3, -1, -1)
         whole = {"inputs_embeds": torch.cat([prompt, embedded], 1)}
         whole |= {"attention_mask": torch.cat([torch.ones(3, 3), batch["attention_mask"]], 1)}

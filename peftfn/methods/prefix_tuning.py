@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfn import calls, inserted, layers
+from peftfn import calls, inserted, layers, places, signatures
+from peftfn import transformers_names as hf
 from peftfn.adapter import Leaf
 from peftfn.calls import Added, Call
+from peftfn.key_shapes import Shape, key_shapes
 from peftfn.layers import Site
 from peftfn.methods import prompt_config, prompt_rows
 from peftfn.methods.method import Method, like_weight, refuse_merge
@@ -58,17 +60,43 @@ def resolve(model: nn.Module, config: PrefixTuningConfig) -> PrefixTuningConfig:
         ValueError: the layers' keys are of unlike shapes, or the model keeps no cache.
     """
     home = model.get_submodule(homes(model)[0])
-    if not calls.takes(home, "past_key_values"):
-        raise ValueError(
-            f"{type(home).__name__} takes no past_key_values, into which a prefix goes; use prompt tuning or P-tuning."
-        )
+    _refuse_without_keys(home)
     found: Any = prompt_config.text_config(model)
     if any(found.to_dict().get(name) for name in ("per_layer_config", "global_head_dim")):
         raise ValueError(f"{type(model).__name__} has layers with keys of unlike shapes; one prefix does not fit them.")
     config = prompt_config.resolve(model, config)
     heads, width = _key_sizes(found, config.num_attention_heads or 1, config.token_dim or 0)
+    _refuse_other_keys(model, config.num_layers or 0, Shape(heads, width, width))
     hidden = config.encoder_hidden_size or heads * width
     return dataclasses.replace(config, num_attention_heads=heads, token_dim=heads * width, encoder_hidden_size=hidden)
+
+
+def _refuse_without_keys(home: nn.Module) -> None:
+    """Refuse a model that has no cache of keys and values, or has it in some of its layers only."""
+    name = type(home).__name__
+    if not hf.keeps_keys(home):
+        raise ValueError(
+            f"{name}.forward has no argument for a cache of keys and values, into which a prefix goes; use prompt "
+            "tuning or P-tuning."
+        )
+    others = hf.layers_without_keys(getattr(home, "config", None))
+    if others:
+        raise ValueError(
+            f"{len(others)} layers of {name} keep something else than keys and values (the first is layer "
+            f"{others[0]}), and a prefix is keys and values for each layer; use prompt tuning or P-tuning."
+        )
+
+
+def _refuse_other_keys(model: nn.Module, count: int, shape: Shape) -> None:
+    """Refuse a model whose layers keep other keys and values than PEFT's format has: as many of one shape as layers."""
+    home = model if prompt_config.is_encoder_decoder(model) else model.get_submodule(homes(model)[0])
+    found = key_shapes(home)
+    if found is not None and found != [shape] * count:
+        kept = ", ".join(f"{found.count(one)} of {one}" for one in dict.fromkeys(found))
+        raise ValueError(
+            f"layers of {type(home).__name__} keep keys of {kept} (heads x width), and a prefix has those of {shape} "
+            f"for each of {count} layers; use prompt tuning or P-tuning."
+        )
 
 
 def _key_sizes(config: Any, heads: int, dim: int) -> tuple[int, int]:
@@ -86,7 +114,7 @@ def homes(model: nn.Module) -> Sequence[str]:
     if prompt_config.is_encoder_decoder(model):
         return (prompt_config.path_of(model, prompt_config.decoder_of(model)),)
     inner = prompt_config.without_head(model)
-    return ("",) if inner is model or calls.takes(model, "past_key_values") else (prompt_config.path_of(model, inner),)
+    return ("",) if inner is model or hf.keeps_keys(model) else (prompt_config.path_of(model, inner),)
 
 
 def _width(config: PrefixTuningConfig) -> int:
@@ -151,9 +179,9 @@ def forward(config: PrefixTuningConfig, leaf: Mapping[str, Tensor], site: Site, 
     tokens = calls.tokens_of(call)
     if tokens is None:
         raise ValueError(f"the batch has {sorted(call.given)}; expected input_ids or inputs_embeds, for the prefix.")
-    past = _past(inserted.rightmost(prefix, added), config, getattr(model, "dtype", prefix.dtype))
+    past = _past(places.rightmost(prefix, added), config, prompt_config.dtype(model, prefix.dtype))
     cache = _filled(config, past, model, tokens.shape[0], call)
-    return _with_positions(call, tokens, model, added).having(past_key_values=cache)
+    return _with_positions(call, tokens, model, added).with_cache(cache)
 
 
 def _with_positions(call: Call, tokens: Tensor, model: Any, added: Added) -> Call:
@@ -162,16 +190,16 @@ def _with_positions(call: Call, tokens: Tensor, model: Any, added: Added) -> Cal
     A prefix has no position, so how far a token is from it is the token's own: padding must not count. In a row without
     a prefix it counts, as the base has it.
     """
-    mask = call.given.get("attention_mask")
-    if call.given.get("position_ids") is not None and not call.guessed:
+    mask = call.given.get(hf.MASK)
+    if call.given.get(hf.POSITIONS) is not None and not call.guessed:
         return call
     if not isinstance(mask, Tensor) or mask.dim() != 2 or not _counts(model):
         return call
-    lead = inserted.left_padding(mask)
+    lead = places.left_padding(mask)
     if added.own is not None and added.counted:
         lead = lead * (added.own.view(-1, 1) > 0)
     ids = torch.arange(tokens.shape[1], device=mask.device) - lead
-    return call.having(position_ids=ids.clamp(min=0))
+    return call.having(**{hf.POSITIONS: ids.clamp(min=0)})
 
 
 def _counts(model: Any) -> bool:
@@ -179,7 +207,7 @@ def _counts(model: Any) -> bool:
     if prompt_config.is_encoder_decoder(model):
         return False
     is_decoder = prompt_config.writes(model) or hasattr(prompt_config.without_head(model), "rotary_emb")
-    return is_decoder and calls.takes(model.get_submodule(homes(model)[0]), "position_ids")
+    return is_decoder and signatures.takes(model.get_submodule(homes(model)[0]), hf.POSITIONS)
 
 
 def _past(prefix: Tensor, config: PrefixTuningConfig, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -200,14 +228,11 @@ def _filled(
     config: PrefixTuningConfig, past: Sequence[tuple[Tensor, Tensor]], model: Any, rows: int, call: Call
 ) -> Any:
     """The call's own empty cache, or a new one, with the prefix in it for each row."""
-    from transformers import DynamicCache, EncoderDecoderCache
-
-    cache: Any = call.given.get("past_key_values")
+    cache: Any = call.cache
     if cache is None or isinstance(cache, (tuple, list)):
-        cache = DynamicCache(config=model.config)
-        if prompt_config.is_encoder_decoder(model):
-            cache = EncoderDecoderCache(cache, DynamicCache(config=model.config))
-    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        cache = hf.new_cache(model.config)
+    hf.make_room(cache, config.num_virtual_tokens or 0, model.config)
+    own = hf.self_attention(cache)
     for number, (key, value) in enumerate(past):
         own.update(key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1), number)
     return cache

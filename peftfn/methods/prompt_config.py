@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from peftfn import calls, layers, matching
+from peftfn import layers, matching, signatures
+from peftfn import transformers_names as hf
 from peftfn.adapter import Leaf
 from peftfn.config import PeftConfig
 from peftfn.layers import Place, Site
@@ -91,7 +93,7 @@ def size(model: nn.Module, field: str) -> int | None:
 
 def resolve_input(model: nn.Module, config: Config) -> Config:
     """The same for tokens before the input: in some models the input embedding is not as wide as the layers."""
-    if not calls.takes(model.get_submodule(input_homes(model)[0]), "inputs_embeds"):
+    if not signatures.takes(model.get_submodule(input_homes(model)[0]), hf.EMBEDS):
         raise ValueError(
             f"{type(model).__name__} takes no inputs_embeds, which is how a prompt gets before its input; use a "
             "method that changes layers."
@@ -180,6 +182,12 @@ def table(model: nn.Module) -> Tensor:
     """The input embedding's weight, or else the model's first one: new tensors go where it is."""
     weight = getattr(input_embedding(model), "weight", None)
     return weight if isinstance(weight, Tensor) else next(model.parameters())
+
+
+def dtype(model: nn.Module, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype of the model's first floating-point weight, or another one. A bound model holds prompts of its own."""
+    weights = (one for child in model.children() for one in child.parameters() if one.is_floating_point())
+    return next((one.dtype for one in weights), otherwise)
 
 
 def check_rows(config: PromptLearningConfig, path: str, leaf: Leaf) -> None:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfn import calls
+from peftfn import signatures
+from peftfn import transformers_names as hf
 from peftfn.adapter import Leaf
 from peftfn.calls import Added, Call
 from peftfn.inserted import LENGTH
@@ -94,12 +95,10 @@ def reads_last(model: nn.Module) -> bool:
 
 def counts(model: nn.Module) -> bool:
     """Whether the model counts positions from 0 in each row, masked places included, and can be told others."""
-    if prompt_config.is_encoder_decoder(model) or not calls.takes(prompt_config.without_head(model), "position_ids"):
+    if prompt_config.is_encoder_decoder(model) or not signatures.takes(prompt_config.without_head(model), hf.POSITIONS):
         return False
     # OPT and its kin count the places that the mask leaves
-    return not any(
-        calls.takes(module, "attention_mask") for module in model.modules() if isinstance(module, nn.Embedding)
-    )
+    return not any(signatures.takes(module, hf.MASK) for module in model.modules() if isinstance(module, nn.Embedding))
 
 
 def padding_counted(model: nn.Module) -> int | None:
@@ -115,10 +114,10 @@ def with_positions(model: nn.Module, before: Call, after: Call, added: Added) ->
 
     RoBERTa and its kin find padding in the token ids, and count on through it where they are given embedded tokens.
     """
-    padding, ids = padding_counted(model), before.given.get("input_ids")
-    if padding is None or added.own is None or ids is None or before.given.get("position_ids") is not None:
+    padding, ids = padding_counted(model), before.given.get(hf.IDS)
+    if padding is None or added.own is None or ids is None or before.given.get(hf.POSITIONS) is not None:
         return after
     is_text = ids != padding
     bare = F.pad(is_text.cumsum(1) * is_text + padding, (0, added.places), value=padding)  # (rows, length + places)
     prompted = torch.arange(bare.shape[1], device=ids.device) + padding + 1
-    return after.having(position_ids=torch.where(added.own.view(-1, 1) == 0, bare, prompted))
+    return after.having(**{hf.POSITIONS: torch.where(added.own.view(-1, 1) == 0, bare, prompted)})

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import inserted, layers
+from peftfn import cached, inserted, layers
+from peftfn import transformers_names as hf
 from peftfn.adapter import Leaf
 from peftfn.calls import Call
 from peftfn.layers import Site
@@ -114,8 +115,10 @@ def prompted(config: PromptLearningConfig, leaf: Mapping[str, Tensor], site: Sit
     model, prompt = site.layer, leaf["prompt_embeddings"]
     tokens = prompt[..., : config.num_virtual_tokens, :]
     added = prompt_rows.added(model, tokens.shape[-2], leaf)
-    if prompt_config.is_encoder_decoder(model) and call.given.get("encoder_hidden_states") is not None:
-        return inserted.with_encoded(call, added)
+    if prompt_config.is_encoder_decoder(model) and call.given.get(hf.ENCODED) is not None:
+        return cached.with_encoded(call, added)
+    if call.first:
+        hf.make_room(call.cache, added.places, getattr(model, "config", None))
     after = inserted.with_tokens(call, tokens, added, lambda ids: prompt_config.embed(model, ids), config.task_type)
     return prompt_rows.with_positions(model, call, after, added)
 

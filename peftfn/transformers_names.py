@@ -1,0 +1,280 @@
+"""What transformers calls the things that a call with a prompt or a prefix has to find: the one file to change.
+
+Its names change: 5.24 calls the argument that holds a model's cache `cache` where it was `past_key_values`, and 5.40
+drops the old name; the field of the output goes along. So a cache is found by what is annotated as one, then by its
+type; names are the last resort, for models that annotate nothing or keep something else (XLNet's `mems`, RWKV's
+`state`).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from peftfn import signatures, transforms
+
+IDS = "input_ids"
+DECODER_IDS = "decoder_input_ids"
+EMBEDS = "inputs_embeds"
+MASK = "attention_mask"
+POSITIONS = "position_ids"
+CACHE_POSITIONS = "cache_position"
+TOKEN_TYPES = "token_type_ids"
+LABELS = "labels"
+USE_CACHE = "use_cache"
+ENCODED = "encoder_hidden_states"
+ENCODED_MASK = "encoder_attention_mask"
+OTHER_HALF = ("decoder_", "encoder_", "cross_")
+"""What arguments about the other half of an encoder-decoder begin with."""
+
+ANSWERS = ("start_positions", "end_positions")
+"""Places in the input that a question answering model is to find."""
+
+ATTENTION = "_attn_implementation"
+"""The field of a config that names the attention of its model."""
+
+ATTENTIONS = "ALL_ATTENTION_FUNCTIONS"
+"""The table in a model's module where it looks that name up."""
+
+KNOWS_SDPA = "_supports_sdpa"
+"""What classes of models say of themselves, by which a module is known to be one of transformers' models."""
+
+GENERATION_MASKS = "create_masks_for_generate"
+"""The attribute of a model by which `generate` makes whole masks for a static cache, before it calls the model."""
+
+_KEY_CACHES = ("cache", "past_key_values", "layer_past")
+_STATES = ("cache_params", "mems", "state", "past_buckets_states")
+
+
+# --- the argument -----------------------------------------------------------------------------------------------------
+
+
+def cache_argument(module: nn.Module) -> str | None:
+    """The name of the argument of the module's forward that holds what earlier calls left, or `None` if it has none.
+
+    It is the one annotated as a cache; else, as in RoBERTa, the one that a module inside calls so; else one of a list.
+    """
+    own = annotated_cache(type(module))
+    if own is not None:
+        return own
+    names = signatures.argument_names(type(module))
+    inside = (annotated_cache(kind) for kind in dict.fromkeys(type(one) for one in module.modules()))
+    return next((name for name in (*inside, *_KEY_CACHES, *_STATES) if name in names), None)
+
+
+def keeps_keys(module: nn.Module) -> bool:
+    """Whether what the module's forward takes from earlier calls is a cache of keys and values, by its name."""
+    return cache_argument(module) not in (None, *_STATES)
+
+
+@transforms.constant_result
+def annotated_cache(cls: type[nn.Module]) -> str | None:
+    """The name of the first argument of a class's `forward` that is annotated as a cache of transformers."""
+    return _annotated_cache(cls)
+
+
+@functools.cache
+def _annotated_cache(cls: type[nn.Module]) -> str | None:
+    for one in cls.__mro__:
+        if "forward" in vars(one):
+            forward: Any = vars(one)["forward"]
+            parameters = inspect.signature(inspect.unwrap(forward)).parameters.values()
+            for pattern in (r"\bCache\b", r"Cache\b"):
+                found = (given.name for given in parameters if re.search(pattern, str(given.annotation)))
+                if (name := next(found, None)) is not None:
+                    return name
+    return None
+
+
+# --- what is in a call and its output ---------------------------------------------------------------------------------
+
+
+def is_cache(value: Any) -> bool:
+    """Whether the value is one of transformers' caches, by its type."""
+    return _is_cache_type(cast("type[Any]", type(value)))
+
+
+@transforms.constant_result
+def _is_cache_type(cls: type[Any]) -> bool:
+    return any(one.__module__.startswith("transformers.") and one.__name__.endswith("Cache") for one in cls.__mro__)
+
+
+def cache_in(given: Mapping[str, Any], name: str | None, others: Iterable[str] = ()) -> Any:
+    """The cache among a call's arguments: under its name, or under one that the forward does not have (an old one).
+
+    Args:
+        given: the arguments.
+        name: that of the argument for it, from `cache_argument`.
+        others: the names of the forward's arguments: one of those may hold a cache for something else.
+    """
+    if name is not None and given.get(name) is not None:
+        return given[name]
+    known = set(others)
+    return next((one for key, one in given.items() if key not in known and is_cache(one)), None)
+
+
+def with_cache(given: Mapping[str, Any], name: str, cache: Any) -> dict[str, Any]:
+    """The call's arguments with this cache, and without the one that it replaces, whatever that is called."""
+    old = cache_in(given, name, (name,))
+    return {**{key: one for key, one in given.items() if old is None or one is not old}, name: cache}
+
+
+def without_caches(output: Any) -> Any:
+    """A model's output without its caches."""
+    if isinstance(output, tuple):
+        return tuple(one for one in cast("tuple[Any, ...]", output) if not is_cache(one))
+    if not hasattr(output, "items") or not any(map(is_cache, output.values())):
+        return output
+    kind = cast("type[Any]", type(output))
+    return kind(**{name: value for name, value in output.items() if not is_cache(value)})
+
+
+# --- what is in a cache -----------------------------------------------------------------------------------------------
+
+
+def is_empty(cache: Any) -> bool:
+    """Whether nothing was put into a cache yet."""
+    if cache is None:
+        return True
+    if isinstance(cache, (tuple, list)):
+        return not any(map(_holds, cast("Sequence[Any]", cache)))
+    layers = layers_of(cache)
+    return not any(map(_layer_holds, [cache] if layers is None else layers))
+
+
+def _holds(state: Any) -> bool:
+    if isinstance(state, (tuple, list)):
+        return any(map(_holds, cast("Sequence[Any]", state)))
+    return isinstance(state, Tensor) and state.numel() > 0
+
+
+def layers_of(cache: Any) -> Sequence[Any] | None:
+    """The layers of a cache, of an encoder-decoder's those of the decoder's own tokens; `None` of a class without."""
+    return getattr(self_attention(cache), "layers", None)
+
+
+def _layer_holds(layer: Any) -> bool:
+    """Whether a layer of a cache holds keys or states."""
+    says: Any = getattr(layer, "has_previous_state", False)  # of states: a flag, or one for each of several
+    if any(cast("Mapping[int, bool]", says).values()) if isinstance(says, dict) else says is True:
+        return True
+    count: Any = getattr(layer, "get_seq_length", None)
+    if callable(count):
+        return int(cast("Any", count())) > 0
+    # Mamba's of transformers 4 says nothing of itself; its states start at zero.
+    held = cast("dict[str, Any]", vars(layer)).values()
+    return not hasattr(layer, "has_previous_state") and any(map(_moved, held))
+
+
+def _moved(state: Any) -> bool:
+    if isinstance(state, (tuple, list)):
+        return any(map(_moved, cast("Sequence[Any]", state)))
+    return isinstance(state, Tensor) and bool(state.any())
+
+
+def length(cache: Any) -> int | None:
+    """How many tokens a cache of keys and values holds; `None` where it is one of states, which know no number."""
+    if cache is None:
+        return 0
+    if isinstance(cache, (tuple, list)):  # as it was before there were classes
+        first: Any = next(iter(cast("Sequence[Any]", cache)), None)
+        return int(cast("Sequence[Tensor]", first)[0].shape[-2]) if isinstance(first, (tuple, list)) else None
+    layers = layers_of(cache)
+    if layers is not None and len(layers) == 0:
+        return 0  # they are made when something is put into them
+    counts: Iterable[Any] = (getattr(one, "get_seq_length", None) for one in ([cache] if layers is None else layers))
+    found: Any = next((count for count in counts if count is not None), None)
+    return None if found is None else int(found())
+
+
+def self_attention(cache: Any) -> Any:
+    """The part of an encoder-decoder's cache that is about the decoder's own tokens, or the cache itself."""
+    return getattr(cache, "self_attention_cache", cache)
+
+
+# --- a cache of fixed size --------------------------------------------------------------------------------------------
+
+
+def make_room(cache: Any, places: int, config: Any) -> None:
+    """Let a static cache hold so many tokens more than it was made for: it was not told of a prompt.
+
+    Args:
+        cache: an empty one; one that has its memory already stays as it is.
+        places: how many.
+        config: the model's, which says how far a sliding window reaches.
+    """
+    text = text_config(config)
+    windows = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    window = next((one for one in windows if isinstance(one, int)), None)
+    for layer in _fixed_layers(cache):
+        if getattr(layer, "is_initialized", False):
+            continue
+        wanted = layer.max_cache_len + places
+        if not getattr(layer, "is_sliding", False):
+            layer.max_cache_len = wanted
+        elif window is not None:
+            layer.max_cache_len = min(window, wanted)
+
+
+def _fixed_layers(cache: Any) -> list[Any]:
+    return [layer for layer in layers_of(cache) or () if isinstance(getattr(layer, "max_cache_len", None), int)]
+
+
+def window(cache: Any) -> int | None:
+    """How many tokens back the layers see that see least, themselves included; `None` where all see everything."""
+    sliding = [layer for layer in layers_of(cache) or () if getattr(layer, "is_sliding", False)]
+    sizes = [getattr(layer, "sliding_window", None) or getattr(layer, "max_cache_len", None) for layer in sliding]
+    known = [size for size in sizes if isinstance(size, int)]
+    return min(known) if known else None  # with `default=`, torch.compile stops at min
+
+
+def capacity(cache: Any) -> int | None:
+    """How many tokens a static cache can hold, or `None` where it grows or forgets."""
+    sizes = (layer.max_cache_len for layer in _fixed_layers(cache) if not getattr(layer, "is_sliding", False))
+    return next(sizes, None)
+
+
+def mask_as_given(*_: Any, attention_mask: Any = None, **__: Any) -> Any:
+    """The mask of one number for each token, in place of one for each pair of them, in which a prompt has no place.
+
+    The model makes the latter itself, for whatever cache it is given.
+    """
+    return attention_mask
+
+
+@transforms.constant_result
+def wants_whole_mask(cls: type[nn.Module]) -> bool:
+    """Whether a model's mask has a number for each place of a static cache, as Bloom's has, that counts by it.
+
+    Its own method for the masks of `generate` then gives such a mask, where others give some for each kind of layer.
+    """
+    own = getattr(cls, GENERATION_MASKS, None)
+    return own is not None and "Tensor" in str(inspect.signature(own).return_annotation)
+
+
+# --- making one -------------------------------------------------------------------------------------------------------
+
+
+def new_cache(config: Any) -> Any:
+    """An empty cache for a model of this config."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    cache = DynamicCache(config=config)
+    is_pair = getattr(config, "is_encoder_decoder", False)
+    return EncoderDecoderCache(cache, DynamicCache(config=config)) if is_pair else cache
+
+
+def layers_without_keys(config: Any) -> list[int]:
+    """The numbers of the layers whose part of a new cache is not one of keys and values, or of nothing else."""
+    return [number for number, one in enumerate(layers_of(new_cache(config)) or ()) if not hasattr(one, "update")]
+
+
+def text_config(config: Any) -> Any:
+    """A model's config, of a multimodal one its language model's."""
+    find: Any = getattr(config, "get_text_config", None)
+    return find(decoder=True) if callable(find) else config
