@@ -10,9 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import attach, codecs, graft, layers, masks, matching, methods, parts, rows, targets, twins
+from peftfn import attach, codecs, graft, layers, layouts, masks, matching, methods, parts, rows, targets, twins
 from peftfn.adapter import Adapter, Tree, as_tuple, sorted_tree
 from peftfn.config import PeftConfig
+from peftfn.methods.method import TRANSPOSED
 
 
 def init(
@@ -52,32 +53,40 @@ def init(
     method = methods.of(config)
     targets.check_task(model, config.task_type)
     heads = matching.HEADS.get(config.task_type or "", ())
-    resolved = method.resolve(model, config)
+    resolved = method.targets.resolve(model, config)
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     params: Tree = {}
     buffers: Tree = {}
-    places = method.sites(model, resolved)
+    places = method.targets.sites(model, resolved)
     with generator.device:  # where numbers are drawn, whatever torch's default device is; methods move them
         for path, place in places.items():
             site = layers.Site(path, place.kind, model.get_submodule(place.owner), place.weight, rows=place.rows)
             at = layers.pattern_path(path, places)
-            params[path], buffers[path] = method.init(resolved, at, site, generator, dtype)
+            params[path], buffers[path] = method.fresh(resolved, at, site, generator, dtype)
             params[path] = _detached(params[path])
-    _mark_square(model, places, params, buffers)
+    _mark_square(model, resolved, places, params, buffers)
     _add_replaced(model, resolved, heads, places, params, buffers)
     resolved = _with_base(model, resolved, any(place.kind == layers.TRANSPOSED for place in places.values()))
     return Adapter(sorted_tree(params), sorted_tree(buffers), resolved)
 
 
-def _mark_square(model: nn.Module, places: Mapping[str, layers.Place], params: Tree, buffers: Tree) -> None:
-    """Where weights are stored both ways, note for each square one which way it is: its shape does not tell."""
-    kinds = {layers.LINEAR, layers.TRANSPOSED}
-    if kinds <= {place.kind for place in places.values()}:
-        for path, place in places.items():
-            shape = layers.shape_of(model.get_submodule(place.owner), place.weight) if place.kind in kinds else (0, 1)
-            if shape[0] == shape[1]:
-                device = next(iter(params[path].values())).device
-                buffers[path]["transposed"] = torch.tensor(place.kind == layers.TRANSPOSED, device=device)
+def _mark_square(
+    model: nn.Module, resolved: PeftConfig, places: Mapping[str, layers.Place], params: Tree, buffers: Tree
+) -> None:
+    """Note how a square weight is stored, where neither its shape nor the other layers tell.
+
+    They do not where layers of both ways are adapted, or where the method's tensors look the same on a table.
+    """
+    method, both = methods.of(resolved), {layers.LINEAR, layers.TRANSPOSED}
+    is_mixed = both <= {place.kind for place in places.values()}
+    for path, place in places.items():
+        shape = layers.shape_of(model.get_submodule(place.owner), place.weight) if method.on_weights else ()
+        if len(shape) != 2 or shape[0] != shape[1] or place.kind not in {*both, layers.EMBEDDING}:
+            continue
+        fitting = {*method.kinds(resolved, {**params[path], **buffers[path]}, torch.Size(shape))}
+        if (is_mixed and both <= fitting) or {layers.LINEAR, layers.EMBEDDING} <= fitting:
+            device = next(iter(params[path].values())).device
+            buffers[path][TRANSPOSED] = torch.tensor(layouts.output_axis(place.kind) == 1, device=device)
 
 
 def _detached(leaf: Mapping[str, Tensor]) -> dict[str, Tensor]:

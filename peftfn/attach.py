@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from peftfn import cached, calls, codecs, graft, inserted, layers, masks, readers, routing
+from peftfn import cached, calls, codecs, graft, inserted, layers, masks, parts, readers, routing
 from peftfn import transformers_names as hf
 from peftfn.layers import Place, Site
 from peftfn.parts import How, Part
@@ -41,7 +41,7 @@ def attach(root: nn.Module, by_path: Mapping[str, nn.Module], found: Mapping[str
             if not any(part.leaf for part in here):
                 _watch_replaced(twin, path, here, how)
                 continue
-            if any(part.method.kind == layers.MODEL for part in here):
+            if any(part.method.on_call is not None for part in here):
                 _adapt_model(root, by_path, here, how)
                 continue
             _leave_fast_path(by_path, path)
@@ -72,16 +72,17 @@ def _parameter_place(root: nn.Module, by_path: Mapping[str, nn.Module], path: st
 
 def _adapt_model(root: nn.Module, by_path: Mapping[str, nn.Module], here: Sequence[Part], how: How) -> None:
     """Adapt the call of the model itself, wherever in it each method changes it."""
-    if any(part.method.kind != layers.MODEL for part in here if part.leaf):
+    if any(part.method.on_call is None for part in here if part.leaf):
         raise ValueError("two of the active adapters act on the model itself in unlike ways; apply them apart.")
     site = Site("", layers.MODEL, graft.second(root) if how.apart else root, "")
     steps: dict[str, list[calls.Step]] = {}
     tensors: list[Tensor] = []
     for part in here:
-        wrong = part.method.check(_one_of(part), site) if part.leaf and how.check else None
+        wrong = part.method.check(part.config, _one_of(part), site) if part.leaf and how.check else None
         if wrong:
             raise ValueError(f"{type(root).__name__}: the adapter {wrong}. It was made for a model of another size.")
-        for home in part.method.homes(root) if part.leaf else ():
+        on_call = part.method.on_call
+        for home in on_call.homes(root) if on_call is not None and part.leaf else ():
             steps.setdefault(home, []).append(_step(part, site))
         tensors += part.leaf.values()
         if inserted.LENGTH in part.leaf:  # prompts of unlike length make a mask, also where none is given
@@ -106,14 +107,14 @@ def _one_of(part: Part) -> Mapping[str, Tensor]:
 
 def _step(part: Part, site: Site) -> calls.Step:
     if part.rows is None:
-        return functools.partial(part.method.forward, part.config, part.leaf, site)
+        return functools.partial(part.method.action.forward, part.config, part.leaf, site)
     return functools.partial(routing.of_call, part.method, part.config, part.leaf, part.rows, site)
 
 
 def _module_place(
     root: nn.Module, by_path: Mapping[str, nn.Module], path: str, twin: nn.Module, here: Sequence[Part]
 ) -> Place:
-    whole = next((part.method.kind for part in here if part.leaf and part.method.kind), None)
+    whole = next((part.method.whole for part in here if part.leaf and part.method.whole), None)
     if whole is not None:
         return Place(path, "", whole)
     kind = layers.kind_of(twin)
@@ -189,10 +190,11 @@ def _adapt(twin: nn.Module, place: Place, path: str, here: Sequence[Part], how: 
     here = [part for part in here if part.leaf]
     layer = graft.second(twin) if how.apart else twin
     run = graft.base_forward(layer)
-    for part in here:
-        site = Site(path, place.kind, layer, place.weight, run)
+    for number, part in enumerate(here):
+        adapted = functools.partial(_adapted, layer, place, here[:number]) if number else None
+        site = Site(path, place.kind, layer, place.weight, run, adapted=adapted)
         if part.rows is None:
-            run = functools.partial(part.method.forward, part.config, part.leaf, site)
+            run = functools.partial(part.method.action.forward, part.config, part.leaf, site)
         else:
             run = routing.step(part.method, part.config, part.leaf, part.rows, run, site)
     graft.set_forward(twin, _with_watch(run, path, here, how))
@@ -253,7 +255,7 @@ def _check_leaves(twin: nn.Module, place: Place, path: str, here: Sequence[Part]
     site = Site(path, place.kind, twin, place.weight)
     for part in here:
         if part.leaf:
-            wrong = part.method.check(_one_of(part), site)
+            wrong = part.method.check(part.config, _one_of(part), site)
             if wrong:
                 raise ValueError(f"{path}: the adapter {wrong}. It was made for a model of another size.")
 
@@ -261,8 +263,22 @@ def _check_leaves(twin: nn.Module, place: Place, path: str, here: Sequence[Part]
 def _merged(twin: nn.Module, place: Place, here: Sequence[Part]) -> Tensor:
     weight = codecs.of(twin).read(twin, place.weight)
     for part in here:
-        weight = part.method.merge(part.config, part.leaf, place.kind, {"weight": weight})["weight"]
+        weight = parts.merged(part, part.leaf, place.kind, {"weight": weight})["weight"]
     return weight
+
+
+def _adapted(layer: nn.Module, place: Place, before: Sequence[Part]) -> dict[str, Tensor | None]:
+    """A layer's weight and bias as the adapters before another one leave them."""
+    weight, bias = codecs.of(layer).read(layer, place.weight), codecs.bias(layer)
+    tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    for part in before:
+        if part.rows is not None:
+            raise ValueError(
+                f"{place.name}: an adapter of one row each acts here before one that reads the weight, which then has "
+                "no one value. Put the other adapter first, or apply them apart."
+            )
+        tensors |= parts.merged(part, part.leaf, place.kind, tensors)
+    return {"bias": None, **tensors}
 
 
 def _leave_fast_path(by_path: Mapping[str, nn.Module], path: str) -> None:

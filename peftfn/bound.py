@@ -96,7 +96,7 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any =
     recompute.suit(bound)
     _keep_signatures(by_path, dict(layers.named_modules(model, remove_duplicate=False)))
     saving.suit(bound)
-    if any(part.method.kind == layers.MODEL for here in found.values() for part in here):
+    if any(part.method.on_call is not None for here in found.values() for part in here):
         bound.__dict__[hf.GENERATION_MASKS] = hf.mask_as_given
     return bound
 

@@ -61,7 +61,7 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
     folder = Path(folder)
     _check_single(adapter)
     plain = {key: _plain(key, tensor) for key, tensor in keys.to_keys(adapter).items()}
-    config = methods.of(adapter.config).file_config(adapter)
+    config = methods.of(adapter.config).files.config(adapter)
     text = fused.whole_config(adapter.replace(config=config)).to_json()
     old = folder / files.CONFIG
     metadata = {
@@ -70,7 +70,7 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
         _REPLACES_KEY: _digest(old.read_bytes()) if old.is_file() else "",
         _PARTS_KEY: fused.note(adapter),
     }
-    if fixed := [] if methods.of(adapter.config).kind else [key for key in keys.fixed_keys(adapter) if key in plain]:
+    if fixed := [] if methods.of(adapter.config).whole else [key for key in keys.fixed_keys(adapter) if key in plain]:
         metadata[_BUFFERS_KEY] = json.dumps(fixed)
     encoder = encoders.writes(adapter, plain, _plain)
     writes: dict[str, files.Write] = {

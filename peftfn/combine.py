@@ -97,14 +97,17 @@ def combine(
         generator if generator is not None else torch.Generator().manual_seed(0),
     )
     configs = [adapter.config for adapter in adapters]
+    combining = one.combining
+    if combining is None:
+        raise ValueError(f"combine: {type(configs[0]).__name__} has no weighted combination.")
     own = [_own(one, adapter) for adapter in adapters]
     params: Tree = {}
     buffers: Tree = {}
     paths = {path for tree in own for path in tree}
     for path in sorted(paths):
         at = layers.pattern_path(path, paths)
-        params[path], buffers[path] = one.combine(recipe, configs, at, [tree.get(path) for tree in own])
-    config = one.combined(_union(cast("Any", configs), sorted(paths), buffers), adapters, params)
+        params[path], buffers[path] = combining.leaf(recipe, configs, at, [tree.get(path) for tree in own])
+    config = combining.config(_union(cast("Any", configs), sorted(paths), buffers), adapters, params)
     _keep_replaced(one, adapters, params, buffers)
     return Adapter(sorted_tree(params), sorted_tree(buffers), config)
 

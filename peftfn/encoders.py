@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from peftfn import files, hub, layers, methods
+from peftfn import files, hub, methods
 from peftfn.adapter import Adapter, sorted_tree
 
 _PROMPT = "prompt_embeddings"
@@ -32,7 +32,7 @@ def writes(
         plain: gives a tensor of the adapter as a file can hold it.
     """
     leaf = adapter.params.get("", {})
-    if methods.of(adapter.config).kind != layers.MODEL or _PROMPT in leaf:
+    if methods.of(adapter.config).on_call is None or _PROMPT in leaf:
         return {}
     own = {name: plain(name, tensor) for name, tensor in leaf.items()}
     return {_name(tensors[_PROMPT]): lambda path: safetensors.torch.save_file(own, path, {"format": "pt"})}
@@ -42,7 +42,7 @@ def restored(adapter: Adapter, origin: hub.Origin, device: torch.device) -> Adap
     """The adapter with the network that made its prompt, if that was saved along."""
     prompt = adapter.params.get("", {}).get(_PROMPT)
     method = methods.of(adapter.config)
-    if method.kind != layers.MODEL or prompt is None or len(method.names) == 1:
+    if method.on_call is None or prompt is None or len(method.names) == 1:
         return adapter
     path = hub.try_find(origin, _name(prompt))
     if path is None:

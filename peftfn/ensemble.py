@@ -99,8 +99,9 @@ def _is_small(stacked: Adapter, batch: Any) -> bool:
         return False
     assert isinstance(stacked.config, stacking.Stacked)
     method = methods.of(stacked.config.configs[0])
-    by_row = all(
-        method.takes_rows(leaf, layers.LINEAR) and not any(map(method.replaces, leaf))
+    action = method.on_weights
+    by_row = action is not None and all(
+        action.takes_rows(leaf, layers.LINEAR) and not any(map(method.replaces, leaf))
         for leaf in stacked.params.values()
     )
     is_few = max(one.numel() for one in tensors) <= _FEW_TOKENS

@@ -38,7 +38,7 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
         ValueError: PEFT has one key for two of them.
     """
     method = methods.of(adapter.config)
-    if method.kind == layers.MODEL:
+    if method.on_call is not None:
         return prompt_keys.to_keys(method, adapter)
     found: list[tuple[str, Tensor]] = []
     adapted: list[str] = []
@@ -52,8 +52,8 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
         if own:
             adapted += [path.rpartition(".")[0] if _is_parameter(adapter.config, path) else path]
             site = _site_key(adapter, path)
-            held = {name: tensor for name, tensor in adapter.buffers.get(path, {}).items() if name in method.held}
-            whole = method.to_file({**own, **held})
+            held = {name: tensor for name, tensor in adapter.buffers.get(path, {}).items() if method.is_held(name)}
+            whole = method.files.write({**own, **held})
             found += [(f"{site}.{key}", whole[name]) for name, key in method.names.items() if name in whole]
     for tree in (adapter.params, adapter.buffers):
         for path, leaf in tree.items():
@@ -136,7 +136,7 @@ def from_keys(
     method = methods.of(config)
     if hasattr(config, "modules_to_save"):
         config = dataclasses.replace(config, modules_to_save=matching.with_heads(config))
-    if method.kind == layers.MODEL:
+    if method.on_call is not None:
         return prompt_keys.from_keys(method, tensors, config, source)
     if model is not None and _names(config):
         config = dataclasses.replace(config, target_parameters=targets.in_model_order(model, _names(config)))
@@ -156,12 +156,12 @@ def from_keys(
     for site, leaf in own.items():
         at = layers.pattern_path(paths[site], set(paths.values()))
         try:
-            method.check_file(config, at, leaf)
+            method.files.check(config, at, leaf)
         except (KeyError, ValueError) as error:
             raise type(error)(f"{source} has {error.args[0]} for {paths[site]!r}; expected a whole adapter.") from None
         part = (pieces or {}).get(paths[site], {})
-        params.setdefault(paths[site], {}).update(method.from_file({**leaf, **part}))
-        buffers.setdefault(paths[site], {}).update({**method.buffers(config, at, leaf), **part})
+        params.setdefault(paths[site], {}).update(method.files.read({**leaf, **part}))
+        buffers.setdefault(paths[site], {}).update({**method.constants(config, at, leaf), **part})
     return Adapter(sorted_tree(params), sorted_tree(buffers), config)
 
 
@@ -244,7 +244,7 @@ def check_against(adapter: Adapter, model: nn.Module, source: str) -> None:
     """
     method = methods.of(adapter.config)
     try:
-        places = method.sites(model, _without_patterns(adapter.config))
+        places = method.targets.sites(model, _without_patterns(adapter.config))
         replaced = _replaced(model, adapter.config, places)
     except ValueError as error:
         raise ValueError(f"{source} does not fit this {type(model).__name__}: {error}") from error

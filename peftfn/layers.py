@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfn import codecs
@@ -60,7 +61,7 @@ class Site:
         rows: for `init`: the output rows to act on, or `None` for all.
     """
 
-    __slots__ = ("_run", "kind", "layer", "path", "rows", "weight_name")
+    __slots__ = ("_adapted", "_run", "kind", "layer", "path", "rows", "weight_name")
 
     def __init__(
         self,
@@ -69,13 +70,16 @@ class Site:
         layer: nn.Module,
         weight_name: str,
         run: Callable[..., Any] | None = None,
+        *,
         rows: Tensor | None = None,
+        adapted: Callable[[], Mapping[str, Tensor | None]] | None = None,
     ) -> None:
         self.path = path
         self.kind = kind
         self.layer = layer
         self.weight_name = weight_name
         self._run = run
+        self._adapted = adapted
         self.rows = rows
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,10 +92,42 @@ class Site:
         codec = codecs.BY_RUN.get(getattr(self._run, "func", None))
         return None if codec is None else codec.product(cast("Any", self._run).args[0], x)
 
+    def running(self, run: Callable[..., Any]) -> Site:
+        """This site with something else to run."""
+        return Site(self.path, self.kind, self.layer, self.weight_name, run, adapted=self._adapted)
+
+    def run_with(self, tensors: Mapping[str, Tensor | None], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the layer's own forward computes with other tensors in place of its weight and bias.
+
+        Args:
+            tensors: `weight`, dense and in the layer's own layout, and `bias`.
+            x: the input, which gets the weight's dtype.
+            *args: what else the forward takes.
+            **kwargs: the same.
+        """
+        layer, weight = self.layer, cast("Tensor", tensors["weight"])
+        x = x.to(weight.dtype) if x.is_floating_point() else x
+        if codecs.of(layer) is not codecs.DENSE:
+            return F.linear(x, weight, tensors["bias"])
+        own: nn.Module = object.__new__(type(layer))
+        own.__dict__.update(layer.__dict__)
+        own.__dict__["_parameters"] = {**layer._parameters, **tensors}
+        if isinstance(layer, nn.Embedding):
+            own.__dict__["max_norm"] = None  # it would write to the weight: what is looked up is renormalised instead
+        forward: Callable[..., Any] = type(layer).forward
+        return forward(own, x, *args, **kwargs)
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor | None]:
+        """Weight and bias, dense, as the adapters before this one leave them."""
+        if self._adapted is not None:
+            return self._adapted()
+        return {"weight": codecs.of(self.layer).read(self.layer, self.weight_name), "bias": codecs.bias(self.layer)}
+
     @property
     def weight(self) -> Tensor:
-        """The weight as a dense tensor in the layer's own layout."""
-        return codecs.of(self.layer).read(self.layer, self.weight_name)
+        """The weight as a dense tensor in the layer's own layout, as the adapters before this one leave it."""
+        return cast("Tensor", self.tensors["weight"])
 
     @property
     def shape(self) -> torch.Size:

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftfn import codecs, layers, methods, offloaded, stacking
+from peftfn import codecs, layers, layouts, methods, offloaded, stacking
 from peftfn.adapter import Adapter, Leaf, as_tuple
 from peftfn.codecs.stored import Entry
 from peftfn.layers import Place
 from peftfn.methods import Method
+from peftfn.methods.method import TRANSPOSED, refuse_merge
 from peftfn.transforms import is_traced
 
 
@@ -104,7 +105,7 @@ def _unpack(
     bias = None if module is None or codecs.of(module) is codecs.DENSE else codecs.bias(module)
     if bias is not None:  # one that is neither a parameter nor a buffer would be lost
         merged.setdefault(f"{path}.bias" if path else "bias", bias)
-    if method.kind is not None or ("weight" not in leaf and all(method.replaces(one) for one in leaf)):
+    if method.on_weights is None or ("weight" not in leaf and all(method.replaces(one) for one in leaf)):
         return {}
     entry = codecs.find(merged, name, module)
     if entry is None:
@@ -141,7 +142,8 @@ class Change(NamedTuple):
         """The names of the tensors that the leaf reads, as the method calls them: a weight, and a layer's bias."""
         if self.place is None:
             return {}
-        has_bias = "bias" in self.method.reads and self.place.kind not in layers.WEIGHT_KINDS
+        action = self.method.on_weights
+        has_bias = action is not None and "bias" in action.reads and self.place.kind not in layers.WEIGHT_KINDS
         bias = {"bias": self.place._replace(weight="bias").name} if has_bias else {}
         return {"weight": self.place.name, **bias}
 
@@ -163,8 +165,8 @@ def change(params: Mapping[str, Tensor], adapter: Adapter, path: str, model: nn.
             raise _missing(key, params)
     place = None
     if leaf:
-        if method.kind is not None:
-            method.merge(adapter.config, leaf, method.kind, {})  # refuses, and says why
+        if method.on_weights is None:
+            refuse_merge(adapter.config)
         place = layers.find(model, path) if model is not None else _guess(params, adapter, method, path, leaf)
         if place is None:
             raise KeyError(f"the adapter has a site {path!r}, which {type(model).__name__} does not have.")
@@ -186,7 +188,9 @@ def changed(one: Change, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     try:
         there = {key: found.get(key, params.get(key)) for key in one.names.values()}
         given = {name: tensor for name, key in one.names.items() if (tensor := there[key]) is not None}
-        made = one.method.merge(one.adapter.config, one.leaf, one.place.kind, given)
+        action = one.method.on_weights
+        assert action is not None, "change has refused others"
+        made = action.merge(one.adapter.config, one.leaf, one.place.kind, given)
     except (RuntimeError, ValueError) as error:
         shapes = {name: tuple(tensor.shape) for name, tensor in one.leaf.items() if tensor.dim()}
         raise ValueError(
@@ -208,8 +212,12 @@ def _guess(params: Mapping[str, Tensor], adapter: Adapter, method: Method, path:
         if place.name in params:
             weight = params[place.name]
             bare = place.weight == "in_proj_weight" or place.owner != path
-            kinds = [kind for kind in method.kinds(leaf, weight.shape) if (kind in layers.WEIGHT_KINDS) == bare]
-            if len(kinds) > 1:
+            kinds = [
+                kind
+                for kind in method.kinds(adapter.config, leaf, weight.shape)
+                if (kind in layers.WEIGHT_KINDS) == bare
+            ]
+            if len({layouts.output_axis(kind) for kind in kinds}) > 1:
                 kinds = [_stored(params, adapter, method, path, leaf, kinds)]
             if not kinds:
                 shapes = {name: tuple(tensor.shape) for name, tensor in leaf.items() if tensor.dim()}
@@ -226,12 +234,12 @@ def _stored(
 ) -> str:
     """The kind of a square weight, which may be stored either way: as noted, or as the config says, if others agree."""
     config: Any = adapter.config
+    if TRANSPOSED in leaf:
+        return next(kind for kind in kinds if layouts.output_axis(kind) == int(leaf[TRANSPOSED]))
     if kinds == [layers.LINEAR, layers.TRANSPOSED]:
-        if "transposed" in leaf:
-            return kinds[int(leaf["transposed"])]
         stated = kinds[bool(getattr(config, "fan_in_fan_out", False))]
         others = [
-            method.kinds({**leaf, **adapter.buffers.get(other, {})}, params[f"{other}.weight"].shape)
+            method.kinds(config, {**leaf, **adapter.buffers.get(other, {})}, params[f"{other}.weight"].shape)
             for other, leaf in adapter.params.items()
             if f"{other}.weight" in params and not all(method.replaces(name) for name in leaf)
         ]

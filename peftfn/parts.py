@@ -60,7 +60,7 @@ def of(adapters: Sequence[Adapter], rows: Rows | None = None) -> dict[str, list[
         stacked = isinstance(adapter.config, Stacked)
         configs = adapter.config.configs if isinstance(adapter.config, Stacked) else (adapter.config,)
         method = methods.of(configs[0])
-        config = method.shared(configs) if stacked else configs[0]
+        config = method.stacking.shared(configs) if stacked else configs[0]
         taken: dict[tuple[str, ...], list[str]] = {}  # sites have few sets of names between them
         for path in {**adapter.params, **adapter.buffers}:
             fixed = adapter.buffers.get(path, {})
@@ -72,3 +72,10 @@ def of(adapters: Sequence[Adapter], rows: Rows | None = None) -> dict[str, list[
             part = Part(config, method, leaf, replaced, frozenset(fixed), rows if stacked else None)
             found.setdefault(path, []).append(part)
     return found
+
+
+def merged(part: Part, leaf: Mapping[str, Tensor], kind: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Those of a layer's weight and bias that change, with one of the part's leaves in them."""
+    action = part.method.on_weights
+    assert action is not None, "methods that act on whole modules have no site with a weight"
+    return action.merge(part.config, leaf, kind, {name: tensors[name] for name in action.reads if name in tensors})

@@ -16,7 +16,7 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
-from peftfn import codecs, graft, rows, segments, signatures, slices
+from peftfn import codecs, graft, parts, rows, segments, signatures, slices
 from peftfn.layers import Place
 from peftfn.parts import Part
 from peftfn.rows import Rows
@@ -138,5 +138,5 @@ def _put(inner: nn.Module, adapted: Read, leaves: Sequence[Mapping[str, Tensor]]
     weight = codecs.of(owner).read(owner, place.weight)
     for part, leaf in zip(adapted.here, leaves, strict=True):
         own = leaf if part.rows is None else part.method.silence(leaf, keep)
-        weight = part.method.merge(part.config, own, place.kind, {"weight": weight})["weight"]
+        weight = parts.merged(part, own, place.kind, {"weight": weight})["weight"]
     owner.__dict__["_parameters"] = {**owner._parameters, place.weight: weight}

@@ -46,13 +46,13 @@ def step(
     batched kernels where it has them, by `torch.vmap` otherwise. Either each row gets a copy of its slice, or rows are
     sorted by adapter, whichever moves less memory.
     """
-    inside = _with(site, run)
-    if method.kind is not None:
+    inside = site.running(run)
+    if method.on_weights is None:
         return functools.partial(_whole, method, config, leaf, which, inside)
     numbers = sum(tensor.numel() // tensor.shape[0] for tensor in leaf.values()) if which.ways else 0
     cheapest = functools.partial(segments.cheapest, which.ways, which.size, numbers)
     routed = Routed(method, config, leaf, which, inside, cheapest)
-    adapted = _batched if method.takes_rows(leaf, site.kind) else _vmapped
+    adapted = _batched if method.on_weights.takes_rows(leaf, site.kind) else _vmapped
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         given = rows.flat(x, which, site.path)
@@ -66,35 +66,30 @@ def _batched(routed: Routed, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The site of a method whose forward takes a slice for each row of x; a linear layer, (..., in) -> (..., out)."""
     method, config, leaf, which, site, cheapest = routed
     if which.in_order:
-        return method.forward(config, leaf, site, x, *args, **kwargs)
+        return method.action.forward(config, leaf, site, x, *args, **kwargs)
     inputs = x.shape[-1]
     way = cheapest(x, x.numel() // max(1, inputs) * (sum(site.shape) - inputs))
     if way is None:
-        return method.forward(config, _silenced(method, leaf, which), site, x, *args, **kwargs)
+        return method.action.forward(config, _silenced(method, leaf, which), site, x, *args, **kwargs)
     if way.is_order:  # then the site itself may run on the sorted rows
-        found = method.forward(config, way.of(leaf), site, way.sorted(x, which.size), *args, **kwargs)
+        found = method.action.forward(config, way.of(leaf), site, way.sorted(x, which.size), *args, **kwargs)
         return way.restored(found, found, which.size)
     y = site(x, *args, **kwargs)
     sorted_x, sorted_y = (way.sorted(one, which.size) for one in (x, y))
-    known = _with(site, functools.partial(_known, sorted_x, sorted_y, site))
-    return way.restored(method.forward(config, way.of(leaf), known, sorted_x), y, which.size)
+    known = site.running(functools.partial(_known, sorted_x, sorted_y, site))
+    return way.restored(method.action.forward(config, way.of(leaf), known, sorted_x), y, which.size)
 
 
 def _vmapped(routed: Routed, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The site of any other method, whose forward `torch.vmap` gives one row or one segment at a time."""
     method, config, leaf, which, site, cheapest = routed
     y = site(x, *args, **kwargs)
-    act = functools.partial(_mapped, method, config, _with(site, functools.partial(_run, site, args, kwargs)))
+    act = functools.partial(_mapped, method, config, site.running(functools.partial(_run, site, args, kwargs)))
     way = cheapest(x, y.numel())
     if way is None:
         return act(_pick(leaf, which), x, y)
     sorted_x, sorted_y = (way.sorted(one, which.size) for one in (x, y))
     return way.restored(act((way.of(leaf), None), sorted_x, sorted_y), y, which.size)
-
-
-def _with(site: Site, run: Callable[..., Any]) -> Site:
-    """The site with something else to run."""
-    return Site(site.path, site.kind, site.layer, site.weight_name, run)
 
 
 def _run(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> Any:
@@ -109,8 +104,8 @@ def _mapped(method: Method, config: PeftConfig, site: Site, picked: Picked, x: T
     """What the method makes of y = site(x), with a slice of the leaf for each group of rows."""
 
     def one(leaf: Mapping[str, Tensor], keep: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
-        inner = _with(site, functools.partial(_known, x, y, site))
-        return method.forward(config, leaf if keep is None else method.silence(leaf, keep), inner, x)
+        inner = site.running(functools.partial(_known, x, y, site))
+        return method.action.forward(config, leaf if keep is None else method.silence(leaf, keep), inner, x)
 
     leaf, keep = picked
     groups = next(iter(leaf.values())).shape[0]
@@ -129,7 +124,9 @@ def _whole(
     """What a whole module computes with each row's slice of the leaf."""
     rows.refuse_tokens(which, site.path)
     x: Tensor = args[0] if args else kwargs["hidden_states"]
-    return method.forward(config, _silenced(method, leaf, rows.of_input(x, which, site.path)), site, *args, **kwargs)
+    return method.action.forward(
+        config, _silenced(method, leaf, rows.of_input(x, which, site.path)), site, *args, **kwargs
+    )
 
 
 def of_call(
@@ -137,8 +134,8 @@ def of_call(
 ) -> calls.Call:
     """The call of the model with each row's own prompt. What makes the prompts runs once for each adapter."""
     rows.refuse_tokens(which, "")
-    if method.encoded is not None:
-        encode = method.encoded
+    encode = None if method.on_call is None else method.on_call.encoded
+    if encode is not None:
 
         def one(leaf: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             return encode(config, leaf, site)
@@ -149,7 +146,7 @@ def of_call(
         raise ValueError(
             f"the batch has {sorted(call.given)}; expected input_ids or inputs_embeds, a row for each index."
         )
-    return method.forward(config, _silenced(method, leaf, rows.of_input(tokens, which, "the model")), site, call)
+    return method.action.forward(config, _silenced(method, leaf, rows.of_input(tokens, which, "the model")), site, call)
 
 
 def replaced(twin: nn.Module, path: str, tensors: Mapping[str, Tensor], which: Rows) -> Callable[..., Any]:

@@ -67,7 +67,7 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
         own = _stack_own(method, adapters, path, configs)
         params[path] = {name: tensor for name, tensor in own.items() if name in method.names}
         params[path] |= _stack_rest(method, [adapter.params.get(path) for adapter in adapters], path)
-        buffers[path] = {name: tensor for name, tensor in own.items() if name in method.held}
+        buffers[path] = {name: tensor for name, tensor in own.items() if method.is_held(name)}
         buffers[path] |= _stack_rest(method, [adapter.buffers.get(path) for adapter in adapters], path, fill=True)
     stacked = Stacked(
         task_type=configs[0].task_type,
@@ -136,7 +136,8 @@ def _stack_own(method: Method, adapters: Sequence[Adapter], path: str, configs: 
     if not any(own):
         return {}
     at = layers.pattern_path(path, {path for adapter in adapters for path in adapter.params})
-    return _stack_plain(method.pad(configs, at, own), path, by_column=method.by_column)
+    by_column = frozenset(name for name, slot in method.slots.items() if slot.by_column)
+    return _stack_plain(method.pad(configs, at, own), path, by_column=by_column)
 
 
 def _own(method: Method, adapter: Adapter, path: str) -> Leaf:
@@ -194,5 +195,5 @@ def _slice(stacked: Adapter, method: Method, number: int, configs: Sequence[Any]
             own = method.trim(config, there, layers.pattern_path(path, set(stacked.params)), own)
             params[path].update({name: tensor for name, tensor in own.items() if name in method.names})
             rest = {name: tensor for name, tensor in buffers.get(path, {}).items() if method.replaces(name)}
-            buffers[path] = rest | {name: tensor for name, tensor in own.items() if name in method.held}
+            buffers[path] = rest | {name: tensor for name, tensor in own.items() if method.is_held(name)}
     return Adapter(sorted_tree(params), sorted_tree(buffers), config)

@@ -92,7 +92,7 @@ def merge(
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: give one of {', '.join(DTYPES)}")
     adapter = pf.load(source, mmap=True)
-    if methods.of(adapter.config).kind is not None:
+    if methods.of(adapter.config).on_weights is None:
         raise UserError(
             f"{source} is a {adapter.config.peft_type} adapter, which changes what the model is given and none of its "
             "weights, so there is nothing to merge; run it with peftfn.apply or peftfn.bind"

@@ -19,20 +19,43 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import layers, targets
+from peftfn import layers, layouts, targets
 from peftfn.adapter import Adapter, Leaf
 from peftfn.layers import Site
-from peftfn.methods import lowrank, method, running
+from peftfn.layouts import WeightShape
+from peftfn.methods import slots, weights
 from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adalora_targets import TARGETS
 from peftfn.methods.adapted import Delta
-from peftfn.methods.method import Method
+from peftfn.methods.method import Files, Method, Stacking, Targets, like_weight
+from peftfn.methods.slots import Shape, Slot
 
 NAMES = ("lora_A", "lora_B", "lora_E")
 """Q (r, in), P (out, r) and Λ (r, 1)."""
 
 _EPS = 1e-5
-_KINDS = (layers.LINEAR, layers.TRANSPOSED, layers.CONVOLUTION)
+
+
+def _q(config: AdaLoraConfig, weight: WeightShape, r: int) -> Shape:
+    return r, weight.fan_in
+
+
+def _p(config: AdaLoraConfig, weight: WeightShape, r: int) -> Shape:
+    return weight.outputs, r
+
+
+def _lambda(config: AdaLoraConfig, weight: WeightShape, r: int) -> Shape:
+    return r, 1
+
+
+SLOTS = {
+    "lora_A": Slot(_q, rank=0, inputs=1),
+    "lora_B": Slot(_p, rank=1, outputs=0, by_column=True),
+    "lora_E": Slot(_lambda, rank=0),
+    "scaling": Slot(trained=False, off=0.0),
+    "ranknum": Slot(trained=False),
+    "mask": Slot(trained=False, rank=0),
+}
 
 
 def resolve(model: nn.Module, config: AdaLoraConfig) -> AdaLoraConfig:
@@ -53,35 +76,27 @@ def resolve(model: nn.Module, config: AdaLoraConfig) -> AdaLoraConfig:
     return targets.resolved(model, config, TARGETS)
 
 
-def init(
-    config: AdaLoraConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None
-) -> tuple[Leaf, Leaf]:
-    """P and Q with normal numbers of deviation 0.02 and Λ = 0, as PEFT 0.21 draws them, and the scaling.
+def init(config: AdaLoraConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None) -> Leaf:
+    """P and Q with normal numbers of deviation 0.02 and Λ = 0, as PEFT 0.21 draws them.
 
     Without `init_lora_weights` all of them are standard normal: not the identity.
     """
-    method.refuse_other_kinds("AdaLoRA", site, _KINDS)
-    if lowrank.weight_groups(site.layer) > 1:
+    weight = layouts.of_site(site)
+    if weight.groups > 1:
         raise ValueError(
             f"{site.path}: AdaLoRA has no convolutions with groups, in peft neither. Leave it out: "
             f"exclude_modules=[{site.path!r}]."
         )
-    stored, r = site.stored, config.init_r
-    how = config.init_lora_weights
-    size = 0.02 if how else 1.0
-    a, b = (size * torch.randn(shape, generator=generator) for shape in _shapes(site, r))
-    e = torch.zeros(r, 1) if how else torch.randn(r, 1, generator=generator)
-    leaf = {name: method.like_weight(tensor, stored, dtype) for name, tensor in zip(NAMES, (a, b, e), strict=True)}
-    return leaf, buffers(config, path, leaf)
+    size = 0.02 if config.init_lora_weights else 1.0
+    leaf: Leaf = {}
+    for name, shape in slots.shapes(SLOTS, config, weight, config.init_r).items():
+        is_zero = name == "lora_E" and config.init_lora_weights
+        drawn = torch.zeros(shape) if is_zero else torch.randn(shape, generator=generator)
+        leaf[name] = like_weight(drawn if name == "lora_E" else size * drawn, site.stored, dtype)
+    return leaf
 
 
-def _shapes(site: Site, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """PEFT's shapes of Q and P: two axes each, also for a convolution."""
-    a, b = lowrank.TABLE[site.kind].shapes(site.layer, site.shape, r)
-    return (r, int(torch.Size(a[1:]).numel())), b[:2]
-
-
-def buffers(config: AdaLoraConfig, path: str, leaf: Leaf) -> Leaf:
+def constants(config: AdaLoraConfig, path: str, leaf: Leaf) -> Leaf:
     """The two numbers of the scaling, 0-d, and which ranks are left, (r,)."""
     e = leaf["lora_E"]
     options: dict[str, Any] = {
@@ -95,55 +110,12 @@ def buffers(config: AdaLoraConfig, path: str, leaf: Leaf) -> Leaf:
     }
 
 
-def _factors(leaf: Mapping[str, Tensor], kind: str, weight: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+def _factors(config: AdaLoraConfig, leaf: Mapping[str, Tensor], kind: str, shape: torch.Size) -> Delta:
     """Λ·Q, P and s, in the shapes that LoRA's have."""
     a, b = leaf["lora_A"] * leaf["lora_E"], leaf["lora_B"]
-    scaling = leaf["scaling"] / (leaf["ranknum"] + _EPS)
     if kind == layers.CONVOLUTION:
-        a, b = a.view(-1, *weight[1:]), b.view(*b.shape, *(1 for _ in weight[2:]))
-    return a, b, scaling
-
-
-def forward(
-    config: AdaLoraConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any
-) -> Tensor:
-    """W x + s·P·Λ·Q·dropout(x), in the dtype of W x."""
-    if not leaf["lora_E"].shape[0]:  # no rank is left, and torch has no convolution with no channels
-        return site(x, *args, **kwargs)
-    delta = Delta(*_factors(leaf, site.kind, _kernel(site)))
-    return running.forward(site, delta, config.lora_dropout, x, *args, **kwargs)
-
-
-def _kernel(site: Site) -> torch.Size:
-    return site.shape if site.kind == layers.CONVOLUTION else torch.Size()
-
-
-def merge(
-    config: AdaLoraConfig, leaf: Mapping[str, Tensor], kind: str, tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """W + s·P·Λ·Q, in the dtype of W; the bias stays."""
-    weight = tensors["weight"]
-    return {"weight": lowrank.merged(kind, *_factors(leaf, kind, weight.shape), weight)}
-
-
-def of_rows(leaf: Leaf, kind: str, rows: slice) -> Leaf | None:
-    """The leaf of some rows of the weight, where it has one."""
-    return lowrank.of_rows(NAMES[:2], leaf, kind, rows)
-
-
-def silence(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
-    """The leaf with its scaling times `keep`."""
-    return {**leaf, "scaling": leaf["scaling"] * keep}
-
-
-def check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
-    """What is wrong with a leaf for this site, or `None`."""
-    if site.kind not in _KINDS:
-        return f"cannot act on this {site.kind}, expected one of {', '.join(_KINDS)}"
-    rows = leaf["lora_E"].shape[0]
-    expected = dict(zip(NAMES, (*_shapes(site, rows), (rows, 1)), strict=True))
-    found = {name: tuple(leaf[name].shape) for name in NAMES if name in leaf}
-    return None if found == expected else f"has {found}, expected {expected}"
+        a, b = a.view(-1, *shape[1:]), b.view(*b.shape, *(1 for _ in shape[2:]))
+    return Delta(a, b, leaf["scaling"] / (leaf["ranknum"] + _EPS))
 
 
 def rows_of(config: AdaLoraConfig, path: str) -> int:
@@ -166,46 +138,6 @@ def check_file(config: AdaLoraConfig, path: str, leaf: Leaf) -> None:
     rank, rows = rows_of(config, path), leaf["lora_E"].shape[0]
     if rows != rank or len(pattern_of(config, path)) != config.init_r:
         raise ValueError(f"rank {rows}, and the config says {rank} of {config.init_r}")
-
-
-def kinds(leaf: Mapping[str, Tensor], weight: torch.Size) -> list[str]:
-    """The kinds of layer whose weight of this shape the leaf fits."""
-    shape = (leaf["lora_B"].shape[0], leaf["lora_A"].shape[1])
-    if len(weight) > 2:
-        return [layers.CONVOLUTION] if (weight[0], weight[1:].numel()) == shape else []
-    fitting = {layers.LINEAR: tuple(weight), layers.TRANSPOSED: tuple(weight[::-1])}
-    return [kind for kind, size in fitting.items() if size == shape]
-
-
-def _pad(configs: Sequence[AdaLoraConfig], path: str, leaves: Sequence[Leaf | None]) -> list[Leaf]:
-    """The leaves with zeros up to the largest rank; an adapter without this site gets zeros.
-
-    Zeros in all of P, Λ and Q have zero gradients, so training never fills them.
-    """
-    there = [leaf for leaf in leaves if leaf is not None]
-    most = max(leaf["lora_E"].shape[0] for leaf in there)
-    padded = iter([_resized(leaf, most) for leaf in there])
-    filled = [None if leaf is None else next(padded) for leaf in leaves]
-    model = next(leaf for leaf in filled if leaf is not None)
-    return [{name: torch.zeros_like(t) for name, t in model.items()} if leaf is None else leaf for leaf in filled]
-
-
-def _trim(config: AdaLoraConfig, configs: Sequence[AdaLoraConfig], path: str, leaf: Leaf) -> Leaf:
-    """The leaf without the zeros that `_pad` added."""
-    return _resized(leaf, rows_of(config, path))
-
-
-_RANK_AXES = {"lora_A": 0, "lora_B": 1, "lora_E": 0, "mask": 0}
-
-
-def _resized(leaf: Leaf, rows: int) -> Leaf:
-    resized = dict(leaf)
-    for name, axis in _RANK_AXES.items():
-        tensor = leaf[name].narrow(axis, 0, min(rows, leaf[name].shape[axis]))
-        shape = list(tensor.shape)
-        shape[axis] = rows - tensor.shape[axis]
-        resized[name] = torch.cat([tensor, tensor.new_zeros(shape)], axis) if shape[axis] else tensor
-    return resized
 
 
 def _left(leaf: Mapping[str, Tensor]) -> Tensor:
@@ -236,22 +168,11 @@ def file_config(adapter: Adapter) -> AdaLoraConfig:
 
 METHOD = Method(
     config=AdaLoraConfig,
-    names={name: name for name in NAMES},
-    held=frozenset({"scaling", "ranknum", "mask", "transposed"}),
-    resolve=resolve,
+    slots=SLOTS,
     init=init,
-    buffers=buffers,
-    forward=forward,
-    merge=merge,
-    reads=("weight",),
-    of_rows=of_rows,
-    silence=silence,
-    check=check,
-    check_file=check_file,
-    kinds=kinds,
-    pad=_pad,
-    by_column=frozenset({"lora_B"}),
-    trim=_trim,
-    file_config=file_config,
-    to_file=to_file,
+    constants=constants,
+    action=weights.low_rank(_factors, kinds=(*weights.MATRICES, layers.CONVOLUTION)),
+    targets=Targets(resolve),
+    stacking=Stacking(rows_of),
+    files=Files(check_file, file_config, to_file),
 )

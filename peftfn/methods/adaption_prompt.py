@@ -19,7 +19,9 @@ from peftfn import inserted, layers, targets
 from peftfn.adapter import Leaf
 from peftfn.config import PeftConfig
 from peftfn.layers import Place, Site
-from peftfn.methods.method import Method, refuse_merge
+from peftfn.methods.action import OnAttention
+from peftfn.methods.method import Method, Stacking, Targets
+from peftfn.methods.slots import Slot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +132,7 @@ def sites(model: nn.Module, config: AdaptionPromptConfig) -> dict[str, Place]:
 
 def init(
     config: AdaptionPromptConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None
-) -> tuple[Leaf, Leaf]:
+) -> Leaf:
     """Normal prompts (1, tokens, hidden) and a gate of zero, in the dtype of the attention's weights.
 
     Where they are packed, in float32: as PEFT.
@@ -143,7 +145,7 @@ def init(
     return {
         "adaption_prompt": prompt.to(device, dtype),
         "adaption_gate": torch.zeros(1, dtype=dtype, device=device),
-    }, {}
+    }
 
 
 def forward(
@@ -169,11 +171,6 @@ def forward(
     if own is not None:
         added = torch.where(own.view(-1, 1, 1) > 0, added, torch.zeros_like(added))
     return ((output + added).to(q.dtype), *rest)
-
-
-def takes_rows(leaf: Mapping[str, Tensor], kind: str) -> bool:
-    """Whether `forward` takes a leaf of its own for each row: always."""
-    return True
 
 
 def silence(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
@@ -221,17 +218,9 @@ def check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
 
 METHOD = Method(
     config=AdaptionPromptConfig,
-    names={"adaption_gate": "adaption_gate", "adaption_prompt": "adaption_prompt"},
+    slots={"adaption_gate": Slot(), "adaption_prompt": Slot(), inserted.LENGTH: Slot(trained=False)},
     init=init,
-    forward=forward,
-    merge=refuse_merge,
-    silence=silence,
-    takes_rows=takes_rows,
-    held=frozenset({inserted.LENGTH}),
-    pad=_pad,
-    trim=_trim,
-    resolve=resolve,
-    sites=sites,
-    check=check,
-    kind=layers.ATTENTION,
+    action=OnAttention(forward, check, silence),
+    targets=Targets(resolve, sites),
+    stacking=Stacking(pad=_pad, trim=_trim),
 )

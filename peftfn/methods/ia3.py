@@ -18,13 +18,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftfn import layers, targets
+from peftfn import layers, layouts, targets
 from peftfn.adapter import Leaf
 from peftfn.config import TargetedConfig
 from peftfn.layers import Site
-from peftfn.methods import method
+from peftfn.layouts import WeightShape
+from peftfn.methods import weights
 from peftfn.methods.ia3_targets import FEEDFORWARD, TARGETS
-from peftfn.methods.method import Method
+from peftfn.methods.method import INPUT_SIDE, Combining, Files, Method, Targets, like_weight
+from peftfn.methods.slots import Shape, Slot
 from peftfn.mixing import Recipe
 
 
@@ -98,34 +100,25 @@ def is_feedforward(config: IA3Config, path: str) -> bool:
     return any(path.endswith(name) for name in names)
 
 
-_KINDS = (layers.LINEAR, layers.TRANSPOSED, layers.CONVOLUTION)
-
-
-def init(
-    config: IA3Config, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None
-) -> tuple[Leaf, Leaf]:
-    """The vector of one site, ones by default, and which side it scales."""
-    method.refuse_other_kinds("(IA)³", site, _KINDS)
-    shape = _shape(site, is_feedforward(config, site.path))
-    vector = torch.ones(shape) if config.init_ia3_weights else torch.randn(shape, generator=generator)
-    leaf = {"ia3_l": method.like_weight(vector, site.stored, dtype)}
-    return leaf, buffers(config, site.path, leaf)
-
-
-def _shape(site: Site, feedforward: bool) -> tuple[int, ...]:
+def _shape(config: IA3Config, weight: WeightShape, r: int) -> Shape:
     """PEFT's shape of the vector: (out, 1) or (1, in) for a linear layer, (1, channels, 1, ...) for a convolution."""
-    weight = site.shape
-    if site.kind == layers.CONVOLUTION:
-        channels = weight[1] * int(getattr(site.layer, "groups", 1)) if feedforward else weight[0]
-        return (1, channels, *(1 for _ in weight[2:]))
-    outputs, inputs = weight if site.kind == layers.LINEAR else weight[::-1]
-    return (1, inputs) if feedforward else (outputs, 1)
+    size = weight.inputs * weight.groups if weight.input_side else weight.outputs
+    return (1, size, *(1 for _ in weight.kernel)) if weight.kernel or weight.input_side else (size, 1)
 
 
-def buffers(config: IA3Config, path: str, leaf: Leaf) -> Leaf:
+SLOTS = {"ia3_l": Slot(_shape, off=1.0)}
+
+
+def init(config: IA3Config, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None) -> Leaf:
+    """The vector of one site, ones by default."""
+    shape = _shape(config, layouts.of_site(site)._replace(input_side=is_feedforward(config, path)), 0)
+    vector = torch.ones(shape) if config.init_ia3_weights else torch.randn(shape, generator=generator)
+    return {"ia3_l": like_weight(vector, site.stored, dtype)}
+
+
+def constants(config: IA3Config, path: str, leaf: Leaf) -> Leaf:
     """`feedforward`, for a site whose input is scaled."""
-    device = leaf["ia3_l"].device
-    return {"feedforward": torch.tensor(True, device=device)} if is_feedforward(config, path) else {}
+    return {INPUT_SIDE: torch.tensor(True, device=leaf["ia3_l"].device)} if is_feedforward(config, path) else {}
 
 
 def forward(config: IA3Config, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -133,43 +126,24 @@ def forward(config: IA3Config, leaf: Mapping[str, Tensor], site: Site, x: Tensor
     vector = leaf["ia3_l"]
     if site.kind != layers.CONVOLUTION:
         vector = vector.flatten()
-    if "feedforward" in leaf:
+    if INPUT_SIDE in leaf:
         return site((x.to(vector.dtype) * vector).to(x.dtype), *args, **kwargs)
     y = site(x, *args, **kwargs)
     return (y * vector).to(y.dtype)
 
 
-def merge(config: IA3Config, leaf: Mapping[str, Tensor], kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """W and b with their outputs scaled, or W with its inputs scaled."""
-    vector, weight = leaf["ia3_l"], tensors["weight"]
-    if "feedforward" in leaf:
-        return {"weight": _inputs_scaled(weight, vector, kind).to(weight.dtype)}
-    rows = vector.T if kind == layers.TRANSPOSED else vector.flatten().view(-1, *(1 for _ in weight.shape[1:]))
-    changed = {"weight": (weight * rows).to(weight.dtype)}
-    if "bias" in tensors:
-        changed["bias"] = (tensors["bias"] * vector.flatten()).to(tensors["bias"].dtype)
-    return changed
-
-
-def _inputs_scaled(weight: Tensor, vector: Tensor, kind: str) -> Tensor:
-    if kind != layers.CONVOLUTION:
-        return weight * (vector.T if kind == layers.TRANSPOSED else vector)
+def _weight(config: IA3Config, leaf: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+    """W with its outputs or its inputs scaled."""
+    vector = leaf["ia3_l"]
+    if INPUT_SIDE not in leaf:
+        return weight * vector.view(-1, *(1 for _ in weight.shape[1:]))
     groups = vector.shape[1] // weight.shape[1]
     split = weight.reshape(groups, -1, *weight.shape[1:])  # (g, out/g, in/g, *k)
     return (split * vector.view(groups, 1, -1, *vector.shape[2:])).reshape(weight.shape)
 
 
-def silence(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
-    """The leaf with ones where `keep` is 0."""
-    return {**leaf, "ia3_l": torch.where(keep.bool(), leaf["ia3_l"], 1.0)}
-
-
-def check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
-    """What is wrong with a leaf for this site, or `None`."""
-    if site.kind not in _KINDS:
-        return f"cannot act on this {site.kind}, expected one of {', '.join(_KINDS)}"
-    expected = _shape(site, "feedforward" in leaf)
-    return None if tuple(leaf["ia3_l"].shape) == expected else f"has {tuple(leaf['ia3_l'].shape)}, expected {expected}"
+def _bias(config: IA3Config, leaf: Mapping[str, Tensor], bias: Tensor) -> Tensor:
+    return bias if INPUT_SIDE in leaf else bias * leaf["ia3_l"].flatten()
 
 
 def check_file(config: IA3Config, path: str, leaf: Leaf) -> None:
@@ -183,26 +157,6 @@ def check_file(config: IA3Config, path: str, leaf: Leaf) -> None:
         raise ValueError(f"a vector of shape {shape}, and the config says that it {is_said} a feedforward module,")
 
 
-def kinds(leaf: Mapping[str, Tensor], weight: torch.Size) -> list[str]:
-    """The kinds of layer whose weight of this shape the leaf fits."""
-    vector = leaf["ia3_l"]
-    if vector.dim() > 2:
-        fits = vector.shape[1] % weight[1] == 0 if "feedforward" in leaf else vector.shape[1] == weight[0]
-        return [layers.CONVOLUTION] if len(weight) == vector.dim() and fits else []
-    if len(weight) != 2:
-        return []
-    axis = 1 if "feedforward" in leaf else 0  # of the weight of a linear layer
-    fitting = {layers.LINEAR: weight[axis], layers.TRANSPOSED: weight[1 - axis]}
-    return [kind for kind, size in fitting.items() if size == vector.numel()]
-
-
-def _pad(configs: Sequence[IA3Config], path: str, leaves: Sequence[Leaf | None]) -> list[Leaf]:
-    """The leaves, with ones for an adapter without this site."""
-    there = next(leaf for leaf in leaves if leaf is not None)
-    ones = {**there, "ia3_l": torch.ones_like(there["ia3_l"])}
-    return [ones if leaf is None else leaf for leaf in leaves]
-
-
 def combine(
     recipe: Recipe, configs: Sequence[IA3Config], path: str, leaves: Sequence[Leaf | None]
 ) -> tuple[Leaf, Leaf]:
@@ -213,29 +167,23 @@ def combine(
     if recipe.method != "linear":
         raise ValueError(f"combine: method={recipe.method!r}, and (IA)³ has vectors, which have no rank; use 'linear'.")
     there = [leaf for leaf in leaves if leaf is not None]
-    sides = {"feedforward" in leaf for leaf in there}
+    sides = {INPUT_SIDE in leaf for leaf in there}
     if len(there) < len(leaves) or len(sides) > 1:
         what = "only some of the adapters have" if len(there) < len(leaves) else "the adapters scale unlike sides of"
         raise ValueError(f"combine: {what} the site {path!r}; expected (IA)³ adapters of the same sites.")
     vectors = torch.stack([leaf["ia3_l"] for leaf in there])
     weights = torch.stack(list(recipe.weights)).to(vectors.dtype).view(-1, *(1 for _ in vectors.shape[1:]))
-    mark = {"feedforward": there[0]["feedforward"]} if True in sides else {}
+    mark = {INPUT_SIDE: there[0][INPUT_SIDE]} if True in sides else {}
     return {"ia3_l": (weights * vectors).sum(0)}, mark
 
 
 METHOD = Method(
     config=IA3Config,
-    names={"ia3_l": "ia3_l"},
-    combine=combine,
-    held=frozenset({"feedforward", "transposed"}),
-    resolve=resolve,
+    slots=SLOTS,
     init=init,
-    buffers=buffers,
-    forward=forward,
-    merge=merge,
-    silence=silence,
-    check=check,
-    check_file=check_file,
-    kinds=kinds,
-    pad=_pad,
+    constants=constants,
+    action=weights.reweighted(_weight, bias=_bias, forward=forward, kinds=(*weights.MATRICES, layers.CONVOLUTION)),
+    targets=Targets(resolve),
+    files=Files(check_file),
+    combining=Combining(combine),
 )

@@ -7,7 +7,7 @@ tuple of functions of (A, B); scaling and dtype are the caller's.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,25 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfn import blocks, layers
-from peftfn.adapter import Leaf
 from peftfn.layers import Site
 from peftfn.methods import widening
 from peftfn.methods.products import added, scaled
 from peftfn.transforms import is_traced
-
-Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class LowRank(NamedTuple):
     """One kind of layer.
 
     Attributes:
-        shapes: `(layer, weight shape, r) -> (shape of A, shape of B)`, in PEFT's layout.
         add: `(site, A, B, scaling, x, y) -> y + scaling * (B A x)`.
         delta: `(A, B, weight shape) -> B A`, in the weight's own layout.
     """
 
-    shapes: Callable[[nn.Module, torch.Size, int], Shapes]
     add: Callable[[Site, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     delta: Callable[[Tensor, Tensor, torch.Size], Tensor]
 
@@ -57,17 +52,6 @@ _BY_ROWS: dict[str, Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]] = 
     layers.EMBEDDING: lambda a, b, rows: (a[:, rows], b),
 }
 _BLOCK = 1 << 17  # elements: half a MB of float32 stays in a core's cache
-
-
-def of_rows(names: Sequence[str], leaf: Leaf, kind: str, rows: slice) -> Leaf | None:
-    """The leaf, with A and B by these names, that merges into these rows of a weight as the given one into all of it.
-
-    `None` for a layer whose rows are not a matrix's, and for a leaf that acts on some rows only.
-    """
-    if kind not in _BY_ROWS or "rows" in leaf:
-        return None
-    a, b = names
-    return {**leaf, **dict(zip(names, _BY_ROWS[kind](leaf[a], leaf[b], rows), strict=True))}
 
 
 def _fits_blocks(a: Tensor, b: Tensor, scaling: Tensor, weight: Tensor) -> bool:
@@ -101,16 +85,6 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
 # --- linear layers: W is (out, in), or (in, out) in transformers' Conv1D ---------------------------------------------
 
 
-def _linear_shapes(layer: nn.Module, weight: torch.Size, r: int) -> Shapes:
-    outputs, inputs = weight
-    return (r, inputs), (outputs, r)
-
-
-def _transposed_shapes(layer: nn.Module, weight: torch.Size, r: int) -> Shapes:
-    inputs, outputs = weight
-    return (r, inputs), (outputs, r)
-
-
 def _linear_add(site: Site, a: Tensor, b: Tensor, scaling: Tensor, x: Tensor, y: Tensor) -> Tensor:
     if a.dim() > 2:
         return _linear_add_rows(a, b, scaling, x.to(a.dtype), y)
@@ -139,11 +113,6 @@ def _transposed_delta(a: Tensor, b: Tensor, weight: torch.Size) -> Tensor:
 # --- embeddings: W is (rows, dim), A is (r, rows), B is (dim, r) -----------------------------------------------------
 
 
-def _embedding_shapes(layer: nn.Module, weight: torch.Size, r: int) -> Shapes:
-    rows, dim = weight
-    return (r, rows), (dim, r)
-
-
 def _embedding_add(site: Site, a: Tensor, b: Tensor, scaling: Tensor, x: Tensor, y: Tensor) -> Tensor:
     layer = site.layer
     # padding_idx and scale_grad_by_freq act on gradients alone: A's rows get the treatment of W's.
@@ -162,24 +131,10 @@ def _embedding_delta(a: Tensor, b: Tensor, weight: torch.Size) -> Tensor:
     return (b @ a).T
 
 
-# --- convolutions: W is (out, in/g, *k), A is (r, in, *k) with the layer's stride, B is (out, r/g, 1...) -------------
-#
-# With groups, such an A reads channels that W cannot, so its delta has no place in W. Ours is grouped like W, held as
-# (g, r/g, in/g, *k): one axis more, so that the two are never confused. PEFT's A is dense: a file of PEFT's with groups
-# runs as it did there, and cannot be merged.
+# --- convolutions: W is (out, in/g, *k), A is (r, in, *k) with the layer's stride, or (g, r/g, in/g, *k) with groups,
+# and B is (out, r/g, 1...)
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
-
-
-def _convolution_shapes(layer: nn.Module, weight: torch.Size, r: int) -> Shapes:
-    groups = weight_groups(layer)
-    a = (r, *weight[1:]) if groups == 1 else (groups, r // groups, *weight[1:])
-    return a, (weight[0], r // groups, *(1 for _ in weight[2:]))
-
-
-def weight_groups(layer: nn.Module) -> int:
-    """The groups of a convolution; 1 for any other layer."""
-    return int(getattr(layer, "groups", 1))
 
 
 def _convolution_add(site: Site, a: Tensor, b: Tensor, scaling: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -212,17 +167,6 @@ def _convolution_delta(a: Tensor, b: Tensor, weight: torch.Size) -> Tensor:
 # --- bare parameters: (out, in), or experts (E, out, in) / (E, in, out); A is (E*r, in), B is (out, E*r) -------------
 
 
-def _parameter_shapes(layer: nn.Module, weight: torch.Size, r: int) -> Shapes:
-    experts = weight[0] if len(weight) == 3 else 1
-    outputs, inputs = weight[-2:]
-    return (experts * r, inputs), (outputs, experts * r)
-
-
-def _transposed_experts_shapes(layer: nn.Module, weight: torch.Size, r: int) -> Shapes:
-    experts, inputs, outputs = weight
-    return (experts * r, inputs), (outputs, experts * r)
-
-
 def _no_add(site: Site, a: Tensor, b: Tensor, scaling: Tensor, x: Tensor, y: Tensor) -> Tensor:
     raise AssertionError(f"{site.path}: a bare parameter has no forward of its own; its tensor is replaced")
 
@@ -241,10 +185,10 @@ def _transposed_experts_delta(a: Tensor, b: Tensor, weight: torch.Size) -> Tenso
 
 
 TABLE: dict[str, LowRank] = {
-    layers.LINEAR: LowRank(_linear_shapes, _linear_add, _linear_delta),
-    layers.TRANSPOSED: LowRank(_transposed_shapes, _linear_add, _transposed_delta),
-    layers.EMBEDDING: LowRank(_embedding_shapes, _embedding_add, _embedding_delta),
-    layers.CONVOLUTION: LowRank(_convolution_shapes, _convolution_add, _convolution_delta),
-    layers.PARAMETER: LowRank(_parameter_shapes, _no_add, _parameter_delta),
-    layers.EXPERTS_TRANSPOSED: LowRank(_transposed_experts_shapes, _no_add, _transposed_experts_delta),
+    layers.LINEAR: LowRank(_linear_add, _linear_delta),
+    layers.TRANSPOSED: LowRank(_linear_add, _transposed_delta),
+    layers.EMBEDDING: LowRank(_embedding_add, _embedding_delta),
+    layers.CONVOLUTION: LowRank(_convolution_add, _convolution_delta),
+    layers.PARAMETER: LowRank(_no_add, _parameter_delta),
+    layers.EXPERTS_TRANSPOSED: LowRank(_no_add, _transposed_experts_delta),
 }

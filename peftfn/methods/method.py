@@ -1,18 +1,30 @@
-"""What a method is: a tuple of pure functions."""
+"""What a method is: its tensors, how they begin, and what they do to a layer, an attention or a call."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from peftfn import layers, targets
+from peftfn import layers, layouts, targets
 from peftfn.adapter import Adapter, Leaf, Tree
 from peftfn.config import PeftConfig
 from peftfn.layers import Place, Site
+from peftfn.layouts import WeightShape
+from peftfn.methods import slots
+from peftfn.methods.action import OnAttention, OnCall, OnWeights
+from peftfn.methods.slots import Slots
 from peftfn.mixing import Recipe
+
+ROWS, OUTPUTS, TRANSPOSED, INPUT_SIDE = "rows", "outputs", "transposed", "feedforward"
+NOTES = frozenset({ROWS, OUTPUTS, TRANSPOSED, INPUT_SIDE})
+"""Buffers that any method's leaf may have, and that are about the site: which output rows of a fused projection it is,
+and of how many; how a square weight is stored; that the layer's input is scaled in place of its output."""
+
+Padded = Callable[[Sequence[Any], str, Sequence[Leaf | None]], list[Leaf]]
 
 
 def like_weight(tensor: Tensor, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -21,67 +33,51 @@ def like_weight(tensor: Tensor, weight: Tensor, dtype: torch.dtype | None) -> Te
     return tensor.to("cpu" if weight.is_meta else weight.device, dtype)
 
 
-def refuse_other_kinds(name: str, site: Site, kinds: Sequence[str]) -> None:
-    """A `ValueError` if a method cannot act on a site."""
-    what = f"this {site.kind}" if site.kind not in kinds else "a part of a fused projection"
-    if site.kind in layers.WEIGHT_KINDS:
-        what = f"a weight that the base reads itself ({type(site.layer).__name__})"
-    if site.kind not in kinds or site.rows is not None:
-        raise ValueError(
-            f"{site.path}: {name} cannot act on {what}, in peft neither; expected {' or '.join(kinds)}. Leave it out: "
-            f"exclude_modules=[{site.path!r}]."
-        )
-
-
 def _resolve(model: nn.Module, config: Any) -> Any:
     return targets.resolved(model, config, {})
 
 
-def _no_buffers(config: Any, path: str, leaf: Leaf) -> Leaf:
-    return {}
+class Targets(NamedTuple):
+    """Where it acts.
+
+    Attributes:
+        resolve: `(model, config) -> config` with what the model decides filled in (default targets, ...).
+        sites: `(model, config) -> {site path: Place}`.
+    """
+
+    resolve: Callable[[nn.Module, Any], Any] = _resolve
+    sites: Callable[[nn.Module, Any], dict[str, Place]] = targets.sites
 
 
-def _no_check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
-    return None
-
-
-def _no_check_of_file(config: Any, path: str, leaf: Leaf) -> None:
-    return None
-
-
-def _one_by_one(leaf: Mapping[str, Tensor], kind: str) -> bool:
-    return False
-
-
-def _linear(leaf: Mapping[str, Tensor], weight: torch.Size) -> list[str]:
-    return [layers.LINEAR]
-
-
-def _not_by_rows(leaf: Leaf, kind: str, rows: slice) -> Leaf | None:
-    return None
-
-
-def _alike(configs: Sequence[Any], path: str, leaves: Sequence[Leaf | None]) -> list[Leaf]:
-    found = [leaf for leaf in leaves if leaf is not None]
-    if len(found) < len(leaves):
-        raise ValueError(f"stack: only some of the adapters have the site {path}, and this method cannot fill it in.")
-    return found
+def _no_rank(config: Any, path: str) -> int:
+    return 0
 
 
 def _first(configs: Sequence[Any]) -> Any:
     return configs[0]
 
 
-def _as_it_is(config: Any, configs: Sequence[Any], path: str, leaf: Leaf) -> Leaf:
-    return leaf
+class Stacking(NamedTuple):
+    """What is needed to put adapters that differ into one stack; by default, what the slots say.
+
+    Attributes:
+        rank: `(config, path) -> rank` of a site.
+        resize: `(leaf, old rank, new rank) -> leaf`, where the slots' axes do not say it.
+        pad: `(configs, path, leaves) -> leaves` (params and buffers together) of one shape, filled up so that nothing
+            changes; `None` is an adapter without this site.
+        trim: `(config, configs, path, leaf) -> leaf`, the inverse of `pad` for one of them.
+        shared: `(configs) -> config` that a forward reads for all adapters of a stack.
+    """
+
+    rank: Callable[[Any, str], int] = _no_rank
+    resize: Callable[[Leaf, int, int], Leaf] | None = None
+    pad: Padded | None = None
+    trim: Callable[[Any, Sequence[Any], str, Leaf], Leaf] | None = None
+    shared: Callable[[Sequence[Any]], Any] = _first
 
 
-def _no_combination(recipe: Recipe, configs: Sequence[Any], path: str, leaves: Sequence[Leaf | None]) -> Any:
-    raise ValueError(f"combine: {type(configs[0]).__name__} has no weighted combination.")
-
-
-def _same_config(config: Any, adapters: Sequence[Adapter], params: Tree) -> Any:
-    return config
+def _no_check(config: Any, path: str, leaf: Leaf) -> None:
+    return None
 
 
 def _as_given(adapter: Adapter) -> Any:
@@ -92,90 +88,202 @@ def _same(leaf: Leaf) -> Leaf:
     return leaf
 
 
-def _itself(model: nn.Module) -> Sequence[str]:
-    return ("",)
+class Files(NamedTuple):
+    """How its files differ from its leaves.
+
+    Attributes:
+        check: `(config, path, leaf) -> None`, or a `KeyError` or `ValueError` that says what a file's leaf has.
+        config: `(adapter) -> config` for a file, where the adapter's tensors say a part of it.
+        write: `(leaf) -> leaf` in PEFT's shapes.
+        read: `(leaf) -> leaf`, back.
+    """
+
+    check: Callable[[Any, str, Leaf], None] = _no_check
+    config: Callable[[Adapter], Any] = _as_given
+    write: Callable[[Leaf], Leaf] = _same
+    read: Callable[[Leaf], Leaf] = _same
 
 
-def refuse_merge(
-    config: Any, leaf: Mapping[str, Tensor], kind: str, tensors: Mapping[str, Tensor]
-) -> Mapping[str, Tensor]:
-    """For methods that change what a module is given, not a weight."""
+def _same_config(config: Any, adapters: Sequence[Adapter], params: Tree) -> Any:
+    return config
+
+
+class Combining(NamedTuple):
+    """How several adapters become one.
+
+    Attributes:
+        leaf: `(recipe, configs, path, leaves) -> (params leaf, buffers leaf)`, the weighted combination at one site;
+            `None` is an adapter without this site.
+        config: `(config, adapters, params) -> config` of it, from one that has their targets already.
+    """
+
+    leaf: Callable[[Recipe, Sequence[Any], str, Sequence[Leaf | None]], tuple[Leaf, Leaf]]
+    config: Callable[[Any, Sequence[Adapter], Tree], Any] = _same_config
+
+
+def _no_constants(config: Any, path: str, leaf: Leaf) -> Leaf:
+    return {}
+
+
+_TARGETS, _STACKING, _FILES = Targets(), Stacking(), Files()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
+    """One way to adapt a model.
+
+    Attributes:
+        config: the config's class.
+        slots: the tensors of its leaves, by name.
+        init: `(config, path, site, generator, dtype) -> params leaf`; patterns match `path`.
+        action: what it acts on, and what it does there.
+        constants: `(config, path, params leaf) -> buffers leaf`: what the config says as tensors (LoRA: `scaling`).
+        targets: where it acts.
+        stacking: how unlike adapters become one stack.
+        files: how its files differ from its leaves.
+        combining: how several become one; `None` where there is no weighted combination.
+    """
+
+    config: type[PeftConfig]
+    slots: Slots
+    init: Callable[[Any, str, Site, torch.Generator, torch.dtype | None], Leaf]
+    action: OnWeights | OnAttention | OnCall
+    constants: Callable[[Any, str, Leaf], Leaf] = _no_constants
+    targets: Targets = _TARGETS
+    stacking: Stacking = _STACKING
+    files: Files = _FILES
+    combining: Combining | None = None
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Name of each trained tensor -> the ending of its key in PEFT's files."""
+        return {name: slot.key or name for name, slot in self.slots.items() if slot.trained}
+
+    def replaces(self, name: str) -> bool:
+        """Whether a leaf's name is not the method's own: then it is a tensor that replaces one of the base."""
+        return name not in self.slots and name not in NOTES
+
+    def is_held(self, name: str) -> bool:
+        """Whether a leaf's name is that of a buffer of the method."""
+        return name in NOTES or (name in self.slots and not self.slots[name].trained)
+
+    @property
+    def on_call(self) -> OnCall | None:
+        """What it does to the model's call, of a method that does."""
+        return self.action if isinstance(self.action, OnCall) else None
+
+    @property
+    def on_weights(self) -> OnWeights | None:
+        """What it does to weights, of a method that does."""
+        return self.action if isinstance(self.action, OnWeights) else None
+
+    @property
+    def whole(self) -> str | None:
+        """The kind of its sites where they are whole modules, `layers.ATTENTION` or `layers.MODEL`."""
+        if isinstance(self.action, OnWeights):
+            return None
+        return layers.MODEL if isinstance(self.action, OnCall) else layers.ATTENTION
+
+    def fresh(
+        self, config: Any, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None
+    ) -> tuple[Leaf, Leaf]:
+        """The params and buffers of a fresh adapter at one site.
+
+        Raises:
+            ValueError: it does not act on this kind of layer, or on a part of one.
+        """
+        if self.on_weights is not None:
+            refuse_other_kinds(self, site)
+        leaf = self.init(config, path, site, generator, dtype)
+        notes: Leaf = {}
+        if site.rows is not None:
+            device = next(iter(leaf.values())).device
+            outputs = site.shape[layouts.output_axis(site.kind)]
+            notes = {ROWS: site.rows.to(device), OUTPUTS: torch.tensor(outputs, device=device)}
+        return leaf, {**self.constants(config, path, leaf), **notes}
+
+    def check(self, config: Any, leaf: Mapping[str, Tensor], site: Site) -> str | None:
+        """What is wrong with a leaf for this site, or `None`."""
+        if not isinstance(self.action, OnWeights):
+            return self.action.check(leaf, site)
+        if site.kind not in self.action.kinds:
+            return f"cannot act on this {site.kind}, expected one of {', '.join(self.action.kinds)}"
+        return slots.wrong(self.slots, config, _as_noted(layouts.of_site(site), leaf), leaf)
+
+    def kinds(self, config: Any, leaf: Mapping[str, Tensor], shape: torch.Size) -> list[str]:
+        """The kinds of layer that the leaf fits, by the shape of the weight alone."""
+        found = self.on_weights.kinds if self.on_weights is not None else ()
+        return [kind for kind in found if any(self._fits(config, leaf, one) for one in layouts.possible(kind, shape))]
+
+    def _fits(self, config: Any, leaf: Mapping[str, Tensor], weight: WeightShape) -> bool:
+        if OUTPUTS in leaf and int(leaf[OUTPUTS]) != weight.outputs:
+            return False
+        return slots.wrong(self.slots, config, _as_noted(weight, leaf), leaf) is None
+
+    def silence(self, leaf: Mapping[str, Tensor], keep: Tensor) -> Mapping[str, Tensor]:
+        """The leaf, or one for each row, that does nothing where `keep` is false (routing's index -1)."""
+        if isinstance(self.action, OnWeights):
+            return slots.silenced(self.slots, leaf, keep)
+        return self.action.silence(leaf, keep)
+
+    def of_rows(self, leaf: Leaf, kind: str, rows: slice) -> Leaf | None:
+        """The leaf that merges into these rows of a layer's weight alone as the given one does into all of it."""
+        if self.on_weights is None or not self.on_weights.by_rows or ROWS in leaf:
+            return None
+        if kind not in (layers.LINEAR, layers.TRANSPOSED, layers.EMBEDDING):
+            return None
+        return slots.of_rows(self.slots, leaf, rows, outputs=layouts.output_axis(kind) == 0)
+
+    def pad(self, configs: Sequence[Any], path: str, leaves: Sequence[Leaf | None]) -> list[Leaf]:
+        """The leaves of one shape, for a stack; `None` is an adapter without this site."""
+        if self.stacking.pad is not None:
+            return self.stacking.pad(configs, path, leaves)
+        if self.on_weights is None:
+            return slots.same_sites(path, leaves)
+        ranks = [self.stacking.rank(one, path) for one, leaf in zip(configs, leaves, strict=True) if leaf is not None]
+        there = [leaf for leaf in leaves if leaf is not None]
+        padded = [self._resized(leaf, rank, max(ranks)) for leaf, rank in zip(there, ranks, strict=True)]
+        own = iter(padded)
+        return [slots.neutral(self.slots, padded[0]) if leaf is None else next(own) for leaf in leaves]
+
+    def trim(self, config: Any, configs: Sequence[Any], path: str, leaf: Leaf) -> Leaf:
+        """The inverse of `pad` for one leaf; `configs` are those of the adapters that have the site."""
+        if self.stacking.trim is not None:
+            return self.stacking.trim(config, configs, path, leaf)
+        rank = self.stacking.rank
+        return self._resized(leaf, max(rank(one, path) for one in configs), rank(config, path))
+
+    def _resized(self, leaf: Leaf, old: int, new: int) -> Leaf:
+        if self.stacking.resize is not None:
+            return self.stacking.resize(leaf, old, new)
+        return slots.resized(self.slots, leaf, new)
+
+
+def _as_noted(weight: WeightShape, leaf: Mapping[str, Tensor]) -> WeightShape:
+    """The shape of what a leaf acts on, by its notes."""
+    rows = leaf.get(ROWS)
+    outputs = weight.outputs if rows is None else rows.shape[0]
+    return weight._replace(outputs=outputs, input_side=INPUT_SIDE in leaf)
+
+
+def refuse_other_kinds(method: Method, site: Site) -> None:
+    """A `ValueError` if a method that acts on weights cannot act on a site."""
+    action = method.on_weights
+    assert action is not None
+    what = f"this {site.kind}" if site.kind not in action.kinds else "a part of a fused projection"
+    if site.kind in layers.WEIGHT_KINDS:
+        what = f"a weight that the base reads itself ({type(site.layer).__name__})"
+    if site.kind not in action.kinds or (site.rows is not None and not action.takes_parts):
+        name = method.config.__name__.removesuffix("Config")
+        raise ValueError(
+            f"{site.path}: {name} cannot act on {what}; expected {' or '.join(action.kinds)}. Leave it out: "
+            f"exclude_modules=[{site.path!r}]."
+        )
+
+
+def refuse_merge(config: Any) -> None:
+    """A `ValueError`, of methods that change what a module is given, not a weight."""
     raise ValueError(
         f"{type(config).__name__}: this method changes what the model is given, not its weights, so it cannot be "
         "merged. Run it with peftfn.apply or peftfn.bind."
     )
-
-
-class Method(NamedTuple):
-    """One way to adapt a layer. The first six fields are a method; the others have defaults.
-
-    Attributes:
-        config: the config's class, a `TargetedConfig`.
-        names: leaf name -> the ending of its key in PEFT's files (`lora_A` -> `lora_A.weight`).
-        init: `(config, path, site, generator, dtype) -> (params leaf, buffers leaf)`; patterns match `path`.
-        forward: `(config, leaf, site, x) -> y`; `leaf` maps the names of params and buffers to tensors.
-        merge: `(config, leaf, kind, tensors) -> tensors`: of the layer's `weight` (dense) and, where it has one, its
-            `bias`, those that change. A tensor that the base reads itself comes alone, as the `weight`.
-        silence: `(leaf, keep) -> leaf` that does nothing where `keep` is 0 (routing's index -1).
-        takes_rows: `(leaf, kind) -> whether forward takes a leaf of which each tensor has an axis for the rows of x
-            before the others`; where it does not, `torch.vmap` gives it one row at a time.
-        reads: those of the layer's tensors that `merge` is given; the others stay as they are.
-        of_rows: `(leaf, kind, rows) -> leaf` that merges into these rows of a weight alone as the given one does into
-            all of it; `None` where there is no such leaf.
-        encoded: `(config, leaf, site) -> leaf`: what the leaf's network makes of it, which is what rows share; of a
-            method that has one.
-        held: names of the method's buffers (LoRA: `scaling`).
-        resolve: `(model, config) -> config` with what the model decides filled in (default targets, ...).
-        sites: `(model, config) -> {site path: Place}`.
-        buffers: `(config, path, params leaf) -> buffers leaf`, for tensors that come from a file.
-        check: `(leaf, site) -> what is wrong with the leaf's names or shapes`, or `None`.
-        check_file: `(config, path, leaf) -> None`, or a `KeyError` or `ValueError` that says what a file's leaf has.
-        kinds: `(leaf, weight shape) -> kinds` of layer that the leaf fits, judged by shapes alone.
-        pad: `(configs, path, leaves) -> leaves` (params and buffers together) of one shape, filled up so that nothing
-            changes; `None` is an adapter without this site.
-        by_column: names of the matrices whose columns a stack holds in one piece each (see `peftfn.slices`).
-        trim: `(config, configs, path, leaf) -> leaf`, the inverse of `pad` for one of them.
-        shared: `(configs) -> config` that a forward reads for all adapters of a stack.
-        combine: `(recipe, configs, path, leaves) -> (params leaf, buffers leaf)`, the weighted combination at one site;
-            `None` is an adapter without this site.
-        combined: `(config, adapters, params) -> config` of their combination, from one that has their targets already.
-        file_config: `(adapter) -> config` for a file, where the adapter's tensors say a part of it.
-        to_file: `(leaf) -> leaf` in PEFT's shapes, and `from_file` back, where they differ from ours.
-        kind: of a method that acts on whole modules, `layers.ATTENTION` or `layers.MODEL`; `None` acts on layers, which
-            have kinds of their own. Whole modules have no weight, so there is nothing to merge.
-        homes: `(model) -> paths` of the modules whose call a method of kind `MODEL` changes. There `forward` is
-            `(config, leaf, site, call) -> call` on a `peftfn.calls.Call`, and the site's layer is the model.
-    """
-
-    config: type[PeftConfig]
-    names: Mapping[str, str]
-    init: Callable[[Any, str, Site, torch.Generator, torch.dtype | None], tuple[Leaf, Leaf]]
-    forward: Callable[..., Any]
-    merge: Callable[[Any, Mapping[str, Tensor], str, Mapping[str, Tensor]], Mapping[str, Tensor]]
-    silence: Callable[[Mapping[str, Tensor], Tensor], Mapping[str, Tensor]]
-    takes_rows: Callable[[Mapping[str, Tensor], str], bool] = _one_by_one
-    reads: Sequence[str] = ("weight", "bias")
-    of_rows: Callable[[Leaf, str, slice], Leaf | None] = _not_by_rows
-    encoded: Callable[[Any, Mapping[str, Tensor], Site], Mapping[str, Tensor]] | None = None
-    held: frozenset[str] = frozenset()
-    resolve: Callable[[nn.Module, Any], Any] = _resolve
-    sites: Callable[[nn.Module, Any], dict[str, Place]] = targets.sites
-    buffers: Callable[[Any, str, Leaf], Leaf] = _no_buffers
-    check: Callable[[Mapping[str, Tensor], Site], str | None] = _no_check
-    check_file: Callable[[Any, str, Leaf], None] = _no_check_of_file
-    kinds: Callable[[Mapping[str, Tensor], torch.Size], list[str]] = _linear
-    pad: Callable[[Sequence[Any], str, Sequence[Leaf | None]], list[Leaf]] = _alike
-    by_column: frozenset[str] = frozenset()
-    trim: Callable[[Any, Sequence[Any], str, Leaf], Leaf] = _as_it_is
-    shared: Callable[[Sequence[Any]], Any] = _first
-    combine: Callable[[Recipe, Sequence[Any], str, Sequence[Leaf | None]], tuple[Leaf, Leaf]] = _no_combination
-    combined: Callable[[Any, Sequence[Adapter], Tree], Any] = _same_config
-    file_config: Callable[[Adapter], Any] = _as_given
-    to_file: Callable[[Leaf], Leaf] = _same
-    from_file: Callable[[Leaf], Leaf] = _same
-    kind: str | None = None
-    homes: Callable[[nn.Module], Sequence[str]] = _itself
-
-    def replaces(self, name: str) -> bool:
-        """Whether a leaf's name is not the method's own: then it is a tensor that replaces one of the base."""
-        return name not in self.names and name not in self.held

@@ -14,13 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfn import inserted, layers
+from peftfn import inserted
 from peftfn.adapter import Leaf
 from peftfn.calls import Call
 from peftfn.layers import Site
 from peftfn.methods import prompt_config, prompt_rows, prompt_tuning
-from peftfn.methods.method import Method, like_weight, refuse_merge
+from peftfn.methods.action import OnCall
+from peftfn.methods.method import Files, Method, Targets, like_weight
 from peftfn.methods.prompt_config import PromptLearningConfig
+from peftfn.methods.slots import Slot
 
 _MOST_LAYERS = 16  # of the LSTM: the table of names is a finite one
 
@@ -62,7 +64,7 @@ class PromptEncoderConfig(PromptLearningConfig):
 
 def init(
     config: PromptEncoderConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None
-) -> tuple[Leaf, Leaf]:
+) -> Leaf:
     """The encoder's input, (tokens, dim), and its weights, drawn as torch's layers draw them."""
     assert config.token_dim is not None, "resolve has filled it in"
     dim, hidden = config.token_dim, config.encoder_hidden_size or config.token_dim
@@ -76,7 +78,7 @@ def init(
         leaf |= _linear("mlp_head_2", hidden, hidden, generator)
         leaf |= _linear("mlp_head_4", hidden, dim, generator)
     weight = prompt_config.table(site.layer)
-    return {name: like_weight(tensor, weight, dtype) for name, tensor in leaf.items()}, {}
+    return {name: like_weight(tensor, weight, dtype) for name, tensor in leaf.items()}
 
 
 def _linear(name: str, inputs: int, outputs: int, generator: torch.Generator) -> Leaf:
@@ -160,30 +162,19 @@ def to_file(leaf: Leaf) -> Leaf:
         return {"prompt_embeddings": encode(leaf)}
 
 
-def _names() -> dict[str, str]:
+def _names() -> list[str]:
     heads = [f"mlp_head_{number}_{kind}" for number in (0, 2, 4) for kind in ("weight", "bias")]
     kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     lstm = [f"lstm_head_{kind}_l{layer}{way}" for layer, way in _directions(_MOST_LAYERS) for kind in kinds]
-    return {name: name for name in ("prompt_embeddings", "embedding", *heads, *lstm)}
+    return ["prompt_embeddings", "embedding", *heads, *lstm]
 
 
 METHOD = Method(
     config=PromptEncoderConfig,
-    names=_names(),
+    slots={**{name: Slot() for name in _names()}, inserted.LENGTH: Slot(trained=False)},
     init=init,
-    forward=forward,
-    merge=refuse_merge,
-    silence=prompt_rows.silence,
-    encoded=encoded,
-    held=frozenset({inserted.LENGTH}),
-    pad=prompt_rows.pad,
-    trim=prompt_rows.trimmed,
-    shared=prompt_rows.shared,
-    resolve=prompt_config.resolve_input,
-    sites=prompt_config.sites,
-    check=prompt_config.check_width,
-    check_file=prompt_config.check_rows,
-    to_file=to_file,
-    kind=layers.MODEL,
-    homes=prompt_config.input_homes,
+    action=OnCall(forward, prompt_config.check_width, prompt_rows.silence, prompt_config.input_homes, encoded),
+    targets=Targets(prompt_config.resolve_input, prompt_config.sites),
+    stacking=prompt_rows.STACKING,
+    files=Files(prompt_config.check_rows, write=to_file),
 )

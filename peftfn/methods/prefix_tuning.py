@@ -14,15 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfn import calls, inserted, layers, places, signatures
+from peftfn import calls, inserted, places, signatures
 from peftfn import transformers_names as hf
 from peftfn.adapter import Leaf
 from peftfn.calls import Added, Call
 from peftfn.key_shapes import Shape, key_shapes
 from peftfn.layers import Site
 from peftfn.methods import prompt_config, prompt_rows
-from peftfn.methods.method import Method, like_weight, refuse_merge
+from peftfn.methods.action import OnCall
+from peftfn.methods.method import Files, Method, Targets, like_weight
 from peftfn.methods.prompt_config import PromptLearningConfig
+from peftfn.methods.slots import Slot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +126,7 @@ def _width(config: PrefixTuningConfig) -> int:
 
 def init(
     config: PrefixTuningConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None
-) -> tuple[Leaf, Leaf]:
+) -> Leaf:
     """The prefix, (tokens, layers * 2 * dim), or what a projection makes it from."""
     tokens, whole = config.rows // (config.num_transformer_submodules or 1), _width(config)
     dim, hidden = (config.token_dim or 0), (config.encoder_hidden_size or 0)
@@ -141,7 +143,7 @@ def init(
     else:
         leaf = {"prompt_embeddings": scale * torch.randn(tokens, whole, generator=generator)}
     weight = prompt_config.table(site.layer)
-    return {name: like_weight(tensor, weight, dtype) for name, tensor in leaf.items()}, {}
+    return {name: like_weight(tensor, weight, dtype) for name, tensor in leaf.items()}
 
 
 def encode(leaf: Mapping[str, Tensor]) -> Tensor:
@@ -263,21 +265,13 @@ def _trim(config: PrefixTuningConfig, configs: Sequence[PrefixTuningConfig], pat
 _TRANSFORM = tuple(f"transform_{number}_{kind}" for number in (0, 2) for kind in ("weight", "bias"))
 METHOD = Method(
     config=PrefixTuningConfig,
-    names={name: name for name in ("prompt_embeddings", "embedding", *_TRANSFORM)},
+    slots={
+        **{name: Slot() for name in ("prompt_embeddings", "embedding", *_TRANSFORM)},
+        inserted.LENGTH: Slot(trained=False),
+    },
     init=init,
-    forward=forward,
-    merge=refuse_merge,
-    silence=prompt_rows.silence,
-    encoded=encoded,
-    held=frozenset({inserted.LENGTH}),
-    pad=prompt_rows.pad,
-    trim=_trim,
-    shared=prompt_rows.shared,
-    resolve=resolve,
-    sites=prompt_config.sites,
-    check=check,
-    check_file=prompt_config.check_rows,
-    to_file=to_file,
-    kind=layers.MODEL,
-    homes=homes,
+    action=OnCall(forward, check, prompt_rows.silence, homes, encoded),
+    targets=Targets(resolve, prompt_config.sites),
+    stacking=prompt_rows.STACKING._replace(trim=_trim),
+    files=Files(prompt_config.check_rows, write=to_file),
 )

@@ -14,6 +14,7 @@ from peftfn.adapter import Leaf
 from peftfn.calls import Added, Call
 from peftfn.inserted import LENGTH
 from peftfn.methods import prompt_config
+from peftfn.methods.method import Stacking
 from peftfn.methods.prompt_config import Config
 
 _PADDED = ("prompt_embeddings", "embedding")
@@ -121,3 +122,6 @@ def with_positions(model: nn.Module, before: Call, after: Call, added: Added) ->
     bare = F.pad(is_text.cumsum(1) * is_text + padding, (0, added.places), value=padding)  # (rows, length + places)
     prompted = torch.arange(bare.shape[1], device=ids.device) + padding + 1
     return after.having(**{hf.POSITIONS: torch.where(added.own.view(-1, 1) == 0, bare, prompted)})
+
+
+STACKING = Stacking(pad=pad, trim=trimmed, shared=shared)

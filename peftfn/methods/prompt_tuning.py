@@ -9,14 +9,16 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import cached, inserted, layers
+from peftfn import cached, inserted
 from peftfn import transformers_names as hf
 from peftfn.adapter import Leaf
 from peftfn.calls import Call
 from peftfn.layers import Site
 from peftfn.methods import prompt_config, prompt_rows
-from peftfn.methods.method import Method, like_weight, refuse_merge
+from peftfn.methods.action import OnCall
+from peftfn.methods.method import Files, Method, Targets, like_weight
 from peftfn.methods.prompt_config import PromptLearningConfig
+from peftfn.methods.slots import Slot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,7 @@ class PromptTuningConfig(PromptLearningConfig):
 
 def init(
     config: PromptTuningConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None
-) -> tuple[Leaf, Leaf]:
+) -> Leaf:
     """The prompt, (tokens, dim), in float32 unless `dtype` says otherwise."""
     weight = prompt_config.table(site.layer)
     assert config.token_dim is not None, "resolve has filled it in"
@@ -72,7 +74,7 @@ def init(
         prompt = _rows_of(site.layer, ids)
     else:
         prompt = _rows_of(site.layer, _text_ids(config))
-    return {"prompt_embeddings": like_weight(prompt, weight, dtype)}, {}
+    return {"prompt_embeddings": like_weight(prompt, weight, dtype)}
 
 
 def _rows_of(model: nn.Module, ids: Tensor) -> Tensor:
@@ -125,19 +127,10 @@ def prompted(config: PromptLearningConfig, leaf: Mapping[str, Tensor], site: Sit
 
 METHOD = Method(
     config=PromptTuningConfig,
-    names={"prompt_embeddings": "prompt_embeddings"},
+    slots={"prompt_embeddings": Slot(), inserted.LENGTH: Slot(trained=False)},
     init=init,
-    forward=forward,
-    merge=refuse_merge,
-    silence=prompt_rows.silence,
-    held=frozenset({inserted.LENGTH}),
-    pad=prompt_rows.pad,
-    trim=prompt_rows.trimmed,
-    shared=prompt_rows.shared,
-    resolve=prompt_config.resolve_input,
-    sites=prompt_config.sites,
-    check=prompt_config.check_width,
-    check_file=prompt_config.check_rows,
-    kind=layers.MODEL,
-    homes=prompt_config.input_homes,
+    action=OnCall(forward, prompt_config.check_width, prompt_rows.silence, prompt_config.input_homes),
+    targets=Targets(prompt_config.resolve_input, prompt_config.sites),
+    stacking=prompt_rows.STACKING,
+    files=Files(prompt_config.check_rows),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -18,39 +17,30 @@ def pair(leaf: Leaf) -> tuple[str, str]:
     return first, first.removesuffix("_A") + "_B"
 
 
-def pad(leaves: Sequence[Leaf], ranks: Sequence[int]) -> list[Leaf]:
-    """The leaves with zero rows in A and zero columns in B up to the largest rank: B·A stays as it was.
+def resized(leaf: Leaf, old: int, new: int) -> Leaf:
+    """The leaf with another rank: zero rows in A and zero columns in B are added, or the last ones are taken away.
 
     The product of a zero row of A and a zero column of B has a zero gradient for both, so training never fills them.
 
     Args:
-        leaves: one leaf per adapter, for one site.
-        ranks: the rank of each, per expert where the leaf is one of experts (A is (E*r, in)).
+        leaf: A and B of one site.
+        old: its rank, per expert where the leaf is one of experts (A is (E*r, in)).
+        new: the wanted one.
     """
-    return [_padded(leaf, rank, max(ranks)) for leaf, rank in zip(leaves, ranks, strict=True)]
-
-
-def _padded(leaf: Leaf, rank: int, wanted: int) -> Leaf:
-    if rank == wanted:
+    if old == new:
         return leaf
     first, second = pair(leaf)
-    a, b = _with_rank_axis(leaf[first], leaf[second], rank)
-    groups = rank // a.shape[1]
-    more = (wanted - rank) // groups
-    a = torch.cat([a, a.new_zeros(a.shape[0], more, *a.shape[2:])], 1)
-    b = torch.cat([b, b.new_zeros(b.shape[0], more, *b.shape[2:])], 1)
+    a, b = _with_rank_axis(leaf[first], leaf[second], old)
+    a, b = (_sized(one, a.shape[1] * new // old) for one in (a, b))
     return {**leaf, **dict(zip((first, second), _without_rank_axis(a, b, leaf[first].dim()), strict=True))}
 
 
-def trimmed(leaf: Leaf, rank: int, padded: int) -> Leaf:
-    """The inverse of `pad`, for one leaf that was padded from `rank` to `padded`."""
-    if rank == padded:
-        return leaf
-    first, second = pair(leaf)
-    a, b = _with_rank_axis(leaf[first], leaf[second], padded)
-    keep = rank * a.shape[1] // padded
-    a, b = a[:, :keep], b[:, :keep]
-    return {**leaf, **dict(zip((first, second), _without_rank_axis(a, b, leaf[first].dim()), strict=True))}
+def _sized(tensor: Tensor, count: int) -> Tensor:
+    """The tensor with so many on axis 1."""
+    missing = count - tensor.shape[1]
+    if missing <= 0:
+        return tensor[:, :count]
+    return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], 1)
 
 
 def _with_rank_axis(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:

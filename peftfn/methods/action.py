@@ -1,0 +1,78 @@
+"""What a method acts on, and what it does there: weights, whole attention modules, or the call of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from peftfn.layers import Site
+
+Merge = Callable[[Any, Mapping[str, Tensor], str, Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+def _one_by_one(leaf: Mapping[str, Tensor], kind: str) -> bool:
+    return False
+
+
+class OnWeights(NamedTuple):
+    """A method that changes weights, and so can be merged. `peftfn.methods.weights` makes one of one or two functions.
+
+    Attributes:
+        kinds: the kinds of layer that it acts on; it is refused on others.
+        forward: `(config, leaf, site, x, ...) -> y`, what the layer then computes; `leaf` has params and buffers.
+        merge: `(config, leaf, kind, tensors) -> tensors`: of the layer's dense `weight` and its `bias`, if it has one
+            and `reads` names it, those that change. A tensor that the base reads itself comes alone, as the `weight`.
+        reads: those of the layer's tensors that `merge` is given; the others stay as they are.
+        takes_rows: `(leaf, kind) -> whether forward takes a leaf of which each tensor has an axis for the rows of x
+            before the others`; where it does not, `torch.vmap` gives it one row at a time.
+        takes_parts: whether it acts on a part of a fused projection, some output rows of a layer.
+        by_rows: whether some rows of a matrix can be merged alone, with those rows of the leaf.
+    """
+
+    kinds: Sequence[str]
+    forward: Callable[..., Any]
+    merge: Merge
+    reads: Sequence[str] = ("weight", "bias")
+    takes_rows: Callable[[Mapping[str, Tensor], str], bool] = _one_by_one
+    takes_parts: bool = False
+    by_rows: bool = False
+
+
+class OnAttention(NamedTuple):
+    """A method that acts on whole attention modules. They have no weight, so there is nothing to merge.
+
+    Attributes:
+        forward: `(config, leaf, site, *args, **kwargs) -> what the module returns`; where each row has a leaf of its
+            own, the tensors have an axis for the rows before the others.
+        check: `(leaf, site) -> what is wrong with the leaf's names or shapes`, or `None`.
+        silence: `(leaf of each row, keep) -> leaf` that does nothing where `keep` is false.
+    """
+
+    forward: Callable[..., Any]
+    check: Callable[[Mapping[str, Tensor], Site], str | None]
+    silence: Callable[[Mapping[str, Tensor], Tensor], Mapping[str, Tensor]]
+
+
+def _itself(model: nn.Module) -> Sequence[str]:
+    return ("",)
+
+
+class OnCall(NamedTuple):
+    """A method that changes what the model is given, such as a prompt.
+
+    Attributes:
+        forward: `(config, leaf, site, call) -> call`, on a `peftfn.calls.Call`; the site's layer is the model.
+        check: as of `OnAttention`.
+        silence: as of `OnAttention`.
+        homes: `(model) -> paths` of the modules whose call is changed.
+        encoded: `(config, leaf, site) -> leaf`: what the leaf's network makes of it, which is what rows share; of a
+            method that has one.
+    """
+
+    forward: Callable[..., Any]
+    check: Callable[[Mapping[str, Tensor], Site], str | None]
+    silence: Callable[[Mapping[str, Tensor], Tensor], Mapping[str, Tensor]]
+    homes: Callable[[nn.Module], Sequence[str]] = _itself
+    encoded: Callable[[Any, Mapping[str, Tensor], Site], Mapping[str, Tensor]] | None = None

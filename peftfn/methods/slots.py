@@ -1,0 +1,138 @@
+"""The tensors of a leaf, each declared once: what the library does with leaves follows from this table.
+
+From its slots come a method's names and keys in files, the check of a leaf against a layer, the kinds of layer that it
+fits, padding and trimming in a stack, what a row on the bare base uses, and which part of a leaf makes some rows of a
+weight. A method that declares them well writes no function for any of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftfn.adapter import Leaf
+from peftfn.layouts import WeightShape
+
+Shape = tuple[int, ...]
+
+
+def _scalar(config: Any, weight: WeightShape, rank: int) -> Shape:
+    return ()
+
+
+def _none(config: Any, weight: WeightShape, rank: int) -> None:
+    return None
+
+
+class Slot(NamedTuple):
+    """One tensor of a leaf.
+
+    Attributes:
+        shape: `(config, weight, rank) -> shape`, or `None` where this config has no such tensor on such a weight.
+        key: the ending of its key in PEFT's files; by default its name.
+        trained: whether it is a parameter. A constant is made anew from the config when a file is read.
+        rank: the axis that has the rank. Adapters of a stack may differ there, and are filled up with zeros.
+        off: the value at which the method does nothing, whatever the other tensors hold.
+        outputs: the axis along the weight's outputs.
+        inputs: the axis along the weight's inputs.
+        by_column: whether a stack holds the columns of this matrix in one piece each (see `peftfn.slices`).
+        also: another shape that a file of PEFT's may have.
+    """
+
+    shape: Callable[[Any, WeightShape, int], Shape | None] = _scalar
+    key: str | None = None
+    trained: bool = True
+    rank: int | None = None
+    off: float | None = None
+    outputs: int | None = None
+    inputs: int | None = None
+    by_column: bool = False
+    also: Callable[[Any, WeightShape, int], Shape | None] = _none
+
+
+Slots = Mapping[str, Slot]
+
+
+def shapes(slots: Slots, config: Any, weight: WeightShape, rank: int) -> dict[str, Shape]:
+    """The shapes of the trained tensors of one leaf, by name."""
+    found = {name: slot.shape(config, weight, rank) for name, slot in slots.items() if slot.trained}
+    return {name: shape for name, shape in found.items() if shape is not None}
+
+
+def wrong(slots: Slots, config: Any, weight: WeightShape, leaf: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with a leaf for a weight, or `None`."""
+    found = {name: tuple(leaf[name].shape) for name, slot in slots.items() if slot.trained and name in leaf}
+    expected: dict[str, Shape] = {}
+    for rank in _possible_ranks(slots, weight, leaf):
+        expected = shapes(slots, config, weight, rank)
+        if found.keys() == expected.keys() and all(
+            shape in (expected[name], slots[name].also(config, weight, rank)) for name, shape in found.items()
+        ):
+            return None
+    if found.keys() != expected.keys():
+        return f"has {' and '.join(sorted(leaf))}, expected {' and '.join(expected)} for a {weight.kind}"
+    return f"has {_shown(found)}, expected {_shown(expected)}"
+
+
+def _possible_ranks(slots: Slots, weight: WeightShape, leaf: Mapping[str, Tensor]) -> list[int]:
+    """What the rank of a leaf may be, by the axes that have it: a tensor for experts has as many in a row."""
+    axes = [(leaf[name], slot.rank) for name, slot in slots.items() if slot.rank is not None and name in leaf]
+    return [one.shape[axis] * weight.groups // weight.experts for one, axis in axes if axis < one.dim()] or [0]
+
+
+def _shown(shapes: Mapping[str, Shape]) -> str:
+    return " and ".join(f"{name} {shape}" for name, shape in sorted(shapes.items()))
+
+
+def resized(slots: Slots, leaf: Leaf, rank: int) -> Leaf:
+    """The leaf with another rank: cut, or filled up with zeros."""
+    made = dict(leaf)
+    for name, slot in slots.items():
+        if slot.rank is not None and name in leaf:
+            tensor = leaf[name].narrow(slot.rank, 0, min(rank, leaf[name].shape[slot.rank]))
+            missing = list(tensor.shape)
+            missing[slot.rank] = rank - tensor.shape[slot.rank]
+            made[name] = torch.cat([tensor, tensor.new_zeros(missing)], slot.rank) if missing[slot.rank] else tensor
+    return made
+
+
+def neutral(slots: Slots, like: Leaf) -> Leaf:
+    """A leaf of these shapes that does nothing, and of which training makes nothing: zeros, but for `off`."""
+    return {
+        name: torch.full_like(tensor, slots[name].off or 0, requires_grad=False) if name in slots else tensor
+        for name, tensor in like.items()
+    }
+
+
+def silenced(slots: Slots, leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+    """The leaf, or one for each row, that does nothing where `keep` is false."""
+    keep = keep.bool()
+
+    def one(name: str, tensor: Tensor) -> Tensor:
+        off = slots[name].off if name in slots else None
+        if off is None:
+            return tensor
+        return torch.where(keep.view(*keep.shape, *(1 for _ in tensor.shape[keep.dim() :])), tensor, off)
+
+    return {name: one(name, tensor) for name, tensor in leaf.items()}
+
+
+def of_rows(slots: Slots, leaf: Leaf, rows: slice, *, outputs: bool) -> Leaf:
+    """The leaf that makes some of a matrix's outputs alone, or what some of its inputs give."""
+    axes = {name: slot.outputs if outputs else slot.inputs for name, slot in slots.items()}
+    return {name: _rows(tensor, axes.get(name), rows) for name, tensor in leaf.items()}
+
+
+def _rows(tensor: Tensor, axis: int | None, rows: slice) -> Tensor:
+    return tensor if axis is None else tensor[(*(slice(None) for _ in range(axis)), rows)]
+
+
+def same_sites(path: str, leaves: Sequence[Leaf | None]) -> list[Leaf]:
+    """The leaves of a stack, each of which has to have this site."""
+    found = [leaf for leaf in leaves if leaf is not None]
+    if len(found) < len(leaves):
+        raise ValueError(f"stack: only some of the adapters have the site {path}, and this method cannot fill it in.")
+    return found

@@ -1,0 +1,135 @@
+"""Methods that change a weight, out of one or two functions: what is added to it, or what it becomes.
+
+Functions see every weight as (out, in, *kernel), whatever the layer (`peftfn.layouts`). From the weight follow what the
+layer computes, also over a packed one, and what merging gives; a faster forward is for where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftfn import layers, layouts
+from peftfn.adapter import Leaf
+from peftfn.layers import Site
+from peftfn.methods import lowrank, running
+from peftfn.methods import slots as slot_table
+from peftfn.methods.action import OnWeights
+from peftfn.methods.adapted import Delta
+from peftfn.methods.method import ROWS, like_weight
+from peftfn.methods.slots import Slots
+
+MATRICES = (layers.LINEAR, layers.TRANSPOSED)
+LAYERS = (*MATRICES, layers.EMBEDDING, layers.CONVOLUTION)
+EVERYWHERE = (*LAYERS, layers.PARAMETER, layers.EXPERTS_TRANSPOSED)
+
+NewTensor = Callable[[Any, Mapping[str, Tensor], Tensor], Tensor]
+Forward = Callable[..., Tensor]
+
+
+def filled(slots: Slots, value: float) -> Callable[..., Leaf]:
+    """An `init` that gives every tensor of a method without a rank one value."""
+
+    def init(config: Any, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None) -> Leaf:
+        shapes = slot_table.shapes(slots, config, layouts.of_site(site), 0)
+        return {name: like_weight(torch.full(shape, value), site.stored, dtype) for name, shape in shapes.items()}
+
+    return init
+
+
+def reweighted(
+    weight: NewTensor, *, bias: NewTensor | None = None, forward: Forward | None = None, kinds: Sequence[str] = LAYERS
+) -> OnWeights:
+    """A method that makes another weight of a layer's, and perhaps another bias.
+
+    Args:
+        weight: `(config, leaf, W) -> W'`, both (out, in, *kernel).
+        bias: `(config, leaf, b) -> b'`, (out,); by default it stays.
+        forward: `(config, leaf, site, x, ...) -> y`, where there is a better way than to run the layer with W' and b'.
+        kinds: the kinds of layer that it acts on.
+    """
+
+    def merge(config: Any, leaf: Mapping[str, Tensor], kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        old = tensors["weight"]
+        changed = {"weight": layouts.stored(kind, weight(config, leaf, layouts.seen(kind, old))).to(old.dtype)}
+        if bias is not None and "bias" in tensors:
+            changed["bias"] = bias(config, leaf, tensors["bias"]).to(tensors["bias"].dtype)
+        return changed
+
+    def plain(config: Any, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given = {name: one for name, one in site.tensors.items() if one is not None}
+        return site.run_with({**site.tensors, **merge(config, leaf, site.kind, given)}, x, *args, **kwargs)
+
+    return OnWeights(kinds, forward or plain, merge, ("weight",) if bias is None else ("weight", "bias"))
+
+
+def additive(
+    delta: Callable[[Any, Mapping[str, Tensor], layouts.WeightShape], Tensor],
+    *,
+    forward: Forward | None = None,
+    kinds: Sequence[str] = LAYERS,
+) -> OnWeights:
+    """A method that adds to a layer's weight, which is never read: any packed base will do.
+
+    Args:
+        delta: `(config, leaf, shape of W) -> ΔW`, (out, in, *kernel).
+        forward: as in `reweighted`; by default what the layer gives, and what it gives with ΔW and no bias.
+        kinds: the kinds of layer that it acts on.
+    """
+
+    def merge(config: Any, leaf: Mapping[str, Tensor], kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        old = tensors["weight"]
+        shape = layouts.of_stored(kind, old.shape)
+        assert shape is not None
+        return {"weight": (old + layouts.stored(kind, delta(config, leaf, shape))).to(old.dtype)}
+
+    def plain(config: Any, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = site(x, *args, **kwargs)
+        change = layouts.stored(site.kind, delta(config, leaf, layouts.of_site(site)))
+        return (y + site.run_with({"weight": change, "bias": None}, x, *args, **kwargs)).to(y.dtype)
+
+    return OnWeights(kinds, forward or plain, merge, ("weight",))
+
+
+def low_rank(
+    factors: Callable[[Any, Mapping[str, Tensor], str, torch.Size], Delta],
+    *,
+    kinds: Sequence[str] = EVERYWHERE,
+    takes_rows: bool = False,
+    takes_parts: bool = False,
+) -> OnWeights:
+    """A method that adds s·B·A, by kernels that never make it; `config.lora_dropout` acts on what A is given.
+
+    Args:
+        factors: `(config, leaf, kind, shape of a convolution's weight) -> (A, B, s)`, shaped as LoRA's.
+        kinds: the kinds of layer that it acts on.
+        takes_rows: whether linear layers take a leaf for each row.
+        takes_parts: whether parts of fused projections can be adapted.
+    """
+
+    def forward(config: Any, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        shape = site.shape if site.kind == layers.CONVOLUTION else torch.Size()
+        delta = factors(config, leaf, site.kind, shape)
+        if not delta.a.numel():  # no rank is left, and torch has no convolution with no channels
+            return site(x, *args, **kwargs)
+        if ROWS not in leaf:
+            return running.forward(site, delta, config.lora_dropout, x, *args, **kwargs)
+        rows, y = leaf[ROWS], site(x, *args, **kwargs)
+        return y.index_copy(-1, rows, running.add(site, delta, config.lora_dropout, x, y.index_select(-1, rows)))
+
+    def merge(config: Any, leaf: Mapping[str, Tensor], kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        rows, weight = leaf.get(ROWS), tensors["weight"]
+        a, b, scaling = factors(config, leaf, kind, weight.shape)
+        if rows is None:
+            return {"weight": lowrank.merged(kind, a, b, scaling, weight)}
+        axis = layouts.output_axis(kind)
+        part = lowrank.merged(kind, a, b, scaling, weight.index_select(axis, rows))
+        return {"weight": weight.index_copy(axis, rows, part)}
+
+    def rows_at_once(leaf: Mapping[str, Tensor], kind: str) -> bool:
+        return takes_rows and kind in MATRICES and ROWS not in leaf
+
+    return OnWeights(kinds, forward, merge, ("weight",), rows_at_once, takes_parts, by_rows=True)
