@@ -150,7 +150,7 @@ MODELS: dict[str, Spoil] = {
     "KeyError: the adapter has a site '7', which Sequential does not have": tensors(
         **{"base_model.model.7.weight": torch.ones(2, 4)}
     ),
-    "ValueError: 0: the adapter has lora_A (2, 5) and lora_B (6, 2), expected (2, 4) and (6, 2)": tensors(
+    "ValueError: 0: the adapter has lora_A (2, 5) and lora_B (6, 2), expected lora_A (2, 4) and lora_B (6, 2)": tensors(
         **{A: torch.ones(2, 5)}
     ),
     "ValueError: 2.weight: the adapter has shape (4, 6), the model (3, 6)": tensors(

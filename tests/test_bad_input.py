@@ -147,13 +147,13 @@ APPLIES: Table = {
     "ValueError: the adapter acts on 'act', which is a ReLU here": lambda w: apply(
         w, edited(w.adapter, "act", **w.adapter.params["lin0"])
     ),
-    "ValueError: lin0: the adapter has lora_A (2, 5) and lora_B (6, 2), expected (2, 4) and (6, 2)": lambda w: apply(
-        w, edited(w.adapter, "lin0", lora_A=torch.ones(2, 5))
+    "ValueError: lin0: the adapter has lora_A (2, 5) and lora_B (6, 2), expected lora_A (2, 4) ... (6, 2)": lambda w: (
+        apply(w, edited(w.adapter, "lin0", lora_A=torch.ones(2, 5)))
     ),
     "ValueError: lin1.weight: the adapter has shape (2, 6), the model (3, 6)": lambda w: apply(
         w, edited(w.headed, "lin1", weight=torch.ones(2, 6))
     ),
-    "ValueError: lin0: the adapter has ['lora_A', 'scaling'], expected lora_A and lora_B": lambda w: apply(
+    "ValueError: lin0: the adapter has lora_A, expected lora_A and lora_B for a linear": lambda w: apply(
         w, edited(w.adapter, "lin0", lora_B=None)
     ),
     "KeyError: replaces lin0.lora_C, which this Linear does not have": lambda w: apply(

@@ -87,7 +87,9 @@ def deltas_of_peft(model: Any) -> dict[str, Tensor]:
 
 def deltas(base: nn.Module, adapter: pf.Adapter) -> dict[str, Tensor]:
     """The same of ours."""
-    names = {path: place.name for path, place in pf.methods.of(adapter.config).sites(base, adapter.config).items()}
+    names = {
+        path: place.name for path, place in pf.methods.of(adapter.config).targets.sites(base, adapter.config).items()
+    }
     params = {name: tensor.detach() for name, tensor in base.named_parameters(remove_duplicate=False)}
     merged = pf.merge({name: torch.zeros_like(tensor) for name, tensor in params.items()}, adapter, model=base)
     return {path: merged[names[path]] for path in adapter.params}

@@ -73,7 +73,7 @@ def wrong(slots: Slots, config: Any, weight: WeightShape, leaf: Mapping[str, Ten
         ):
             return None
     if found.keys() != expected.keys():
-        return f"has {' and '.join(sorted(leaf))}, expected {' and '.join(expected)} for a {weight.kind}"
+        return f"has {' and '.join(found) or 'nothing'}, expected {' and '.join(expected)} for a {weight.kind}"
     return f"has {_shown(found)}, expected {_shown(expected)}"
 
 
