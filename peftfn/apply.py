@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from peftfn import attach, codecs, graft, layers, layouts, masks, matching, methods, parts, rows, targets, twins
+from peftfn import (
+    attach,
+    checked,
+    codecs,
+    graft,
+    layers,
+    layouts,
+    masks,
+    matching,
+    methods,
+    parts,
+    rows,
+    targets,
+    twins,
+)
 from peftfn.adapter import Adapter, Tree, as_tuple, sorted_tree
 from peftfn.config import PeftConfig
 from peftfn.methods.method import TRANSPOSED
@@ -194,10 +207,12 @@ def apply(
     how = parts.How(
         hold=_put,
         armed=_always if torch.is_grad_enabled() and not tracing else None,
-        check=tracing or not _is_known(model, adapters),
+        check=tracing or not checked.are_known(model, adapters, made.by_path),
         apart=not tracing,
     )
     attach.attach(made.root, made.by_path, parts.of(adapters, which), how)
+    if how.check and not tracing:
+        checked.remember(model, adapters, made.by_path)
     if made.checkpointing:
         graft.let_inputs_require_grad(made.root)
     try:
@@ -210,18 +225,6 @@ def apply(
         if clearer is None:
             raise
         raise clearer from error
-
-
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Adapter]] = weakref.WeakKeyDictionary()
-
-
-def _is_known(model: nn.Module, adapters: Sequence[Adapter]) -> bool:
-    """Whether these adapters were held against this model before; from now on they are known."""
-    known = _KNOWN.setdefault(model, weakref.WeakSet())
-    if all(adapter in known for adapter in adapters):
-        return True
-    known.update(adapters)
-    return False
 
 
 def _always() -> bool:
