@@ -16,6 +16,7 @@ from peftfn.merge import merge
 from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adaption_prompt import AdaptionPromptConfig
 from peftfn.methods.ia3 import IA3Config
+from peftfn.methods.lokr import LoKrConfig
 from peftfn.methods.lora import LoraConfig
 from peftfn.methods.p_tuning import PromptEncoderConfig
 from peftfn.methods.prefix_tuning import PrefixTuningConfig
@@ -33,6 +34,7 @@ __all__ = [
     "Count",
     "Ensemble",
     "IA3Config",
+    "LoKrConfig",
     "LoraConfig",
     "PeftConfig",
     "PrefixTuningConfig",

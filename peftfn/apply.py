@@ -96,7 +96,7 @@ def _mark_square(
         shape = layers.shape_of(model.get_submodule(place.owner), place.weight) if method.on_weights else ()
         if len(shape) != 2 or shape[0] != shape[1] or place.kind not in {*both, layers.EMBEDDING}:
             continue
-        fitting = {*method.kinds(resolved, {**params[path], **buffers[path]}, torch.Size(shape))}
+        fitting = {*method.kinds(resolved, path, {**params[path], **buffers[path]}, torch.Size(shape))}
         if (is_mixed and both <= fitting) or {layers.LINEAR, layers.EMBEDDING} <= fitting:
             device = next(iter(params[path].values())).device
             buffers[path][TRANSPOSED] = torch.tensor(layouts.output_axis(place.kind) == 1, device=device)

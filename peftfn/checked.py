@@ -42,7 +42,9 @@ class _Fit(NamedTuple):
 class _Memory:
     """What fitted one model, by adapter, and what fitted last."""
 
-    fits: weakref.WeakKeyDictionary[Adapter, _Fit] = dataclasses.field(default_factory=weakref.WeakKeyDictionary)
+    fits: weakref.WeakKeyDictionary[Adapter, _Fit] = dataclasses.field(
+        default_factory=weakref.WeakKeyDictionary[Adapter, _Fit]
+    )
     last: _Fit | None = None
 
 

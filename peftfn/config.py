@@ -215,12 +215,11 @@ class TargetedConfig(PeftConfig):
 
 @dataclasses.dataclass(frozen=True)
 class LayeredConfig(TargetedConfig):
-    """The config of a method whose targets can be limited to some layers, or be bare parameters.
+    """The config of a method whose targets can be limited to some layers.
 
     Attributes:
         layers_to_transform: indices of the layers to adapt.
         layers_pattern: the name of the list of layers, if it is an unusual one.
-        target_parameters: names of bare parameters (a path's ending), such as experts.
     """
 
     layers_to_transform: Sequence[int] | int | None = dataclasses.field(
@@ -229,14 +228,9 @@ class LayeredConfig(TargetedConfig):
     layers_pattern: Sequence[str] | str | None = dataclasses.field(
         default=None, metadata={"help": "Name of the list of layers, if it is an unusual one."}
     )
-    target_parameters: Sequence[str] | None = dataclasses.field(
-        default=None, metadata={"help": "Names of bare parameters to adapt, such as MoE experts."}
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.target_parameters, str):
-            raise TypeError(f"target_parameters={self.target_parameters!r}; expected a list of names.")
         for field in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, field) is not None:
                 raise ValueError(f"{field} cannot be used with target_modules={self.target_modules!r}, a string.")

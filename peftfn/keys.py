@@ -160,7 +160,8 @@ def from_keys(
         except (KeyError, ValueError) as error:
             raise type(error)(f"{source} has {error.args[0]} for {paths[site]!r}; expected a whole adapter.") from None
         part = (pieces or {}).get(paths[site], {})
-        params.setdefault(paths[site], {}).update(method.files.read({**leaf, **part}))
+        read = method.files.read({**leaf, **part})
+        params.setdefault(paths[site], {}).update({name: one for name, one in read.items() if name not in part})
         buffers.setdefault(paths[site], {}).update({**method.constants(config, at, leaf), **part})
     return Adapter(sorted_tree(params), sorted_tree(buffers), config)
 

@@ -107,8 +107,8 @@ class Site:
         """
         layer, weight = self.layer, cast("Tensor", tensors["weight"])
         x = x.to(weight.dtype) if x.is_floating_point() else x
-        if codecs.of(layer) is not codecs.DENSE:
-            return F.linear(x, weight, tensors["bias"])
+        if self.kind == TRANSPOSED or codecs.of(layer) is not codecs.DENSE:  # Conv1D's forward has to have a bias
+            return F.linear(x, weight.mT if self.kind == TRANSPOSED else weight, tensors["bias"])
         own: nn.Module = object.__new__(type(layer))
         own.__dict__.update(layer.__dict__)
         own.__dict__["_parameters"] = {**layer._parameters, **tensors}

@@ -214,7 +214,7 @@ def _guess(params: Mapping[str, Tensor], adapter: Adapter, method: Method, path:
             bare = place.weight == "in_proj_weight" or place.owner != path
             kinds = [
                 kind
-                for kind in method.kinds(adapter.config, leaf, weight.shape)
+                for kind in method.kinds(adapter.config, path, leaf, weight.shape)
                 if (kind in layers.WEIGHT_KINDS) == bare
             ]
             if len({layouts.output_axis(kind) for kind in kinds}) > 1:
@@ -239,7 +239,7 @@ def _stored(
     if kinds == [layers.LINEAR, layers.TRANSPOSED]:
         stated = kinds[bool(getattr(config, "fan_in_fan_out", False))]
         others = [
-            method.kinds(config, {**leaf, **adapter.buffers.get(other, {})}, params[f"{other}.weight"].shape)
+            method.kinds(config, other, {**leaf, **adapter.buffers.get(other, {})}, params[f"{other}.weight"].shape)
             for other, leaf in adapter.params.items()
             if f"{other}.weight" in params and not all(method.replaces(name) for name in leaf)
         ]

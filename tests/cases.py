@@ -234,6 +234,11 @@ def adalora(*targets: str, **kwargs: Any) -> pf.AdaLoraConfig:
     return pf.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=6, target_modules=list(targets), **kwargs)
 
 
+def lokr(*targets: str, **kwargs: Any) -> pf.LoKrConfig:
+    """A small LoKr config, whose second factor is a product."""
+    return pf.LoKrConfig(**{"r": 1, "alpha": 2, "target_modules": list(targets), **kwargs})
+
+
 DEFINED = "padding_idx and scale_grad_by_freq say what the gradient is; it is not the slope"
 REPLACED = "two adapters that replace the same tensor are refused (test_bad_input.py)"
 ONES = {"randomness": "it starts at ones, whatever the generator"}
@@ -466,6 +471,32 @@ CASES = [
     Case("adalora-two-paths", Twice, adalora("first"), randn(4, 8)),
     Case("adalora-gpt2", gpt2, adalora("c_attn", "c_proj"), lambda: {"input_ids": tokens()()}),
     Case("adalora-llama", llama, pf.AdaLoraConfig(), lambda: {"input_ids": tokens()()}),
+    Case("lokr-linear", mlp, lokr("0", "3", decompose_both=True), randn(4, 8)),
+    Case("lokr-whole", mlp, lokr("0", "3", r=8), randn(4, 8)),
+    Case("lokr-head", mlp, lokr("0", modules_to_save=["3"]), randn(4, 8), {"sum": REPLACED}),
+    Case("lokr-random", mlp, lokr("0", init_weights=False), randn(4, 8), {"identity": "asked not to be it"}),
+    Case(
+        "lokr-transposed-square",
+        lambda: nn.Sequential(Conv1D(8, 8), nn.ReLU(), Conv1D(8, 8)),
+        lokr("0", "2"),
+        randn(4, 3, 8),
+    ),
+    Case(
+        "lokr-embedding",
+        lambda: nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 3)),
+        lokr("0"),
+        lambda: torch.randint(9, (4, 5)),
+    ),
+    Case("lokr-conv1d", lambda: nn.Sequential(nn.Conv1d(4, 6, 3, stride=2)), lokr("0", r=8), randn(4, 4, 9)),
+    Case(
+        "lokr-conv2d-tucker",
+        lambda: nn.Sequential(nn.Conv2d(8, 12, 3, padding=1, padding_mode="circular", groups=2), nn.Tanh()),
+        lokr("0", use_effective_conv2d=True),
+        randn(4, 8, 6, 6),
+    ),
+    Case("lokr-conv3d", lambda: nn.Sequential(nn.Conv3d(2, 4, (1, 2, 3))), lokr("0"), randn(4, 2, 3, 4, 5)),
+    Case("lokr-two-paths", Twice, lokr("first"), randn(4, 8)),
+    Case("lokr-llama", llama, pf.LoKrConfig(r=2), lambda: {"input_ids": tokens()()}),
 ]
 
 STAIRS = {
@@ -526,6 +557,8 @@ CASES += on_quantized(
     "ia3-llama",
     "adalora-linear",
     "adalora-llama",
+    "lokr-linear",
+    "lokr-llama",
     "prompt-llama",
     "prompt-t5",
     "p-tuning-mlp-llama",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from peftfn.config import PeftConfig
-from peftfn.methods import adalora, adaption_prompt, ia3, lora, p_tuning, prefix_tuning, prompt_tuning
+from peftfn.methods import adalora, adaption_prompt, ia3, lokr, lora, p_tuning, prefix_tuning, prompt_tuning
 from peftfn.methods.method import Method
 
 TABLE: tuple[Method, ...] = (
     lora.METHOD,
     ia3.METHOD,
     adalora.METHOD,
+    lokr.METHOD,
     prompt_tuning.METHOD,
     p_tuning.METHOD,
     prefix_tuning.METHOD,

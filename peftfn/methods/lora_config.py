@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from peftfn.config import ANY, OFF, LayeredConfig
@@ -26,6 +26,9 @@ class LowRankConfig(LayeredConfig):
         **dict.fromkeys(("megatron_core", "qalora_group_size"), ANY),
     }
 
+    target_parameters: Sequence[str] | None = dataclasses.field(
+        default=None, metadata=described("Names of bare parameters to adapt, such as MoE experts.")
+    )
     r: int = dataclasses.field(default=8, metadata=described("Rank of the update."))
     lora_alpha: float = dataclasses.field(default=8, metadata=described("Scaling is lora_alpha / r."))
     lora_dropout: float = dataclasses.field(default=0.0, metadata=described("Dropout on the input of A in training."))
@@ -43,6 +46,8 @@ class LowRankConfig(LayeredConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.target_parameters, str):
+            raise TypeError(f"target_parameters={self.target_parameters!r}; expected a list of names.")
         check_positive("r", self.r)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout!r}; expected a probability of at least 0 and below 1.")

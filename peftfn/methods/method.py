@@ -208,17 +208,21 @@ class Method:
             return self.action.check(leaf, site)
         if site.kind not in self.action.kinds:
             return f"cannot act on this {site.kind}, expected one of {', '.join(self.action.kinds)}"
-        return slots.wrong(self.slots, config, _as_noted(layouts.of_site(site), leaf), leaf)
+        weight, rank = _as_noted(layouts.of_site(site), leaf), self.stacking.rank(config, site.path)
+        return slots.wrong(self.slots, config, weight, rank, leaf)
 
-    def kinds(self, config: Any, leaf: Mapping[str, Tensor], shape: torch.Size) -> list[str]:
+    def kinds(self, config: Any, path: str, leaf: Mapping[str, Tensor], shape: torch.Size) -> list[str]:
         """The kinds of layer that the leaf fits, by the shape of the weight alone."""
         found = self.on_weights.kinds if self.on_weights is not None else ()
-        return [kind for kind in found if any(self._fits(config, leaf, one) for one in layouts.possible(kind, shape))]
+        rank = self.stacking.rank(config, path)
+        return [
+            kind for kind in found if any(self._fits(config, rank, leaf, one) for one in layouts.possible(kind, shape))
+        ]
 
-    def _fits(self, config: Any, leaf: Mapping[str, Tensor], weight: WeightShape) -> bool:
+    def _fits(self, config: Any, rank: int, leaf: Mapping[str, Tensor], weight: WeightShape) -> bool:
         if OUTPUTS in leaf and int(leaf[OUTPUTS]) != weight.outputs:
             return False
-        return slots.wrong(self.slots, config, _as_noted(weight, leaf), leaf) is None
+        return slots.wrong(self.slots, config, _as_noted(weight, leaf), rank, leaf) is None
 
     def silence(self, leaf: Mapping[str, Tensor], keep: Tensor) -> Mapping[str, Tensor]:
         """The leaf, or one for each row, that does nothing where `keep` is false (routing's index -1)."""

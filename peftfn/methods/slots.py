@@ -62,14 +62,14 @@ def shapes(slots: Slots, config: Any, weight: WeightShape, rank: int) -> dict[st
     return {name: shape for name, shape in found.items() if shape is not None}
 
 
-def wrong(slots: Slots, config: Any, weight: WeightShape, leaf: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with a leaf for a weight, or `None`."""
+def wrong(slots: Slots, config: Any, weight: WeightShape, rank: int, leaf: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with a leaf for a weight, or `None`; `rank` is the config's, which a padded leaf need not have."""
     found = {name: tuple(leaf[name].shape) for name, slot in slots.items() if slot.trained and name in leaf}
     expected: dict[str, Shape] = {}
-    for rank in _possible_ranks(slots, weight, leaf):
-        expected = shapes(slots, config, weight, rank)
+    for one in (*_ranks_in(slots, weight, leaf), rank):
+        expected = shapes(slots, config, weight, one)
         if found.keys() == expected.keys() and all(
-            shape in (expected[name], slots[name].also(config, weight, rank)) for name, shape in found.items()
+            shape in (expected[name], slots[name].also(config, weight, one)) for name, shape in found.items()
         ):
             return None
     if found.keys() != expected.keys():
@@ -77,10 +77,10 @@ def wrong(slots: Slots, config: Any, weight: WeightShape, leaf: Mapping[str, Ten
     return f"has {_shown(found)}, expected {_shown(expected)}"
 
 
-def _possible_ranks(slots: Slots, weight: WeightShape, leaf: Mapping[str, Tensor]) -> list[int]:
+def _ranks_in(slots: Slots, weight: WeightShape, leaf: Mapping[str, Tensor]) -> list[int]:
     """What the rank of a leaf may be, by the axes that have it: a tensor for experts has as many in a row."""
     axes = [(leaf[name], slot.rank) for name, slot in slots.items() if slot.rank is not None and name in leaf]
-    return [one.shape[axis] * weight.groups // weight.experts for one, axis in axes if axis < one.dim()] or [0]
+    return [one.shape[axis] * weight.groups // weight.experts for one, axis in axes if axis < one.dim()]
 
 
 def _shown(shapes: Mapping[str, Shape]) -> str:
@@ -89,14 +89,17 @@ def _shown(shapes: Mapping[str, Shape]) -> str:
 
 def resized(slots: Slots, leaf: Leaf, rank: int) -> Leaf:
     """The leaf with another rank: cut, or filled up with zeros."""
-    made = dict(leaf)
-    for name, slot in slots.items():
-        if slot.rank is not None and name in leaf:
-            tensor = leaf[name].narrow(slot.rank, 0, min(rank, leaf[name].shape[slot.rank]))
-            missing = list(tensor.shape)
-            missing[slot.rank] = rank - tensor.shape[slot.rank]
-            made[name] = torch.cat([tensor, tensor.new_zeros(missing)], slot.rank) if missing[slot.rank] else tensor
-    return made
+    axes = {name: slots[name].rank for name in leaf if name in slots}
+    return {name: sized(tensor, axes.get(name), rank) for name, tensor in leaf.items()}
+
+
+def sized(tensor: Tensor, axis: int | None, count: int) -> Tensor:
+    """The tensor with so many on an axis: cut, or filled up with zeros."""
+    if axis is None or tensor.shape[axis] == count:
+        return tensor
+    kept = tensor.narrow(axis, 0, min(count, tensor.shape[axis]))
+    missing = [*tensor.shape[:axis], count - kept.shape[axis], *tensor.shape[axis + 1 :]]
+    return torch.cat([kept, tensor.new_zeros(missing)], axis) if missing[axis] else kept
 
 
 def neutral(slots: Slots, like: Leaf) -> Leaf:
@@ -115,7 +118,7 @@ def silenced(slots: Slots, leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str
         off = slots[name].off if name in slots else None
         if off is None:
             return tensor
-        return torch.where(keep.view(*keep.shape, *(1 for _ in tensor.shape[keep.dim() :])), tensor, off)
+        return torch.where(keep.view((*keep.shape, *(1 for _ in tensor.shape[keep.dim() :]))), tensor, off)
 
     return {name: one(name, tensor) for name, tensor in leaf.items()}
 

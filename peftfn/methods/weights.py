@@ -88,10 +88,15 @@ def additive(
 
     def plain(config: Any, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = site(x, *args, **kwargs)
-        change = layouts.stored(site.kind, delta(config, leaf, layouts.of_site(site)))
-        return (y + site.run_with({"weight": change, "bias": None}, x, *args, **kwargs)).to(y.dtype)
+        return added(site, y, delta(config, leaf, layouts.of_site(site)), x, *args, **kwargs)
 
     return OnWeights(kinds, forward or plain, merge, ("weight",))
+
+
+def added(site: Site, y: Tensor, change: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """y and what the layer gives of x with a change (out, in, *kernel) of its weight alone, in the dtype of y."""
+    stored = layouts.stored(site.kind, change)
+    return (y + site.run_with({"weight": stored, "bias": None}, x, *args, **kwargs)).to(y.dtype)
 
 
 def low_rank(
