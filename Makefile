@@ -19,6 +19,8 @@ OTHER := .venv-other-$(notdir $(PYTHON))
 # Models and data come from installed packages: no run needs a model hub.
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# What is imported is compiled once (INSTALL compiles nothing): without it each process would take 15 seconds to start.
+unexport PYTHONDONTWRITEBYTECODE
 
 # --no-compile: most of what is installed is never imported. Twice --quiet: errors only.
 INSTALL := -m pip install --quiet --quiet --no-compile

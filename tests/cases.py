@@ -188,28 +188,28 @@ def linears(inputs: int = 8, hidden: int = 8, outputs: int = 5) -> nn.Module:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, outputs))
 
 
-def gpt2() -> nn.Module:
+def gpt2(layers: int = 2) -> nn.Module:
     """transformers' Conv1D, tied embeddings."""
     quiet = dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)  # a purity test compares the random state
-    return GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=20, n_positions=16, **quiet))
+    return GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=layers, n_head=2, vocab_size=20, n_positions=16, **quiet))
 
 
-def llama(hidden: int = 16, intermediate: int = 24) -> nn.Module:
+def llama(hidden: int = 16, intermediate: int = 24, layers: int = 2) -> nn.Module:
     """Grouped-query attention, no biases."""
-    sizes = dict(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=2, num_attention_heads=4)
+    sizes = dict(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=4)
     return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=20, max_position_embeddings=32))
 
 
-def bert(hidden: int = 16, intermediate: int = 24) -> nn.Module:
+def bert(hidden: int = 16, intermediate: int = 24, layers: int = 2) -> nn.Module:
     """An encoder with a head."""
-    sizes = dict(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=2, num_attention_heads=2)
+    sizes = dict(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=2)
     sizes |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return BertForSequenceClassification(BertConfig(**sizes, vocab_size=20, max_position_embeddings=16))
 
 
-def t5(model: int = 8, keys: int = 6, hidden: int = 12) -> nn.Module:
+def t5(model: int = 8, keys: int = 6, hidden: int = 12, layers: int = 2) -> nn.Module:
     """An encoder and a decoder, whose keys together are wider than the model."""
-    sizes = dict(d_model=model, d_kv=keys, d_ff=hidden, num_layers=2, num_heads=2, vocab_size=20)
+    sizes = dict(d_model=model, d_kv=keys, d_ff=hidden, num_layers=layers, num_heads=2, vocab_size=20)
     return T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0))
 
 
@@ -510,6 +510,9 @@ DENSE_HEAD = {
 }
 
 
+# What takes `layers`: how many.
+DEEP = (gpt2, llama, bert, t5)
+
 # bitsandbytes' own forward, which the laws compare with, is right on every CPU only where a row of the weight is a
 # whole number of blocks of 64 (test_quantized.py has the other sizes); GPTQ packs 32 values together, both ways.
 WIDE: dict[Callable[..., nn.Module], tuple[tuple[int, ...], Callable[[], Any] | None]] = {
@@ -524,7 +527,9 @@ WIDE: dict[Callable[..., nn.Module], tuple[tuple[int, ...], Callable[[], Any] | 
 def widened(case: Case) -> Case:
     """The case on a base as wide as the blocks that are packed together."""
     sizes, batch = WIDE[case.build]
-    return dataclasses.replace(case, build=functools.partial(case.build, *sizes), batch=batch or case.batch)
+    # How a layer is packed shows in one; the plain cases, and LoRA's packed ones, have two.
+    layers = {"layers": 1} if case.build in DEEP and case.name != "llama" else {}
+    return dataclasses.replace(case, build=functools.partial(case.build, *sizes, **layers), batch=batch or case.batch)
 
 
 def on_quantized(*names: str) -> list[Case]:
