@@ -12,6 +12,9 @@ TF4 := .venv-tf4
 GPTQ := .venv-gptq
 GPTQMODEL := .venv-gptqmodel
 PEFT050 := .venv-peft050
+NEWEST := .venv-newest
+OLDEST := .venv-oldest
+OTHER := .venv-other-$(notdir $(PYTHON))
 
 # Models and data come from installed packages: no run needs a model hub.
 export HF_HUB_OFFLINE := 1
@@ -24,10 +27,13 @@ INSTALL += --no-warn-conflicts
 
 # A process for each core, four at most: each one holds a GB. `worksteal` keeps the tests of a file together, so that
 # what they share is made once, and evens out the slow ones. ARGS="-n 0" is a single process, for a debugger.
-PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+PROCESSES := --numprocesses logical --maxprocesses 4 --dist worksteal
+PYTEST := -m pytest $(PROCESSES)
+# Runs that docs/tested.md keeps, unless ARGS says that they are not whole.
+RECORD = tests/record.py $(1) $(if $(ARGS),,--keep) -- $(PROCESSES) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format doctest bench bench-gpu smollm2 smollm2-quantized transforms docs notebooks test-transformers4 test-peft050 test-gptq test-gptqmodel gptqmodel soak bench-merge clean
+.PHONY: $(shell sed -nE 's/^([a-z0-9-]+):.*\#\#.*/\1/p' Makefile)
 
 help:  ## list the commands
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 22
@@ -73,6 +79,13 @@ bench-merge: $(VENV)/dev.stamp  ## time a merge from file to file against peft a
 	$(PY) benchmarks/merge_stream.py $(ARGS)
 	$(PY) -W ignore benchmarks/loading.py
 
+# Where the last run stopped it goes on; ARGS=--fresh starts anew. A sample is held against what is kept of a whole run.
+test-peft-suite: $(VENV)/dev.stamp  ## peft's own test tables, each case through peftfn, into benchmarks/results/; ARGS=--sample is short
+	PYTHONPATH=benchmarks $(PY) -W ignore -m peft_suite $(ARGS)
+
+zoo: $(VENV)/dev.stamp  ## every architecture of transformers, tiny, to benchmarks/results/zoo.md; goes on where it stopped (ARGS="--sample": five minutes)
+	$(PY) -W ignore benchmarks/zoo/run.py $(ARGS)
+
 transforms: $(VENV)/dev.stamp  ## write docs/transforms.md: every method under every transform, run
 	$(PY) -W ignore benchmarks/transforms.py $(ARGS)
 
@@ -87,6 +100,26 @@ docs: $(VENV)/docs.stamp  ## write the reference to site/, from the docstrings
 
 notebooks: $(VENV)/dev.stamp  ## run every notebook
 	$(PY) $(PYTEST) --nbmake --nbmake-timeout=600 notebooks
+
+test-machines: $(VENV)/dev.stamp $(NEWEST)/dev.stamp  ## the tests in three orders, with one and two threads, on other CPUs; hours; goes on where it stopped
+	@failed=0; $(PY) $(call RECORD,pinned --runs machines) || failed=1; \
+	$(NEWEST)/bin/python $(call RECORD,newest --runs machines) || failed=1; exit $$failed
+
+# Whatever is newest today: installed again each time.
+test-newest:  ## the tests with the newest of every library but torch
+	@rm -f $(NEWEST)/dev.stamp
+	@$(MAKE) --no-print-directory $(NEWEST)/dev.stamp
+	$(NEWEST)/bin/python $(call RECORD,newest)
+
+# Not in CI: a torch as old as that comes with CUDA, 6 GB.
+test-oldest: $(OLDEST)/dev.stamp  ## the tests with the lowest versions that pyproject.toml allows
+	$(OLDEST)/bin/python $(call RECORD,oldest)
+
+test-python: $(OTHER)/dev.stamp  ## the tests with another Python and the pinned libraries: make test-python PYTHON=python3.13
+	$(OTHER)/bin/python $(call RECORD,pinned)
+
+test-gpu: $(VENV)/dev.stamp  ## laws, dropout, bitsandbytes, autocast and compile on a GPU; skipped where torch sees none
+	$(PY) -m pytest -n 0 tests/test_gpu.py $(ARGS)
 
 # One compile test a kind of layer is left out: torch is the same in both environments, and they take minutes.
 test-transformers4: $(TF4)/dev.stamp  ## the tests with transformers 4.57 and peft 0.17
@@ -123,7 +156,7 @@ endef
 export COMPARE
 
 clean:  ## remove the environments, the caches and what runs have written
-	rm -rf .venv .venv-tf4 .venv-peft050 .venv-gptq .venv-gptqmodel .pytest_cache .ruff_cache build dist site peftfn-demo runs
+	rm -rf .venv .venv-newest .venv-oldest .venv-other-* .venv-tf4 .venv-peft050 .venv-gptq .venv-gptqmodel .pytest_cache .ruff_cache build dist site peftfn-demo runs
 	find benchmarks notebooks peftfn tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # $(call environment,FOLDER,SIZE): makes the virtual environment where it is missing, and says what comes next.
@@ -155,6 +188,32 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt demo-requirements.txt test-req
 $(VENV)/docs.stamp: pyproject.toml constraints.txt
 	$(call environment,$(VENV),1.5 GB)
 	@$(PY) $(INSTALL) --editable '.[cli,docs]' --constraint constraints.txt
+	@touch $@
+
+# Without the upper bounds: what is newer than what was run is what this is to find.
+$(NEWEST)/dev.stamp: pyproject.toml constraints.txt demo-requirements.txt test-requirements.txt packed-requirements.txt
+	$(call environment,$(NEWEST),2 GB)
+	@$(NEWEST)/bin/python tests/bounds.py newest > $(NEWEST)/requirements.txt
+	@grep '^torch==' constraints.txt > $(NEWEST)/constraints.txt
+	@$(NEWEST)/bin/python $(INSTALL) --upgrade --upgrade-strategy eager --requirement $(NEWEST)/requirements.txt --constraint $(NEWEST)/constraints.txt
+	@$(NEWEST)/bin/python $(INSTALL) --no-deps --editable .
+	@$(NEWEST)/bin/python $(INSTALL) --no-deps --requirement test-requirements.txt
+	@sed 's/==[^ ]*//' packed-requirements.txt > $(NEWEST)/packed.txt
+	@$(NEWEST)/bin/python $(INSTALL) --no-deps --upgrade --requirement $(NEWEST)/packed.txt
+	@touch $@
+
+$(OLDEST)/dev.stamp: pyproject.toml demo-requirements.txt test-requirements.txt
+	$(call environment,$(OLDEST),6 GB)
+	@$(OLDEST)/bin/python tests/bounds.py oldest > $(OLDEST)/constraints.txt
+	@$(OLDEST)/bin/python $(INSTALL) --editable '.[cli,dev]' --constraint $(OLDEST)/constraints.txt
+	@$(OLDEST)/bin/python $(INSTALL) --no-deps --requirement test-requirements.txt
+	@touch $@
+
+$(OTHER)/dev.stamp: pyproject.toml constraints.txt demo-requirements.txt test-requirements.txt packed-requirements.txt
+	$(call environment,$(OTHER),2 GB)
+	@$(OTHER)/bin/python $(INSTALL) --editable '.[cli,dev]' --constraint constraints.txt
+	@$(OTHER)/bin/python $(INSTALL) --no-deps --requirement test-requirements.txt
+	@$(OTHER)/bin/python $(INSTALL) --no-deps --requirement packed-requirements.txt
 	@touch $@
 
 $(TF4)/dev.stamp: pyproject.toml constraints-transformers4.txt demo-requirements.txt test-requirements.txt

@@ -53,7 +53,10 @@ def read(folder: Path) -> list[Record]:
     """
     rows: list[Record] = []
     for path in sorted(folder.glob("*.json")):
-        for number, row in enumerate(json.loads(path.read_text(encoding="utf-8")), 1):
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(held, dict):
+            continue  # a table of verdicts, which has a page of its own
+        for number, row in enumerate(held, 1):
             if missing := NEEDED - set(row):
                 raise ValueError(
                     f"{path}, row {number} has no {', '.join(sorted(missing))}; expected a row as records.write writes "

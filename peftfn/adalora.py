@@ -31,10 +31,11 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from peftfn.adapter import Adapter, Leaf, Tree, is_traced
+from peftfn.adapter import Adapter, Leaf, Tree
 from peftfn.methods.adalora import NAMES
 from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.stacking import Stacked, is_whole
+from peftfn.transforms import is_traced
 
 
 class State(NamedTuple):

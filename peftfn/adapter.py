@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import optree
-import torch
 import torch.utils._pytree as torch_pytree
-from optree.registry import __GLOBAL_NAMESPACE as GLOBAL  # so that no namespace need be given
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor  # torch has no public question for this
+
+from peftfn.transforms import OPTREE_GLOBAL
 
 if TYPE_CHECKING:
     from peftfn.config import PeftConfig
@@ -23,7 +22,11 @@ Tree = dict[str, Leaf]
 """Leaves by the path of their site."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+_SHOWN = 12
+"""Sites that an adapter's repr names."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """Tensors that change what a frozen base computes, and the config that says how.
 
@@ -45,6 +48,25 @@ class Adapter:
     def replace(self, **changes: Any) -> Adapter:
         """This adapter with other `params`, `buffers` or `config`: `adapter.replace(params=new)`."""
         return dataclasses.replace(self, **changes)
+
+    def __repr__(self) -> str:
+        """Method, and the shapes at each site: the numbers themselves are in `params` and `buffers`."""
+        params: Any = self.params  # a function mapped over an adapter may have put anything there
+        if not isinstance(params, dict):
+            return f"Adapter({type(self.config).__name__}, params={params!r})"
+        sites = cast("Mapping[str, Any]", params)
+        rows = [f"  {site or '(the model)'}: {_shapes(leaf)}" for site, leaf in list(sites.items())[:_SHOWN]]
+        more = [f"  and {len(sites) - _SHOWN:,} more"] if len(sites) > _SHOWN else []
+        return "\n".join([f"Adapter({type(self.config).__name__}, {len(sites):,} sites)", *rows, *more])
+
+
+def _shapes(leaf: Any) -> str:
+    if not isinstance(leaf, dict):
+        return type(leaf).__name__
+    items = cast("Mapping[str, Any]", leaf).items()
+    return ", ".join(
+        f"{n} {'×'.join(map(str, t.shape)) or '1' if isinstance(t, Tensor) else repr(t)}" for n, t in items
+    )
 
 
 class Count(NamedTuple):
@@ -120,13 +142,6 @@ def count(adapter: Adapter | Iterable[Adapter], model: nn.Module | None = None) 
     return Count(trained, trained + rest)
 
 
-def is_traced(*tensors: Tensor) -> bool:
-    """Whether the values cannot be looked at now: under `torch.compile`, or inside a `torch.func` transform."""
-    if torch.compiler.is_compiling():
-        return True
-    return any(is_functorch_wrapped_tensor(tensor) for tensor in tensors)
-
-
 def _flatten(adapter: Adapter) -> tuple[tuple[Tree, Tree], PeftConfig]:
     return (adapter.params, adapter.buffers), adapter.config
 
@@ -157,5 +172,5 @@ torch_pytree.register_pytree_node(
     serialized_type_name="peftfn.Adapter",
 )
 optree.register_pytree_node(
-    cast("Any", Adapter), cast("Any", _flatten_for_optree), cast("Any", _unflatten_for_optree), namespace=GLOBAL
+    cast("Any", Adapter), cast("Any", _flatten_for_optree), cast("Any", _unflatten_for_optree), namespace=OPTREE_GLOBAL
 )

@@ -197,7 +197,10 @@ def apply(
         named = {name: made.tensor(name) for name in params or ()}
         return torch.func.functional_call(made.root, named, arguments, keywords, tie_weights=False)
     except RuntimeError as error:
-        raise graft.explained(error, made.checkpointing) from error
+        clearer = graft.explained(error, made.checkpointing)
+        if clearer is None:
+            raise
+        raise clearer from error
 
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Adapter]] = weakref.WeakKeyDictionary()

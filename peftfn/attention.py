@@ -15,43 +15,17 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-# torch has no public way to ask whether a tensor is mapped over, nor what is going on
-from torch._C._functorch import (
-    TransformType,
-    get_interpreter_stack,
-    get_unwrapped,
-    is_batchedtensor,
-    is_functorch_wrapped_tensor,
-)
 from torch.overrides import TorchFunctionMode
 
-_FLASH = 1  # of `torch._fused_sdp_choice`, as in torch.nn.attention.SDPBackend
-_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # noqa: SLF001  # it has no public name
-_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default  # noqa: SLF001  # the same
+from peftfn import transforms
 
 _MATH = "Compute it within torch.nn.attention.sdpa_kernel(SDPBackend.MATH), which has it."
-
-
-def is_mapping() -> bool:
-    """Whether a `torch.vmap` is going on."""
-    levels = cast("list[Any] | None", get_interpreter_stack())
-    return any(level.key() == TransformType.Vmap for level in levels or ())
-
-
-def is_mapped(tensor: Tensor) -> bool:
-    """Whether a `torch.vmap` that is going on maps over the tensor."""
-    while is_functorch_wrapped_tensor(tensor):
-        if is_batchedtensor(tensor):
-            return True
-        tensor = get_unwrapped(tensor)
-    return False
 
 
 def of_transformers(*args: Any, **kwargs: Any) -> Any:
     """What the `sdpa` attention of transformers returns, computed with `attention`."""
     run = _sdpa_attention_forward()
-    if not any(isinstance(one, Tensor) and is_mapped(one) for one in (*args, *kwargs.values())):
+    if not any(isinstance(one, Tensor) and transforms.is_mapped(one) for one in (*args, *kwargs.values())):
         return run(*args, **kwargs)
     with _Instead():
         return run(*args, **kwargs)
@@ -101,21 +75,12 @@ def _is_fused(
 ) -> bool:
     """Whether torch would run the kernel for one slice."""
     given = (query, key, value, *(() if mask is None else (mask,)))
-    if any(one.device.type != "cpu" for one in given) or (mask is not None and _wants_grad(mask)):
+    if any(one.device.type != "cpu" for one in given) or (mask is not None and transforms.requires_any_grad(mask)):
         return False
     # torch's answer for tensors of these shapes: it has none for tensors that are mapped
     like: list[Tensor | None] = [torch.empty(one.shape, dtype=one.dtype) for one in given]
     like = like if mask is not None else [*like, None]
-    return cast("Any", torch)._fused_sdp_choice(*like, dropout_p, **how) == _FLASH  # noqa: SLF001  # it has no public name
-
-
-def _wants_grad(tensor: Tensor) -> bool:
-    """Whether a gradient of the tensor is asked for, at any level of transforms."""
-    while not tensor.requires_grad:
-        if not is_functorch_wrapped_tensor(tensor):
-            return False
-        tensor = get_unwrapped(tensor)
-    return True
+    return transforms.would_run_flash(*like, dropout_p, **how)
 
 
 class _How(NamedTuple):
@@ -130,7 +95,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: _How) -> Any:
-        return _FORWARD(query, key, value, 0.0, how.is_causal, attn_mask=mask, scale=how.scale)
+        return transforms.FLASH(query, key, value, 0.0, how.is_causal, attn_mask=mask, scale=how.scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -158,7 +123,7 @@ class _FusedBackward(torch.autograd.Function):
     def forward(dy: Tensor, *rest: Any) -> Any:
         query, key, value, mask, output, sums, how = rest
         given = (dy, query, key, value, output, sums, 0.0, how.is_causal)
-        return _BACKWARD(*given, attn_mask=mask, scale=how.scale)
+        return transforms.FLASH_BACKWARD(*given, attn_mask=mask, scale=how.scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,8 @@ def load_with_model(
     was made for. The base is what `from_pretrained` returns, with nothing in it.
 
     Two things follow the adapter: a vocabulary that it has grown (an embedding in its file, or a tokenizer beside it),
-    and the number of labels of a head in its file. What the base's folder lacks is drawn from seed 0, and the global
-    random state is left as it is.
+    and the labels of a head in its file: their number, and their names where `peftfn train` made it. What the base's
+    folder lacks is drawn from seed 0, and the global random state is left as it is.
 
     Args:
         folder_or_hub_id: of the adapter.
@@ -84,7 +84,8 @@ def load_with_model(
     given = {"token": token, "cache_dir": cache_dir, "revision": config.revision if base is None else None}
     options = {**{key: value for key, value in given.items() if value is not None}, **options}
     with _seeded():
-        model = _from_pretrained(loader, name, {**_of_head(config, tensors, options), **options}, source)
+        head = _of_head(config, tensors, options, trained_labels(origin))
+        model = _from_pretrained(loader, name, {**head, **options}, source)
         _grow(model, origin, tensors, options)
     adapter = checkpoint.load(
         folder_or_hub_id,
@@ -164,12 +165,26 @@ def _from_pretrained(loader: Any, name: str, options: Mapping[str, Any], source:
     return model
 
 
-def _of_head(config: PeftConfig, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The number of labels of a head in the adapter's file: the base's own head gives way to it."""
+def trained_labels(origin: hub.Origin) -> list[str]:
+    """The names of the labels by id, from the record that `peftfn train` leaves beside an adapter; none without it."""
+    path = hub.try_find(origin, files.RUN)
+    found: Any = files.read_json(path).get("columns") if path is not None else None
+    names = cast("dict[str, Any]", found).get("labels") if isinstance(found, dict) else None
+    return [str(name) for name in cast("list[Any]", names)] if isinstance(names, list) else []
+
+
+def _of_head(
+    config: PeftConfig, tensors: Mapping[str, Tensor], options: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
+    """The labels of a head in the adapter's file: the base's own head gives way to it."""
     if config.task_type not in ("SEQ_CLS", "TOKEN_CLS") or {"num_labels", "id2label", "config"} & options.keys():
         return {}
     labels = {tensor.shape[0] for key, tensor in tensors.items() if LABELS.search(key)}
-    return {"num_labels": labels.pop(), "ignore_mismatched_sizes": True} if len(labels) == 1 else {}
+    if len(labels) != 1:
+        return {}
+    count = labels.pop()
+    named = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    return {**(named if len(names) == count else {"num_labels": count}), "ignore_mismatched_sizes": True}
 
 
 def _grow(model: Any, origin: hub.Origin, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> None:

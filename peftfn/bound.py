@@ -4,49 +4,29 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from peftfn import (
     attach,
-    checkpoint,
+    binding,
     codecs,
     copies,
     graft,
     guards,
     held,
     layers,
-    methods,
     offloaded,
     parts,
-    plain,
     recompute,
     rows,
-    stacking,
+    saving,
 )
 from peftfn import transformers_names as hf
-from peftfn.adapter import Adapter, Tree, as_tuple, sorted_tree
-
-_KEY = "_peftfn_binding"
-
-
-class Binding(NamedTuple):
-    """What a bound module knows of its adapters.
-
-    Attributes:
-        slots: where each adapter is.
-        added: full names of what `bind` put beside the base's own parameters and buffers.
-        tied: groups of names that share one parameter in the base.
-        single: whether one adapter was given, and not a tuple.
-    """
-
-    slots: tuple[held.Slots, ...]
-    added: frozenset[str]
-    tied: tuple[tuple[str, ...], ...]
-    single: bool
+from peftfn.adapter import Adapter, as_tuple
 
 
 def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any = None) -> Any:
@@ -61,9 +41,13 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any =
     optimizer therefore trains in place; `unbind(bound)` is the adapter as the module has it now, also after `to()`.
     The statistics that a BatchNorm of the base gathers in training stay in the bound module: `eval()` such layers.
 
-    `bound.save_pretrained(folder)` writes a plain model with the adapter merged in, and so do `Trainer`'s
-    checkpoints; `pf.save(pf.unbind(bound), folder)` writes the adapter. A prompt or a prefix cannot be merged: there
-    `save_pretrained` writes the adapter, too.
+    Of a transformers model, `bound.save_pretrained(folder)` writes the adapter, as `pf.save(pf.unbind(bound), folder)`
+    does, and the base's name: PEFT's two files and no `config.json`. So do the checkpoints of an unchanged `Trainer`,
+    beside what it goes on from (`resume_from_checkpoint`, `load_best_model_at_end`): the same tensors under the
+    module's own names, which `load_state_dict(..., strict=False)` takes without the base's.
+    `bound.save_pretrained(folder, merge=True)` writes a plain model with the adapter merged in; of a quantized base a
+    dense one, unless `requantize=True` has it quantized again. A module inside the bound one, or one of another library
+    (diffusers), writes merged weights by its own `save_pretrained`.
 
     A stack is bound with `index`: row n of every batch uses adapter `index[n]`, -1 the bare base, as in `apply`. Of a
     batch with a multiple of these rows each index has a group of them, one group after the other: so `generate()`
@@ -87,7 +71,7 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any =
     """
     adapters = as_tuple(adapter)
     which = rows.of_adapters(adapters, index)
-    if _KEY in model.__dict__:
+    if binding.KEY in model.__dict__:
         raise TypeError("bind was given a bound module; bind the base with a tuple of adapters instead.")
     bound = copies.shared(model, codecs.shared(model))
     for module in bound.modules():
@@ -102,13 +86,16 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any =
     attach.attach(
         bound, by_path, found, parts.How(hold=_hold_weight, armed=functools.partial(recompute.wants_grad, bound))
     )
-    own = {name for name, _ in _named(model)}
-    added = frozenset(name for one in holder.slots for name in _full_names(one)) - own
-    bound.__dict__[_KEY] = Binding(holder.slots, added, _tied(model), isinstance(adapter, Adapter))
+    own, fixed = dict(binding.named(model)), {id(one) for one in codecs.shared(model)}
+    buffers = {name: one for name, one in model.named_buffers(remove_duplicate=False) if id(one) not in fixed}
+    added = frozenset(name for one in holder.slots for name in binding.full_names(one)) - own.keys()
+    bound.__dict__[binding.KEY] = binding.Binding(
+        holder.slots, added, binding.tied(model), isinstance(adapter, Adapter), buffers
+    )
     guards.protect(bound, {id(parameter) for parameter in holder.made.values()})
     recompute.suit(bound)
-    _keep_signature(bound)
-    _suit_transformers(bound)
+    _keep_signatures(by_path, dict(layers.named_modules(model, remove_duplicate=False)))
+    saving.suit(bound)
     if any(part.method.kind == layers.MODEL for here in found.values() for part in here):
         bound.__dict__[hf.GENERATION_MASKS] = hf.mask_as_given
     return bound
@@ -117,40 +104,12 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any =
 def unbind(bound: nn.Module) -> Any:
     """The adapter that a bound module holds now (a tuple, if it was bound with one), sharing its tensors."""
     inner: Any = bound
-    while _KEY not in inner.__dict__:  # DDP holds it as `module`, torch.compile as `_orig_mod`
+    while binding.KEY not in inner.__dict__:  # DDP holds it as `module`, torch.compile as `_orig_mod`
         inner = inner._modules.get("module", inner._modules.get("_orig_mod"))
         if inner is None:
             raise TypeError(f"unbind was given a {type(bound).__name__} that peftfn.bind did not make.")
-    made = _taken(inner, dict(_named(inner)))
-    return made[0] if inner.__dict__[_KEY].single else made
-
-
-def _taken(bound: nn.Module, state: Mapping[str, Tensor]) -> tuple[Adapter, ...]:
-    def tree(names: held.Names) -> Tree:
-        return sorted_tree(
-            {path: {leaf: state[name].detach() for leaf, name in here.items()} for path, here in names.items()}
-        )
-
-    binding: Binding = bound.__dict__[_KEY]
-    return tuple(Adapter(tree(one.params), tree(one.buffers), one.config) for one in binding.slots)
-
-
-def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
-
-
-def _full_names(slots: held.Slots) -> Iterator[str]:
-    for names in (slots.params, slots.buffers):
-        for here in names.values():
-            yield from here.values()
-
-
-def _tied(model: nn.Module) -> tuple[tuple[str, ...], ...]:
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
-    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+    made = binding.adapters(inner, dict(binding.named(inner)))
+    return made[0] if binding.of(inner).single else made
 
 
 def _hold_weight(module: nn.Module, name: str, compute: Callable[[], Tensor]) -> None:
@@ -182,38 +141,28 @@ def _read(name: str, module: nn.Module) -> Tensor:
     return module.__dict__["_peftfn_weights"][name]()
 
 
-def _keep_signature(bound: nn.Module) -> None:
-    """Let a forward that `bind` set say what the class's own says: generate() and Trainer ask what it takes."""
-    forward = bound.__dict__.get("forward")
-    if forward is not None:
-        own = inspect.signature(type(bound).forward)
-        forward.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
+def _keep_signatures(by_path: Mapping[str, nn.Module], base: Mapping[str, nn.Module]) -> None:
+    """Let forwards that `bind` set say what the base's own say: generate() and Trainer ask what a model takes.
 
-
-def _suit_transformers(bound: nn.Module) -> None:
-    """What a transformers model needs beside: to be saved merged, and to be trained where it is quantized."""
-    if hasattr(bound, "save_pretrained"):
-        bound.__dict__["save_pretrained"] = functools.partial(_save_pretrained, bound)
-    if getattr(bound, "is_quantized", False):
-        bound.__dict__["_hf_peft_config_loaded"] = True  # else Trainer says that a quantized model cannot be trained
-
-
-def _save_pretrained(bound: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-    """Write a plain model folder, the adapter merged in, that `from_pretrained` loads with the same outputs.
-
-    A prompt changes no weight: then the folder is that of the adapter, as `pf.save` writes it.
+    One that somebody had set on the base (accelerate, a kernel library) has been copied, and says it by itself; where
+    nothing in it led into the model, it is the base's own object still. Layers nobody asks.
     """
-    binding: Binding = bound.__dict__[_KEY]
-    state = kwargs.pop("state_dict", None)  # given where the module itself holds only a part of it (FSDP)
-    state = bound.state_dict() if state is None else state
-    adapters = _taken(bound, dict(_named(bound)) | dict(state))
-    if any(isinstance(one.config, stacking.Stacked) for one in adapters):
-        raise TypeError(
-            "save_pretrained of a module bound to a stack: it has no one set of weights. Save its adapters one by one: "
-            "for adapter in peftfn.unstack(peftfn.unbind(bound)): peftfn.save(adapter, folder)."
-        )
-    if len(adapters) == 1 and methods.of(adapters[0].config).kind is not None:
-        return checkpoint.save(adapters[0], save_directory)  # nothing to merge: the adapter is what there is to save
-    weights, is_apart = plain.merged(bound, state, adapters, binding.tied)
-    kept = {name: tensor for name, tensor in weights.items() if name not in binding.added}
-    return plain.stand_in(bound, kept, is_apart).save_pretrained(save_directory, *args, **kwargs)
+    for path, module in by_path.items():
+        forward = module.__dict__.get("forward")
+        is_ours = isinstance(forward, (functools.partial, types.FunctionType)) and (not path or bool(module._modules))
+        if is_ours and forward is not base[path].__dict__.get("forward"):
+            cast("Any", forward).__signature__ = _signature(base[path])
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    """What the model's forward takes: what it says, and where it passes more on, also what that of its class says."""
+    said = inspect.signature(model.forward)
+    own = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    if not any(one.kind is one.VAR_KEYWORD for one in said.parameters.values()):
+        return said
+    named = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+    more = {one.name: one.replace(kind=one.KEYWORD_ONLY) for one in said.parameters.values() if one.kind in named}
+    last = [one for one in said.parameters.values() if one.kind is one.VAR_KEYWORD]
+    first = [one for one in own if one.kind is not one.VAR_KEYWORD]
+    rest = [one for name, one in more.items() if name not in {one.name for one in first}]
+    return said.replace(parameters=[*first, *rest, *last])

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfn import attention
 from peftfn import transformers_names as hf
+from peftfn import transforms
 from peftfn.calls import Added, Call, tokens_of
 from peftfn.places import Place, check_mask, left_padding, ones
 
@@ -73,7 +73,7 @@ def _refuse_far_prefix(call: Call) -> None:
         return
     if (hf.length(call.cache) or 0) + tokens.shape[1] <= window:
         return
-    is_asked = torch.compiler.is_compiling() or attention.is_mapped(mask)  # then nobody knows what is in the mask
+    is_asked = torch.compiler.is_compiling() or transforms.is_mapped(mask)  # then nobody knows what is in the mask
     if is_asked or bool((left_padding(mask) > 0).any()):
         raise ValueError(
             f"layers of the model see {window} tokens, and padding on the left is between a row and its prefix: the "

@@ -11,6 +11,7 @@ one, and so does a folder that is written while it is read.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -24,12 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from peftfn import encoders, files, fused, hub, keys, methods, older, stacking
-from peftfn.adapter import Adapter, is_traced
+from peftfn.adapter import Adapter
 from peftfn.config import PeftConfig
+from peftfn.transforms import is_traced
 
 _CONFIG_KEY = "peftfn.config"
 _REPLACES_KEY = "peftfn.replaces"
 _PARTS_KEY = "peftfn.parts"
+_BUFFERS_KEY = "peftfn.buffers"
 
 
 def save(adapter: Adapter, folder: str | Path) -> Path:
@@ -67,6 +70,8 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
         _REPLACES_KEY: _digest(old.read_bytes()) if old.is_file() else "",
         _PARTS_KEY: fused.note(adapter),
     }
+    if fixed := [] if methods.of(adapter.config).kind else [key for key in keys.fixed_keys(adapter) if key in plain]:
+        metadata[_BUFFERS_KEY] = json.dumps(fixed)
     encoder = encoders.writes(adapter, plain, _plain)
     writes: dict[str, files.Write] = {
         **encoder,
@@ -144,7 +149,8 @@ def load(
     note = metadata.get(_PARTS_KEY, "")
     ours = _CONFIG_KEY in metadata
     pieces = fused.noted(note, device)
-    adapter = keys.from_keys(tensors, config, str(source), ordered=ours, model=model, pieces=pieces)
+    fixed = frozenset(json.loads(metadata.get(_BUFFERS_KEY, "[]")))
+    adapter = keys.from_keys(tensors, config, str(source), ordered=ours, model=model, pieces=pieces, fixed=fixed)
     adapter = encoders.restored(adapter, origin, device)
     if note:
         adapter = adapter.replace(config=fused.named_config(adapter, note))

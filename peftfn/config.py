@@ -25,6 +25,9 @@ OFF: tuple[Any, ...] = (None, False, {}, [])
 # Left out of files while they are None: versions of PEFT that have no such field warn of it, or refuse the file.
 _LATER = ("exclude_modules", "init_weights", "peft_version", "target_parameters", "tokenizer_kwargs")
 
+_BY_TYPE: dict[str, type[PeftConfig]] = {}
+"""The class of each `peft_type`, put there where the class is defined."""
+
 
 class FrozenDict(Mapping[str, Any]):
     """A mapping that cannot change and can be hashed: a config is static for every transform."""
@@ -96,6 +99,12 @@ class PeftConfig:
     inference_mode: bool = dataclasses.field(default=False, metadata={"help": "Kept for PEFT's files."})
     peft_version: str | None = None
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Make files of the class's own `peft_type` be read as this class."""
+        super().__init_subclass__(**options)
+        if kind := vars(cls).get("peft_type"):
+            _BY_TYPE[kind] = cls
+
     def __new__(cls, *_: Any, **given: Any) -> Self:
         """A config whose fields are yet to be set; names that are no fields are refused with near ones."""
         _check_fields(cls, given)
@@ -133,15 +142,11 @@ class PeftConfig:
         """
         given = dict(data)
         kind = given.pop("peft_type", None) or cls.peft_type
-        from peftfn import methods  # the table, which imports this file
-
-        configs = [method.config for method in methods.TABLE]
-        found = next((one for one in configs if one.peft_type == kind), None)
+        found = _BY_TYPE.get(kind) if isinstance(kind, str) else None
         if found is None:
-            known = ", ".join(sorted(one.peft_type for one in configs))
             raise ValueError(
                 f"{source} has peft_type={data.get('peft_type')!r}, which this version of peftfn does not read: "
-                f"{known}."
+                f"{', '.join(sorted(_BY_TYPE))}."
             )
         if not issubclass(found, cls):
             raise ValueError(f"{source} holds a {found.__name__} (peft_type={kind!r}), not a {cls.__name__}.")

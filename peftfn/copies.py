@@ -65,7 +65,8 @@ def _copied(value: Any, memo: Memo, deep: bool = True) -> Any:
         return reclosed(value, functools.partial(_copied, memo=memo, deep=False), memo)
     parts = _parts(value)
     if parts is None:
-        made = _deep_copied(value, memo) if deep else value
+        made = _copied_callable(value, memo) if is_callable_object(value) else value
+        made = _deep_copied(value, memo) if deep and made is value else made
     elif not deep and len(parts[0]) > _SMALL_CONTAINER:
         made = value
     else:
@@ -130,6 +131,29 @@ def _parts(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
         partial = cast("functools.partial[Any]", value)
         return [partial.func, partial.args, partial.keywords, partial.__dict__], _rebuilt_partial
     return None
+
+
+def is_callable_object(value: Any) -> bool:
+    """Whether a value is an object, no module, that can be called and has attributes: accelerate's around a forward."""
+    kind = cast("type[object]", type(value))
+    call = next((vars(one)["__call__"] for one in kind.__mro__ if "__call__" in vars(one)), None)
+    is_value = issubclass(kind, (type, nn.Module, Tensor))
+    return isinstance(call, types.FunctionType) and not is_value and hasattr(value, "__dict__")
+
+
+def another(value: Any) -> Any:
+    """An object of the same class without attributes."""
+    return object.__new__(cast("type[Any]", type(value)))
+
+
+def _copied_callable(value: Any, memo: Memo) -> Any:
+    """The object; or, where it leads into the model, another one of its class that leads into the copy."""
+    seen = {**memo, id(value): value}  # it may lead to itself
+    if all(_copied(one, seen, deep=False) is one for one in value.__dict__.values()):
+        return value
+    made = memo[id(value)] = another(value)
+    made.__dict__.update({name: _copied(one, memo, deep=False) for name, one in value.__dict__.items()})
+    return made
 
 
 def _contents(cell: types.CellType) -> Any:

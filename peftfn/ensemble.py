@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from peftfn import layers, methods, stacking
-from peftfn.adapter import Adapter, is_traced
+from peftfn.adapter import Adapter
 from peftfn.apply import apply
+from peftfn.transforms import is_traced
 
 _FEW_TOKENS = 32
 """Up to so many, members are folded into rows: benchmarks/many.py, "ensemble of 8" (20 ms folded, 30 mapped)."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,8 +16,13 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 CARD = "README.md"
+RUN = "training.json"
+"""What `peftfn train` leaves beside an adapter: settings, task, columns, the names of the labels."""
 POINTER = b"version https://git-lfs"
 """How a file begins that git-lfs has not fetched."""
+
+NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+"""Errors of the system for a disk that is full, a quota, or a file that may not grow."""
 
 Write = Callable[[Path], object]
 """Writes a file at the path that it is given."""
@@ -26,6 +33,33 @@ def write_atomic(path: Path, write: Write) -> None:
     write_together(path.parent, {path.name: write})
 
 
+@contextlib.contextmanager
+def naming_what_has_no_room(path: Path) -> Generator[None]:
+    """Turn what a full disk makes other libraries raise into an `OSError` that names the path.
+
+    torch raises a RuntimeError about positions in a stream then, and safetensors an exception of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _no_room(error)
+        if number is None or (isinstance(error, OSError) and error.filename):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _no_room(error: BaseException | None) -> int | None:
+    """The system's error number, if an error or what led to it says that there was no room."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return error.errno
+        said = re.search(r"\(os error (\d+)\)", str(error))  # as Rust writes it
+        if said and int(said[1]) in NO_ROOM:
+            return int(said[1])
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def write_together(folder: Path, writes: Mapping[str, Write]) -> None:
     """Put files into a folder (made if missing), each of them whole.
 
@@ -34,6 +68,7 @@ def write_together(folder: Path, writes: Mapping[str, Write]) -> None:
 
     Raises:
         NotADirectoryError: `folder` is a file.
+        OSError: the disk is full; it names the file that has no room.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; expected a folder to write {', '.join(writes)} into.")
@@ -41,9 +76,10 @@ def write_together(folder: Path, writes: Mapping[str, Write]) -> None:
     names = {name: folder / f".{name}.{uuid.uuid4().hex}.tmp" for name in writes}
     try:
         for name, temporary in names.items():
-            writes[name](temporary)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
+            with naming_what_has_no_room(folder / name):
+                writes[name](temporary)
+                with temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
         for name, temporary in names.items():
             temporary.replace(folder / name)
     except BaseException:

@@ -98,8 +98,8 @@ def _require_grad(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
     return output if output.requires_grad else output.detach().requires_grad_(True)
 
 
-def explained(error: RuntimeError, checkpointing: bool) -> RuntimeError:
-    """The error, or one that says what to do where torch's own message does not."""
+def explained(error: RuntimeError, checkpointing: bool) -> RuntimeError | None:
+    """An error that says what to do where torch's own message does not; `None` where that is clear."""
     text, frame = str(error), error.__traceback__
     while frame is not None and not checkpointing:
         checkpointing = frame.tb_frame.f_code.co_filename.endswith("utils/checkpoint.py")
@@ -111,4 +111,4 @@ def explained(error: RuntimeError, checkpointing: bool) -> RuntimeError:
             "off for this model (gradient_checkpointing_disable), or train with loss.backward() in place of "
             "torch.func.grad."
         )
-    return error
+    return None

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peftfn import codecs
+
 _SHARED = "_peftfn_shared"
 _REFUSED = (
-    "A bound module shares the base's weights and writes to none of them: load other weights (Trainer's checkpoints "
-    "and save_pretrained hold merged ones) into a base with from_pretrained, the adapter with peftfn.load, and bind "
-    "again."
+    "A bound module shares the base's weights and writes to none of them: load other weights (as "
+    "save_pretrained(folder, merge=True) writes) into a base with from_pretrained, the adapter with peftfn.load, and "
+    "bind again."
 )
 
 
@@ -46,26 +48,67 @@ def _is_shared(module: nn.Module, name: str) -> bool:
 
 
 def _load(module: nn.Module, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-    """Load into stand-ins of the base's parameters, and say so if what they were given is not what the base has."""
+    """Load into stand-ins of the base's tensors, and say so if what they were given is not what the base has."""
     errors: list[str] = rest[-1]
-    lent = {
-        name: parameter
-        for name, parameter in module._parameters.items()
-        if parameter is not None and _is_shared(module, name) and prefix + name in state and not _is_sharded(parameter)
-    }
-    for name, parameter in lent.items():
-        module._parameters[name] = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
     before = len(errors)
+    state = _unpacked(module, state, prefix, errors)
+    lent = {
+        name: tensor for name, tensor in _of_base(module).items() if prefix + name in state and not _is_sharded(tensor)
+    }
+    for name, tensor in lent.items():
+        _home(module, name)[name] = _blank(tensor)
     try:
         # load_state_dict's step for one module: it has no public name
         type(module)._load_from_state_dict(module, state, prefix, *rest)  # noqa: SLF001
     finally:
         # FSDP puts its own back in there
-        given = {name: new for name in lent if not _is_sharded(new := module._parameters[name])}
-        module._parameters.update({name: lent[name] for name in given})
+        given = {name: new for name in lent if not _is_sharded(new := _home(module, name)[name])}
+        for name in given:
+            _home(module, name)[name] = lent[name]
     changed = [name for name, new in given.items() if not _same(new, lent[name])]
-    if changed and len(errors) == before and not any(_REFUSED in error for error in errors):
-        errors.append(f"{prefix}{changed[0]} is not what the base has. {_REFUSED}")
+    if changed:
+        _refuse(f"{prefix}{changed[0]}", errors, before)
+
+
+def _refuse(name: str, errors: list[str], before: int) -> None:
+    if len(errors) == before and not any(_REFUSED in error for error in errors):
+        errors.append(f"{name} is not what the base has. {_REFUSED}")
+
+
+def _unpacked(module: nn.Module, state: Mapping[str, Any], prefix: str, errors: list[str]) -> Mapping[str, Any]:
+    """The state, in which a packed weight that is the base's is the base's own tensors.
+
+    Beside those tensors a state dict has entries (scales of bitsandbytes) that the formats' classes load nowhere else.
+    """
+    codec, name = codecs.of(module), f"{prefix}weight"
+    entry = None if codec is codecs.DENSE else codecs.find(state, name, module)
+    if entry is None:
+        return state
+    if not _same(entry.dense, codec.read(module, "weight")):
+        _refuse(name, errors, len(errors))
+        return state
+    own = _of_base(module)
+    read_by = {name, *entry.companions}
+    kept = {key: tensor for key, tensor in state.items() if key not in read_by}
+    return kept | {key: own[last] for key in read_by if (last := key.removeprefix(prefix)) in own and key in state}
+
+
+def _of_base(module: nn.Module) -> dict[str, Tensor]:
+    """The module's own tensors that are the base's: parameters, and buffers that hold a packed weight."""
+    fixed = {id(one) for one in codecs.of(module).shared(module)}
+    return {
+        **{name: one for name, one in module._parameters.items() if one is not None and _is_shared(module, name)},
+        **{name: one for name, one in module._buffers.items() if one is not None and id(one) in fixed},
+    }
+
+
+def _home(module: nn.Module, name: str) -> dict[str, Any]:
+    return module._parameters if name in module._parameters else module._buffers
+
+
+def _blank(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor)
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _is_sharded(parameter: Tensor | None) -> bool:

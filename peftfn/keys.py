@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -68,6 +68,19 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
     return keyed
 
 
+def fixed_keys(adapter: Adapter) -> list[str]:
+    """The keys of the buffers of saved modules whose names do not say that they are buffers."""
+    replaces = methods.of(adapter.config).replaces
+    tree = {path: {name: leaf[name] for name in filter(replaces, leaf)} for path, leaf in adapter.buffers.items()}
+    found = to_keys(adapter.replace(params={}, buffers=tree))
+    return [key for key in found if key.rpartition(".")[2] not in prompt_keys.STATISTICS]
+
+
+def _is_buffer(model: nn.Module | None, path: str, name: str) -> bool:
+    module = None if model is None else layers.module_at(model, path)
+    return module is not None and name in module._buffers and codecs.of(module) is codecs.DENSE
+
+
 def _nested(adapter: Adapter, path: str) -> str:
     """The path of a module, which PEFT moves where its parent is an adapted attention."""
     parent, _, name = path.rpartition(".")
@@ -105,6 +118,7 @@ def from_keys(
     ordered: bool,
     model: nn.Module | None,
     pieces: Mapping[str, Leaf] | None = None,
+    fixed: Collection[str] = (),
 ) -> Adapter:
     """The adapter whose tensors have these keys, in the layout of any version of PEFT.
 
@@ -115,6 +129,7 @@ def from_keys(
         ordered: whether the config's `target_parameters` are in the model's order, as this library writes them.
         model: settles that order otherwise.
         pieces: buffers of the sites that are parts of fused layers (`peftfn.fused.noted`).
+        fixed: keys of buffers of saved modules, as `fixed_keys` gives them.
     """
     if not tensors:
         raise ValueError(f"{source} holds no tensor; it is not the weights of an adapter.")
@@ -134,7 +149,8 @@ def from_keys(
             own.setdefault(site, {})[name] = tensor
         else:
             path = _owner(site)
-            home = params if _is_trained(config, path, name, site) else buffers
+            is_buffer = key in fixed or not tensor.is_floating_point() or _is_buffer(model, path, name)
+            home = params if not is_buffer and _is_trained(config, path, name, site) else buffers
             home.setdefault(path, {})[name] = tensor
     paths = _paths(config, own, source, ordered or model is not None)
     for site, leaf in own.items():
@@ -236,7 +252,7 @@ def check_against(adapter: Adapter, model: nn.Module, source: str) -> None:
     missing = [path for path in places if path not in adapted]
     missing += [path for path, names in replaced.items() if names - adapter.params.get(path, {}).keys()]
     unexpected = [path for path in adapted if path not in places]
-    unexpected += [path for path in adapter.params if path not in adapted and not _has_module(model, path)]
+    unexpected += [path for path in adapter.params if path not in adapted and layers.module_at(model, path) is None]
     if missing or unexpected:
         raise KeyError(
             f"{source} does not fit this {type(model).__name__}: missing sites {_few(missing)}, unexpected sites "
@@ -270,14 +286,6 @@ def _replaced(model: nn.Module, config: Any, places: Mapping[str, layers.Place])
         if codecs.bias(model.get_submodule(path)) is not None and not in_attention:
             found.setdefault(path, set()).add("bias")
     return found
-
-
-def _has_module(model: nn.Module, path: str) -> bool:
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
 
 
 def _few(paths: Sequence[str], most: int = 4) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfn import attention
+from peftfn import attention, transforms
 from peftfn import transformers_names as hf
 
 _NAME = "peftfn_sdpa"
@@ -39,10 +39,10 @@ def suit(twins: Iterable[nn.Module], given: Mapping[str, Any]) -> None:
         twins: every module of this call.
         given: the call's arguments by name.
     """
-    if torch.compiler.is_compiling() or not attention.is_mapping():
+    if torch.compiler.is_compiling() or not transforms.is_mapping():
         return  # transformers does not look at masks while Dynamo traces
     masks = [value for name, value in given.items() if name.endswith(hf.MASK) and isinstance(value, Tensor)]
-    whole = any(map(attention.is_mapped, masks))
+    whole = any(map(transforms.is_mapped, masks))
     copies: dict[int, Any] = {}
     for twin in twins:
         config = twin.__dict__.get("config")

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from peftfn import codecs, layers, methods, offloaded, stacking
-from peftfn.adapter import Adapter, Leaf, as_tuple, is_traced
+from peftfn.adapter import Adapter, Leaf, as_tuple
 from peftfn.codecs.stored import Entry
 from peftfn.layers import Place
 from peftfn.methods import Method
+from peftfn.transforms import is_traced
 
 
 def merge(

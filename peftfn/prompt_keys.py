@@ -47,6 +47,6 @@ def from_keys(method: Method, tensors: Mapping[str, Tensor], config: PeftConfig,
                 f"{source} has the key {key!r}, which {method.config.__name__} does not know: the file is another "
                 "config's, or was not written by save_pretrained."
             )
-        home = buffers if name in STATISTICS else params
+        home = buffers if name in STATISTICS or not tensors[key].is_floating_point() else params
         home.setdefault(path, {})[name] = tensors[key]
     return Adapter(sorted_tree(params), sorted_tree(buffers), config)

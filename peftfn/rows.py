@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from peftfn import segments, stacking
-from peftfn.adapter import Adapter, is_traced
+from peftfn.adapter import Adapter
+from peftfn.transforms import is_traced
 
 
 class Rows(NamedTuple):

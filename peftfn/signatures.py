@@ -7,10 +7,10 @@ import inspect
 
 from torch import nn
 
-from peftfn import tracing
+from peftfn import transforms
 
 
-@tracing.constant_result
+@transforms.constant_result
 def argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
     """The names of a class's positional arguments in `forward`, in order."""
     return _argument_names(cls)
@@ -21,7 +21,7 @@ def takes(module: nn.Module, name: str) -> bool:
     return _takes(type(module), name)
 
 
-@tracing.constant_result
+@transforms.constant_result
 def _takes(cls: type[nn.Module], name: str) -> bool:
     return any(name in _argument_names(one) for one in cls.__mro__ if "forward" in vars(one))
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftfn import layers, slices
+from peftfn import layers, methods, slices
 from peftfn.adapter import Adapter, Leaf, Tree, as_tuple, sorted_tree
 from peftfn.config import PeftConfig
-
-if TYPE_CHECKING:
-    from peftfn.methods import Method
+from peftfn.methods import Method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +89,6 @@ def unstack(stacked: Adapter) -> list[Adapter]:
         raise TypeError(
             f"unstack was given a single adapter ({type(stacked.config).__name__}); expected peftfn.stack(...)."
         )
-    from peftfn import methods
-
     configs = stacked.config.configs
     method = methods.of(configs[0])
     return [_slice(stacked, method, number, configs) for number in range(len(configs))]
@@ -122,8 +118,6 @@ def size(stacked: Adapter) -> int:
 
 
 def _common_method(adapters: Sequence[Adapter]) -> Method:
-    from peftfn import methods
-
     kinds = sorted({type(adapter.config).__name__ for adapter in adapters})
     if len(kinds) > 1 or kinds == ["Stacked"]:
         raise ValueError(f"stack was given adapters of {kinds}; expected single adapters of one method.")

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from peftfn import signatures, tracing
+from peftfn import signatures, transforms
 
 IDS = "input_ids"
 DECODER_IDS = "decoder_input_ids"
@@ -72,7 +72,7 @@ def keeps_keys(module: nn.Module) -> bool:
     return cache_argument(module) not in (None, *_STATES)
 
 
-@tracing.constant_result
+@transforms.constant_result
 def annotated_cache(cls: type[nn.Module]) -> str | None:
     """The name of the first argument of a class's `forward` that is annotated as a cache of transformers."""
     return _annotated_cache(cls)
@@ -99,7 +99,7 @@ def is_cache(value: Any) -> bool:
     return _is_cache_type(cast("type[Any]", type(value)))
 
 
-@tracing.constant_result
+@transforms.constant_result
 def _is_cache_type(cls: type[Any]) -> bool:
     return any(one.__module__.startswith("transformers.") and one.__name__.endswith("Cache") for one in cls.__mro__)
 
@@ -228,8 +228,9 @@ def _fixed_layers(cache: Any) -> list[Any]:
 def window(cache: Any) -> int | None:
     """How many tokens back the layers see that see least, themselves included; `None` where all see everything."""
     sliding = [layer for layer in layers_of(cache) or () if getattr(layer, "is_sliding", False)]
-    sizes = (getattr(layer, "sliding_window", None) or getattr(layer, "max_cache_len", None) for layer in sliding)
-    return min((size for size in sizes if isinstance(size, int)), default=None)
+    sizes = [getattr(layer, "sliding_window", None) or getattr(layer, "max_cache_len", None) for layer in sliding]
+    known = [size for size in sizes if isinstance(size, int)]
+    return min(known) if known else None  # with `default=`, torch.compile stops at min
 
 
 def capacity(cache: Any) -> int | None:
@@ -246,7 +247,7 @@ def mask_as_given(*_: Any, attention_mask: Any = None, **__: Any) -> Any:
     return attention_mask
 
 
-@tracing.constant_result
+@transforms.constant_result
 def wants_whole_mask(cls: type[nn.Module]) -> bool:
     """Whether a model's mask has a number for each place of a static cache, as Bloom's has, that counts by it.
 

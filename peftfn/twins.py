@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import codecs, copies, offloaded, tracing
+from peftfn import codecs, copies, offloaded, transforms
 
 # What every module has, and the guards of a view (`peftfn.guards`), which stay the view's: nothing to rebind there.
 _STANDARD = frozenset((*vars(nn.Module()), "_load_from_state_dict", "apply", "requires_grad_"))
@@ -209,15 +209,17 @@ class Twins:
             changed = self._mapped_partial(value)
         elif kind in (list, tuple, dict, set) and len(value) <= _SMALL_CONTAINER:
             changed = self._mapped_container(value)
+        elif not self._tracing and copies.is_callable_object(value):
+            changed = self._mapped_callable(value)
         return changed
 
     def _mapped_method(self, value: types.MethodType) -> Any:
-        owner = self._mapped(value.__self__)
-        if owner is value.__self__:
+        owner, function = self._mapped(value.__self__), self._mapped(value.__func__)
+        if owner is value.__self__ and function is value.__func__:
             return value
         if self._tracing:
-            return functools.partial(value.__func__, owner)
-        return types.MethodType(value.__func__, owner)
+            return functools.partial(function, owner)
+        return types.MethodType(function, owner)
 
     def _mapped_partial(self, value: functools.partial[Any]) -> Any:
         arguments = [self._mapped(argument) for argument in value.args]
@@ -225,6 +227,16 @@ class Twins:
         made = functools.partial(self._mapped(value.func), *arguments, **keywords)
         made.__dict__.update(value.__dict__)
         return made
+
+    def _mapped_callable(self, value: Any) -> Any:
+        """The object; or, where it leads into the base, another one of its class that leads to the twins."""
+        if id(value) in self._functions:
+            return self._functions[id(value)]
+        self._functions[id(value)] = value  # it may lead to itself
+        if any(self._mapped(one) is not one for one in value.__dict__.values()):
+            made = self._functions[id(value)] = copies.another(value)
+            made.__dict__.update({name: self._mapped(one) for name, one in value.__dict__.items()})
+        return self._functions[id(value)]
 
     def _mapped_container(self, value: Any) -> Any:
         if isinstance(value, dict):
@@ -265,7 +277,7 @@ _HOOKS = (
 )
 
 
-@tracing.constant_result
+@transforms.constant_result
 def _method_names(cls: type[nn.Module]) -> tuple[str, ...]:
     """The methods of a model's own classes (those with a forward), not what they have from a library's base."""
     classes = [

@@ -46,7 +46,7 @@ def randomised(adapter: pf.Adapter, seed: int = 0, size: float = 0.1) -> pf.Adap
 
     def noisy(tensor: Tensor) -> Tensor:
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        return tensor + (size * noise).to(tensor.dtype)
+        return tensor + (size * noise).to(tensor)
 
     params = {path: {name: noisy(t) for name, t in leaf.items()} for path, leaf in adapter.params.items()}
     return adapter.replace(params=params)
@@ -57,7 +57,7 @@ def randomise(model: nn.Module, seed: int = 0, size: float = 0.1) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in trained(model).values():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data += (size * noise).to(parameter.dtype)
+        parameter.data += (size * noise).to(parameter)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

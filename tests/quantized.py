@@ -22,7 +22,7 @@ logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def four_bit(layer: nn.Linear, quant_type: str = "nf4", **options: Any) -> nn.Module:
-    """The layer in bitsandbytes' 4 bits; it is quantized when it is moved to its device, the CPU."""
+    """The layer in bitsandbytes' 4 bits; it is quantized when it is moved to its device."""
     import bitsandbytes
 
     made = bitsandbytes.nn.Linear4bit(
@@ -33,7 +33,7 @@ def four_bit(layer: nn.Linear, quant_type: str = "nf4", **options: Any) -> nn.Mo
     # On CPUs with AVX512-BF16 its forward in evaluation would repack the weight, and compute in bfloat16
     # (test_quantized.py has a test of that): the other forward is the same on every CPU.
     made.support_avx512bf16_for_cpu = False
-    return made.to("cpu").train(layer.training)
+    return made.to(layer.weight.device).train(layer.training)
 
 
 def eight_bit(layer: nn.Linear, **options: Any) -> nn.Module:
@@ -43,7 +43,7 @@ def eight_bit(layer: nn.Linear, **options: Any) -> nn.Module:
     given: dict[str, Any] = {"has_fp16_weights": False, **options}
     made = bitsandbytes.nn.Linear8bitLt(layer.in_features, layer.out_features, bias=layer.bias is not None, **given)
     made.load_state_dict(layer.state_dict())
-    return made.to(layer.weight.dtype).to("cpu").train(layer.training)
+    return made.to(layer.weight.dtype).to(layer.weight.device).train(layer.training)
 
 
 @torch.no_grad()  # else its bias is the result of an operation, and cannot be copied
@@ -187,7 +187,7 @@ def parts_of(tensor: Tensor) -> list[Tensor]:
 
 def bits_of(tensor: Tensor) -> bytes:
     """A tensor's values, bit for bit."""
-    return tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 
 def _own(module: nn.Module) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import nn
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """Objects, bits, gradients, flags, hooks, attributes and the global random state, to compare with `==`."""
     seen: dict[str, Any] = {"rng": torch.get_rng_state().tolist(), "packed": quantized.states(model)}
+    seen |= {"rng of GPUs": [state.tolist() for state in torch.cuda.get_rng_state_all()]}
     for path, module in model.named_modules(remove_duplicate=False):
         own = module.__dict__
         seen[f"{path}: object"] = (id(module), type(module), sorted(own), module.training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import peft
 import pytest
 import torch
 from bases import BASES, EXPERTS_ARE_PARAMETERS, Base
+from exact import Float64, assert_close_to_truth, in_float64
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -20,9 +22,9 @@ import peftfn as pf
 from peftfn import keys
 
 # Both libraries compute the same sums; ours scales the narrow side of the product and adds while it multiplies, so
-# float32 results differ in their last bits. What the number is relative to, `oracle.furthest` and `distance` say.
-ROUNDING = 1e-6
-# The same in float64, where rounding is out of the way: what is left would be another formula.
+# float32 results differ in their last bits: each is held to the truth, what peft computes in float64 (exact.py).
+# In float64 rounding is out of the way: what is left would be another formula. What the number is relative to,
+# `oracle.furthest` and `distance` say.
 FORMULA = 1e-13
 # Ten steps at a rate of 0.001 go 0.01 far; AdamW divides by the size of the gradient, and so grows its rounding.
 TRAINING = 1e-5
@@ -144,6 +146,17 @@ class Pair(NamedTuple):
     folder: Path
     theirs: Any
 
+    def truth(self, of: Callable[[Any, Any], Any], theirs: Any = None) -> Any:
+        """What the function makes of peft's model and the batch in float64."""
+        model = in_float64(copy.deepcopy(self.theirs if theirs is None else theirs))
+        with Float64():
+            return of(model, in_float64(self.batch))
+
+
+def output_of(model: Any, batch: Any) -> Tensor:
+    """What a module returns, as one tensor."""
+    return oracle.outputs(oracle.called(model, batch))
+
 
 def pair_of(case: Case, folder: Path, cast: Callable[[Any], Any] = lambda one: one) -> Pair:
     if "target_parameters" in case.options and not EXPERTS_ARE_PARAMETERS:
@@ -182,16 +195,14 @@ def test_peft_holds_the_tensors_of_our_file_bit_for_bit(pair: Pair) -> None:
 
 def test_outputs_are_pefts(pair: Pair) -> None:
     ours = oracle.outputs(pf.apply(pair.base, pair.adapter, pair.batch))
-    theirs = oracle.outputs(oracle.called(pair.theirs, pair.batch))
-    assert oracle.distance(ours, theirs) < ROUNDING
-    assert oracle.distance(ours, oracle.outputs(oracle.called(pair.base, pair.batch))) > 1e-3  # and not the base's
+    assert_close_to_truth(ours, output_of(pair.theirs, pair.batch), pair.truth(output_of))
+    assert oracle.distance(ours, output_of(pair.base, pair.batch)) > 1e-3  # and not the base's
 
 
 def test_every_gradient_is_pefts(pair: Pair) -> None:
     ours = oracle.gradients(pair.base, pair.adapter, pair.batch)
     theirs = oracle.gradients_of(pair.theirs, pair.batch)
-    # T5 of transformers 4.57 rounds to 1.2e-6 on some CPUs: each library by half of that.
-    assert oracle.furthest(ours, theirs) < (2 * ROUNDING if oracle.IS_OLD else ROUNDING)
+    assert_close_to_truth(ours, theirs, pair.truth(oracle.gradients_of))
 
 
 def test_ten_steps_of_adamw_give_pefts_leaves(pair: Pair) -> None:
@@ -212,10 +223,11 @@ def test_merged_weights_are_pefts(pair: Pair) -> None:
     assert oracle.furthest(merged, state) > 1e-3
     if pair.case.tied:
         output = torch.func.functional_call(pair.base, merged, *_call(pair.batch), tie_weights=False)
-        ours = pf.apply(pair.base, pair.adapter, pair.batch)
-        assert oracle.distance(oracle.outputs(output), oracle.outputs(ours)) < ROUNDING
+        theirs = output_of(pair.theirs, pair.batch)
+        assert_close_to_truth(oracle.outputs(output), theirs, pair.truth(output_of))
     else:
-        assert oracle.furthest(merged, oracle.merged_of(pair.theirs)) < ROUNDING
+        truth = pair.truth(lambda model, _: oracle.merged_of(model))
+        assert_close_to_truth(merged, oracle.merged_of(pair.theirs), truth)
 
 
 def _call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -236,22 +248,11 @@ def test_a_folder_that_peft_wrote_gives_pefts_output_and_comes_back_bit_for_bit(
         theirs.save_pretrained(tmp_path / "theirs")
     adapter = pf.load(tmp_path / "theirs", model=pair.base)
     ours = oracle.outputs(pf.apply(pair.base, adapter, pair.batch))
-    assert oracle.distance(ours, oracle.outputs(oracle.called(theirs, pair.batch))) < ROUNDING
+    assert_close_to_truth(ours, output_of(theirs, pair.batch), pair.truth(output_of, theirs))
     pf.save(adapter, tmp_path / "ours")
     written, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
     assert sorted(written) == sorted(oracle.without_copies(found))
     assert all(torch.equal(tensor, found[key]) for key, tensor in written.items())
-
-
-def in_float64(one: Any) -> Any:
-    """The model or batch in float64."""
-    if isinstance(one, dict):
-        return {key: in_float64(value) for key, value in one.items()}
-    if isinstance(one, Tensor):
-        return one.double() if one.is_floating_point() else one
-    if hasattr(one, "set_experts_implementation"):
-        one.set_experts_implementation("eager")  # torch's grouped product has no float64
-    return one.double()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -260,8 +261,9 @@ def test_in_float64_nothing_but_rounding_is_left(name: str, tmp_path: Path) -> N
         pytest.skip("22 million float64 numbers, for what the cases on bert show too")
 
     pair = pair_of(CASES[name], tmp_path, in_float64)
-    ours = oracle.gradients(pair.base, pair.adapter, pair.batch)
-    theirs = oracle.gradients_of(pair.theirs, pair.batch)
+    with Float64():
+        ours = oracle.gradients(pair.base, pair.adapter, pair.batch)
+        theirs = oracle.gradients_of(pair.theirs, pair.batch)
     assert oracle.furthest(ours, theirs) < FORMULA
 
 
@@ -274,17 +276,17 @@ SQUARES = {
 
 @pytest.mark.parametrize("build", SQUARES.values(), ids=SQUARES)
 def test_square_weights_stored_both_ways_are_merged_right_or_refused(build: Callable[[], nn.Module]) -> None:
-    model, x = build(), torch.randn(3, 6)
+    model, x = build().double(), torch.randn(3, 6).double()
     adapter = oracle.randomised(pf.init(model, pf.LoraConfig(r=2, target_modules="all-linear")))
     ours = pf.apply(model, adapter, x)
     merged = pf.merge(model.state_dict(), adapter, model=model)
-    assert oracle.distance(torch.func.functional_call(model, merged, x), ours) < ROUNDING
+    assert oracle.distance(torch.func.functional_call(model, merged, x), ours) < FORMULA
     try:
         merged = pf.merge(model.state_dict(), adapter)
     except ValueError as error:
         assert "model=" in str(error)  # noqa: PT017  # either is right
     else:
-        assert oracle.distance(torch.func.functional_call(model, merged, x), ours) < ROUNDING
+        assert oracle.distance(torch.func.functional_call(model, merged, x), ours) < FORMULA
 
 
 TWO = {
@@ -306,10 +308,11 @@ def test_two_active_adapters_are_pefts_two_active_adapters(case: Case, tmp_path:
         pair.theirs.load_adapter(str(tmp_path / "second"), "second", is_trainable=True)
         pair.theirs.base_model.set_adapter(["default", "second"])
     ours = oracle.outputs(pf.apply(pair.base, (pair.adapter, second), pair.batch))
-    assert oracle.distance(ours, oracle.outputs(oracle.called(pair.theirs, pair.batch))) < ROUNDING
+    assert_close_to_truth(ours, output_of(pair.theirs, pair.batch), pair.truth(output_of))
     for one, other, name in ((pair.adapter, second, "default"), (second, pair.adapter, "second")):
         found = oracle.gradients(pair.base, one, pair.batch, other)
-        assert oracle.furthest(found, oracle.gradients_of(pair.theirs, pair.batch, name)) < ROUNDING
+        of = functools.partial(oracle.gradients_of, name=name)
+        assert_close_to_truth(found, of(pair.theirs, pair.batch), pair.truth(of))
 
 
 def test_attention_is_that_of_the_sum_of_weights_and_deltas() -> None:
@@ -331,18 +334,18 @@ def test_attention_is_that_of_the_sum_of_weights_and_deltas() -> None:
 
 
 def test_attention_without_out_proj_is_pefts(tmp_path: Path) -> None:
-    base, batch = BASES["attention"].make(), BASES["attention"].inputs()
+    base, batch = BASES["attention"].make().double(), BASES["attention"].inputs().double()
     adapter = oracle.randomised(pf.init(base, oracle.config_of(pf, lora("attention", "head"))))
     adapter.params["attention.out_proj"]["lora_B"].zero_()
     pf.save(adapter, tmp_path)
     theirs = oracle.loaded(base, tmp_path)
     ours = pf.apply(base, adapter, batch)
-    assert oracle.distance(ours, theirs(batch)) < ROUNDING
+    assert oracle.distance(ours, theirs(batch)) < FORMULA
     assert oracle.distance(ours, base(batch)) > 1e-3
     found, wanted = oracle.gradients(base, adapter, batch), oracle.gradients_of(theirs, batch)
     assert sorted(found) == sorted(wanted)
     kept = [key for key in found if ".out_proj." not in key]
-    assert oracle.furthest({key: found[key] for key in kept}, {key: wanted[key] for key in kept}) < ROUNDING
+    assert oracle.furthest({key: found[key] for key in kept}, {key: wanted[key] for key in kept}) < FORMULA
 
 
 def test_a_folder_of_pefts_with_attention_comes_back_bit_for_bit(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import BY_NAME, bert, gpt2, llama, loss, output, tokens, trained
+from exact import EXACT, in_float64
 from oracle import IS_OLD
 from snapshot import snapshot
 from torch import Tensor, nn
@@ -184,6 +185,7 @@ def test_adapters_that_are_mapped_run_each_attention_once(name: str) -> None:
 @by_name
 def test_gradients_of_rows_that_are_mapped_run_each_attention_once_each_way(name: str) -> None:
     model, (adapter, *_), batch = setting(name)
+    model, adapter, batch = in_float64(model), in_float64(adapter), in_float64(batch)
     one = grad(
         lambda params, row: loss(
             pf.apply(model, adapter.replace(params=params), {name: tensor[None] for name, tensor in row.items()})
@@ -196,8 +198,7 @@ def test_gradients_of_rows_that_are_mapped_run_each_attention_once_each_way(name
         expected = one(adapter.params, {name: tensor[number] for name, tensor in batch.items()})
         for path, leaf in expected.items():
             for key, tensor in leaf.items():
-                apart = float((together[path][key][number] - tensor).abs().max())
-                assert apart <= ROUNDING * float(tensor.abs().max()) + 1e-9  # of numbers that are next to nothing
+                assert (together[path][key][number] - tensor).abs().max() <= EXACT * max(1.0, tensor.abs().max())
 
 
 def test_torch_alone_takes_slice_after_slice() -> None:

@@ -125,7 +125,9 @@ INITS: Table = {
         w, target_modules=LIN0, init_lora_weights="orthogonal"
     ),
     "TypeError: config is a dict; expected one of: LoraConfig": lambda w: pf.init(w.model, anything({"r": 8})),
-    "TypeError: LoraConfig; expected one of: LoraConfig": lambda w: pf.init(w.model, anything(peft.LoraConfig())),
+    "TypeError: config is peft's LoraConfig; expected one of peftfn's": lambda w: pf.init(
+        w.model, anything(peft.LoraConfig())
+    ),
 }
 
 APPLIES: Table = {

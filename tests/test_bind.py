@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from binding import ATTENTION, LLAMA, ROWS, Row, adapter_for, applied, flat, names_of, output, trained_names
+from exact import EXACT, Float64, in_float64, off
 from snapshot import snapshot
 from torch import Tensor, nn
 
@@ -161,17 +162,18 @@ def dispatch(model: Any) -> Any:
 
 @pytest.mark.parametrize("change", [wrap_in_closures, wrap_in_defaults, add_hooks, dispatch])
 def test_a_base_whose_layers_have_a_forward_of_their_own_runs_adapted(change: Callable[[Any], Any]) -> None:
-    model, batch = LLAMA.make(), LLAMA.inputs()
-    adapter = adapter_for(model, ATTENTION | {"modules_to_save": ["norm"]})
+    model, batch = in_float64(LLAMA.make()), LLAMA.inputs()
+    adapter = in_float64(adapter_for(model, ATTENTION | {"modules_to_save": ["norm"]}))
     with torch.no_grad():
-        expected = applied(model, adapter, batch)
-        changed = change(model)
-        before = snapshot(changed)
-        bound = pf.bind(changed, adapter)
-        assert torch.equal(output(bound, batch), expected)
-        assert torch.equal(applied(changed, adapter, batch), expected)
-        bound.to(torch.float64)  # accelerate's own `to` would move the base
-    assert next(bound.parameters()).dtype == torch.float64
+        with Float64():  # a layer whose own forward is run adds up in another order
+            expected = applied(model, adapter, batch)
+            changed = change(model)
+            before = snapshot(changed)
+            bound = pf.bind(changed, adapter)
+            assert off(output(bound, batch), expected) < EXACT
+            assert off(applied(changed, adapter, batch), expected) < EXACT
+        bound.to(torch.float32)  # accelerate's own `to` would move the base
+    assert next(bound.parameters()).dtype == torch.float32
     assert snapshot(changed) == before
 
 

@@ -141,19 +141,16 @@ def test_trainer_trains_what_it_trains_with_peft_and_leaves_the_base_alone(check
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_trainers_checkpoints_are_plain_models_and_are_not_taken_for_adapters(tmp_path: Path) -> None:
+def test_a_merged_model_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
     model = base("bert")
     bound = pf.bind(model, adapter_for(model, OPTIONS))
     before = snapshot(model)
-    with torch.random.fork_rng():
-        trainer(bound, tmp_path, save_strategy="steps", save_steps=2).train()
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
-        assert not list(tmp_path.rglob("adapter_*"))
-        batch = BASES["bert"].inputs()
-        again = type(model).from_pretrained(tmp_path / "checkpoint-4").eval()
-        torch.testing.assert_close(again(**batch).logits, bound.eval()(**batch).logits, **MERGED)
-        with pytest.raises(RuntimeError, match=r"is not what the base has.*the adapter with peftfn\.load"):
-            trainer(bound, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    bound.save_pretrained(tmp_path / "merged", merge=True)
+    with (
+        torch.random.fork_rng(),
+        pytest.raises(RuntimeError, match=r"is not what the base has.*the adapter with peftfn\.load"),
+    ):
+        trainer(bound, tmp_path).train(resume_from_checkpoint=str(tmp_path / "merged"))
     assert snapshot(model) == before
 
 
@@ -225,10 +222,10 @@ def test_save_pretrained_writes_a_plain_model_with_the_same_outputs(
     state = bound.state_dict()
     if name == "t5" and IS_TRANSFORMERS_4 and "wo" not in options["target_modules"]:
         with pytest.raises(ValueError, match="weights that T5ForConditionalGeneration ties"):
-            bound.save_pretrained(tmp_path / "no")
+            bound.save_pretrained(tmp_path / "no", merge=True)
         assert not (tmp_path / "no").exists()
         return
-    bound.save_pretrained(tmp_path)
+    bound.save_pretrained(tmp_path, merge=True)
     assert (snapshot(model), getattr(bound.config, "tie_word_embeddings", None)) == (before, tied)
     assert all(map(torch.equal, bound.state_dict().values(), state.values()))
     assert {path.name for path in tmp_path.iterdir()} <= {"config.json", "generation_config.json", "model.safetensors"}
@@ -248,7 +245,7 @@ def test_save_pretrained_writes_a_plain_model_with_the_same_outputs(
 def test_save_pretrained_merges_what_reads_its_own_weights(options: dict[str, Any], tmp_path: Path) -> None:
     model, x = odd().eval(), torch.randn(3, 4, 8)
     bound = pf.bind(model, adapter_for(model, options))
-    bound.save_pretrained(tmp_path)
+    bound.save_pretrained(tmp_path, merge=True)
     plain = Plain.from_pretrained(tmp_path).eval()
     assert type(plain) is Plain
     torch.testing.assert_close(plain(x), bound(x), **MERGED)
@@ -264,14 +261,14 @@ def test_save_pretrained_says_which_adapter_has_no_merged_form_and_writes_nothin
     }  # peft's A reads the channels of all groups
     bound = pf.bind(model, adapter.replace(params={"convolution": dense}))
     with pytest.raises(ValueError, match=r"^convolution: cannot merge .* 2 groups .* Keep it unmerged"):
-        bound.save_pretrained(folder)
+        bound.save_pretrained(folder, merge=True)
     assert not folder.exists()
 
 
 def test_save_pretrained_passes_its_options_on(tmp_path: Path) -> None:
     model, batch = base("llama"), BASES["llama"].inputs()
     bound = pf.bind(model, adapter_for(model, dict(target_modules=["q_proj"])))
-    bound.save_pretrained(tmp_path, max_shard_size="5KB")
+    bound.save_pretrained(tmp_path, merge=True, max_shard_size="5KB")
     assert len(json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]) == len(
         model.state_dict()
     )

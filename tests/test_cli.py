@@ -104,7 +104,7 @@ def test_train_has_an_option_for_every_field_of_the_config() -> None:
     printed = call("train", "--help")
     fields = [field.name for field in dataclasses.fields(pf.LoraConfig) if field.name not in FILLED]
     assert "lora_alpha" in fields
-    assert [name for name in fields if f"--{name.replace('_', '-')} " not in printed] == []
+    assert [name for name in fields if not re.search(rf"--{name.replace('_', '-')}[ ,]", printed)] == []
 
 
 def test_options_reach_the_saved_config(run: Run) -> None:
@@ -248,3 +248,22 @@ def test_an_adapter_of_an_image_model_is_merged_without_a_tokenizer_or_a_task(tm
         expected = pf.apply(model, adapter, batch).logits
         assert not torch.allclose(model(**batch).logits, expected, atol=1e-3)
         torch.testing.assert_close(merged(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_merge_takes_its_two_folders_with_or_without_their_options(run: Run, tmp_path: Path) -> None:
+    ways: list[tuple[object, ...]] = [
+        (run.output, tmp_path / "0"),
+        ("--adapter", run.output, "--output", tmp_path / "1"),
+        ("--adapter", run.output, tmp_path / "2"),
+        (run.output, "--output", tmp_path / "3"),
+    ]
+    for number, way in enumerate(ways):
+        assert str(tmp_path / str(number)) in call("merge", *way, "--model", run.model)
+    same = [(tmp_path / str(number) / "model.safetensors").read_bytes() for number in range(4)]
+    assert same.count(same[0]) == 4
+    for wrong in ((), (run.output,), (run.output, "a", "b"), ("--adapter", run.output, "a", "b")):
+        assert "expected --adapter and --output, each once" in call("merge", *wrong, code=2)
+
+
+def test_the_version_is_an_option() -> None:
+    assert call("--version").strip() == f"peftfn {pf.__version__}"

@@ -14,7 +14,7 @@ pytest.importorskip("typer")
 
 from cli_folders import rows, write_csv, write_jsonl
 
-from peftfn.cli import batches, options, records, tables
+from peftfn.cli import batches, columns, labels, options, records, tables
 from peftfn.cli.errors import UserError
 from peftfn.cli.settings import TrainSettings, differences
 
@@ -95,30 +95,30 @@ def test_a_missing_datasets_package_is_an_error_that_names_the_extra(monkeypatch
     ],
 )
 def test_columns_are_found_by_their_usual_names(row: dict[str, object], text: str, label: str | None) -> None:
-    found = tables.label_column(table(row), None)
-    assert (tables.text_column(table(row), None, found), found) == (text, label)
+    found = columns.label_column(table(row), None)
+    assert (columns.text_column(table(row), None, [found]), found) == (text, label)
 
 
 def test_a_text_column_that_cannot_be_told_is_an_error_that_lists_the_columns() -> None:
-    with pytest.raises(UserError, match="give --text-column: first, second"):
-        tables.text_column(table({"first": "a", "second": "b"}), None)
+    with pytest.raises(UserError, match="give --text-column; it has: first, second"):
+        columns.text_column(table({"first": "a", "second": "b"}), None)
     with pytest.raises(UserError, match=r"--text-column third: rows\.csv has no such column; it has: first, second"):
-        tables.text_column(table({"first": "a", "second": "b"}), "third")
+        columns.text_column(table({"first": "a", "second": "b"}), "third")
 
 
 def test_rows_without_text_are_left_out_and_rows_without_label_are_an_error() -> None:
     found = table({"text": "a", "label": 1}, {"text": " ", "label": 0}, {"text": None, "label": 0})
     assert tables.texts_of(found, "text") == [(0, "a")]
-    with pytest.raises(UserError, match=r"row 1: label 0\.5 in column label"):
-        tables.labels_of(table({"text": "a", "label": 0.5}), "label", [0])
+    with pytest.raises(UserError, match=r"column label holds numbers such as 0\.5: that is regression"):
+        labels.labels_of(table({"text": "a", "label": 0.5}), "label", [0])
     with pytest.raises(UserError, match="column text is empty in all 1 rows"):
         tables.texts_of(table({"text": ""}), "text")
 
 
 def test_labels_that_are_numbers_from_0_keep_their_number_and_others_are_sorted() -> None:
-    assert tables.label_names([str(i) for i in (10, *range(10))]) == [str(i) for i in range(11)]
-    assert tables.label_names(["spam", "ham", "spam"]) == ["ham", "spam"]
-    assert tables.label_names(["2", "1"]) == ["1", "2"]
+    assert labels.label_names([str(i) for i in (10, *range(10))]) == [str(i) for i in range(11)]
+    assert labels.label_names(["spam", "ham", "spam"]) == ["ham", "spam"]
+    assert labels.label_names(["2", "1"]) == ["1", "2"]
 
 
 def test_an_epoch_has_each_example_once_and_a_step_is_the_same_wherever_a_run_starts() -> None:

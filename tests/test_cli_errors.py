@@ -11,8 +11,12 @@ import pytest
 pytest.importorskip("typer")
 
 import cli_folders as small
+import torch.distributed.run
+from cli_folders import call
+from same import assert_same
 from typer.testing import CliRunner
 
+import peftfn as pf
 from peftfn import cli
 from peftfn.cli.app import app
 from peftfn.cli.settings import TrainSettings
@@ -115,3 +119,55 @@ def test_commands_on_what_is_no_adapter_say_so(place: Path, tmp_path: Path) -> N
         assert "adapter_config.json" in said
     assert "give --model, --adapter, or both" in refused("eval", "--data", place / "train.csv")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit")
+def test_a_disk_without_room_is_one_sentence_that_names_the_file(place: Path, tmp_path: Path) -> None:
+    import resource
+
+    options = ("--model", place / "bert", "--data", place / "train.csv", "--threads", "1", "--max-steps", "4")
+    small_run = ("train", *options, "--target-modules", "query,value", "--r", "16", "--save-every", "2")
+    call(*small_run, "--output", tmp_path / "whole")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def without_room(size: int, *command: object) -> str:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # as a full disk, for each file alone
+        try:
+            return refused(*command)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    said = without_room(6_000, *small_run, "--output", tmp_path / "out")
+    assert "adapter_model.safetensors cannot be written: File too large; make room, and the same command" in said
+    said = without_room(15_000, *small_run, "--output", tmp_path / "out")
+    assert "training_state.pt cannot be written: File too large" in said
+    said = without_room(15_000, "merge", tmp_path / "whole", tmp_path / "merged")
+    assert "cannot be written: File too large" in said
+    assert not (tmp_path / "merged").exists()
+    call(*small_run, "--output", tmp_path / "out")
+    assert_same(pf.load(tmp_path / "out"), pf.load(tmp_path / "whole"))
+    call("merge", tmp_path / "whole", tmp_path / "merged")
+
+
+def test_one_of_several_processes_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = ("--model", place / "bert", "--data", place / "train.csv", "--output", tmp_path / "out")
+    assert "started as one of 2 processes (WORLD_SIZE)" in refused("train", *options)
+    assert "started as one of 2 processes (WORLD_SIZE)" in refused("sweep", *options, "--lr", "1e-3,1e-2")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_rank_has_a_name_that_torchrun_leaves_alone(place: Path, tmp_path: Path) -> None:
+    parser = torch.distributed.run.get_args_parser()
+    given = ["--model", str(place / "bert"), "--data", str(place / "train.csv"), "--output", str(tmp_path / "out")]
+    given += ["--rank", "3", "--target-modules", "query", "--max-steps", "1", "--threads", "1"]
+    assert parser.parse_args(["-m", "peftfn", "train", *given]).training_script_args == ["train", *given]
+    call("train", *given)
+    config = pf.load(tmp_path / "out").config
+    assert isinstance(config, pf.LoraConfig)
+    assert config.r == 3
+
+
+def test_a_dtype_that_is_none_is_refused(place: Path, tmp_path: Path) -> None:
+    said = refused("merge", place / "bert", tmp_path / "merged", "--dtype", "float8")
+    assert "--dtype float8: give one of auto, float32, bfloat16, float16" in said

@@ -20,7 +20,7 @@ import cli_folders as small
 from cli_folders import call
 from same import assert_same
 
-from peftfn.cli import grids, sweeping, training
+from peftfn.cli import grids, records, sweeping, training
 from peftfn.cli.errors import UserError
 from peftfn.cli.settings import SweepSettings
 
@@ -121,7 +121,7 @@ def test_the_command_leaves_folders_a_table_and_a_picture(place: Path, tmp_path:
         loss, accuracy = measured.split("with adapter")[1].split()[:2]
         assert float(loss) == pytest.approx(float(row["eval_loss"]), abs=2e-4)  # four decimals are shown
         assert accuracy == row["eval_accuracy"]
-    assert "holds a sweep already" in call("sweep", *options, "--lr", "1e-3,1e-2", code=2)
+    assert "holds another sweep (other runs)" in call("sweep", *options, "--lr", "1e-3,1e-2", code=2)
     call("sweep", *options, "--lr", "1e-3,1e-2", "--replace")
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0-lr=0.001", "1-lr=0.01"]
 
@@ -150,6 +150,52 @@ def test_an_adapter_stops_when_its_held_out_loss_has_not_fallen_and_is_saved_as_
         for one, other in zip(found, whole, strict=False):
             assert one["loss"] == pytest.approx(other["loss"], abs=ROUNDING)
         assert_same(pf.load(Path(stopping.output) / row["run"]), made[number])
+
+
+@pytest.mark.parametrize("stopped_in", [3, 8, 13])
+def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(
+    settings: SweepSettings, place: Path, tmp_path: Path, stopped_in: int
+) -> None:
+    # dropout, so that the random state counts; one run diverges and one loses patience, so that the stack shrinks
+    config = dataclasses.replace(CONFIG, lora_dropout=0.2)
+    values: dict[str, list[Any]] = {"lr": [1e-3, 1e30, 0.5], "r": [2, 1, 4]}
+    settings = dataclasses.replace(
+        settings, combine="zip", eval_data=str(place / "test.csv"), patience=1, epochs=3, save_every=5
+    )
+    whole = sweep(settings, values, config)
+    other = dataclasses.replace(settings, output=str(tmp_path / "stopped"))
+    plan, calls = sweeping.prepare(other, config, values), 0
+
+    def stop(*_: Any) -> None:
+        nonlocal calls
+        calls += plan.job.base.model.training
+        if calls == stopped_in:
+            raise KeyboardInterrupt
+
+    hook = plan.job.base.model.register_forward_pre_hook(stop)
+    last = (stopped_in - 1) // 5 * 5
+    with pytest.raises(KeyboardInterrupt, match=f"the same command goes on from step {last}"):
+        sweeping.fit(plan, lambda _: None)
+    hook.remove()
+    with pytest.raises(UserError, match=r"holds another sweep \(weight_decay: 0.0, now 0.1\); give another --output"):
+        sweep(dataclasses.replace(other, weight_decay=0.1), values, config)
+    said: list[str] = []
+    resumed = sweeping.fit(sweeping.prepare(other, config, values), said.append)
+    assert said[0].startswith(f"resumed  from step {last} of 18") or not last
+    for _ in range(2):  # again when it is done, which changes nothing
+        assert len(resumed) == len(whole) == 2
+        for one, expected in zip(resumed, whole, strict=True):
+            assert_same(one, expected)
+        for name in ("summary.csv", "0-lr=0.001-r=2/metrics.jsonl", "2-lr=0.5-r=4/metrics.jsonl"):
+            assert (Path(other.output) / name).read_bytes() == (Path(settings.output) / name).read_bytes()
+        assert not (Path(other.output) / "1-lr=1e+30-r=1").exists()
+        resumed = sweep(other, values, config)
+
+
+def test_a_picture_of_losses_far_from_0_does_not_begin_there() -> None:
+    assert records.bottom([2.9, 2.8, float("nan"), 2.7]) is None
+    assert records.bottom([2.9, 0.2]) == 0
+    assert records.bottom([float("nan")]) is None
 
 
 def test_an_adapter_that_diverges_is_not_saved_and_harms_no_other(settings: SweepSettings) -> None:

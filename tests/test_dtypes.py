@@ -211,3 +211,15 @@ def test_merging_under_autocast_is_merging(name: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         merged = pf.merge(base.state_dict(), adapter)
     assert all(torch.equal(merged[key], expected[key]) for key in expected)
+
+
+def test_float64_leaves_are_computed_in_float64_whatever_the_scalings_dtype() -> None:
+    model = nn.Sequential(nn.Linear(8, 6)).double()
+    adapter = pf.init(model, pf.LoraConfig(r=3, lora_alpha=6, target_modules=["0"], init_lora_weights=False))
+    single = adapter.replace(buffers={"0": {"scaling": adapter.buffers["0"]["scaling"].float()}})
+    x, leaf = torch.randn(4, 8, dtype=torch.float64), adapter.params["0"]
+    with torch.no_grad():
+        weight = model[0].weight + 2 * leaf["lora_B"] @ leaf["lora_A"]
+        merged = pf.merge(model.state_dict(), single)["0.weight"]
+        torch.testing.assert_close(merged, weight, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(pf.apply(model, single, x), x @ weight.mT + model[0].bias, rtol=1e-12, atol=1e-12)

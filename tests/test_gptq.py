@@ -330,7 +330,7 @@ def test_a_model_that_transformers_loads_runs_merges_and_is_saved(tmp_path: Path
     merged = pf.merge(base.state_dict(), adapter, requantize=True)
     bound = pf.bind(base, adapter)
     assert bound(**batch).logits.equal(ours)
-    bound.save_pretrained(tmp_path / "merged")
+    bound.save_pretrained(tmp_path / "merged", merge=True, requantize=True)
     assert snapshot(base) == before
     again = load(tmp_path / "merged").state_dict()
     assert all(again[name].equal(merged[name]) for name in merged)

@@ -8,14 +8,14 @@ import pytest
 import torch
 import transformers
 from cases import BY_NAME, Case, loss, texts, trained
+from exact import EXACT, Float64, off
 from snapshot import snapshot
 from torch import Tensor
 from torch.func import grad, vmap
+from torch.utils._pytree import tree_map
 
 import peftfn as pf
 
-# The same sums by another kernel, relative to the largest value.
-ROUNDING = 1e-5
 NAMES = ("llama", "gpt2", "albert", "ia3-llama", "adalora-gpt2", "prompt-bert", "prompt-t5", "p-tuning-lstm-gpt2")
 NAMES += ("prefix-llama", "prefix-bert", "prefix-t5", "adaption-llama", "adaption-gpt2")
 # transformers 4 decides for these when the model is built, and its decision looks at the mask.
@@ -36,43 +36,44 @@ def alone(model: Any, adapter: pf.Adapter, params: Any, row: dict[str, Tensor]) 
 
 @on_texts
 def test_gradients_of_padded_rows_are_those_of_each_row_alone(case: Case) -> None:
-    assert_mapped_rows_are_those_alone(case, case.base())
+    assert_mapped_rows_are_those_alone(case, case.exact())
 
 
 @pytest.mark.filterwarnings("ignore:.*batching rule:UserWarning")  # of transformers 4, whose BERTs call torch's own
 @pytest.mark.parametrize("name", ["albert", "prompt-bert", "prompt-t5", "llama", "gpt2"])
 def test_so_they_are_where_attention_is_eager(name: str) -> None:
-    model = BY_NAME[name].base()
+    model = BY_NAME[name].exact()
     model.set_attn_implementation("eager")
     assert_mapped_rows_are_those_alone(BY_NAME[name], model)
 
 
 def assert_mapped_rows_are_those_alone(case: Case, model: Any) -> None:
     batch = padded(case)
-    adapter = trained(pf.init(model, case.config))
+    adapter = trained(pf.init(model, case.config, dtype=torch.float64))
     before, kind = snapshot(model), model.config._attn_implementation
     one = grad(lambda params, row: alone(model, adapter, params, row))
-    together = vmap(one, in_dims=(None, 0))(adapter.params, batch)
+    with Float64():
+        together = vmap(one, in_dims=(None, 0))(adapter.params, batch)
     assert snapshot(model) == before
     assert model.config._attn_implementation == kind
     for number in range(4):
-        expected = one(adapter.params, {name: tensor[number] for name, tensor in batch.items()})
-        for path, leaf in expected.items():
+        with Float64():
+            expected = one(adapter.params, {name: tensor[number] for name, tensor in batch.items()})
+        for leaf in expected.values():
             for name, tensor in leaf.items():
                 assert tensor.any() or name in ("lora_A", "ia3_l")  # a position's row of an embedding may be unused
-                difference = (together[path][name][number] - tensor).abs().max()
-                assert difference <= ROUNDING * tensor.abs().max() + 1e-9
+        assert off(tree_map(lambda tensor: tensor[number], together), expected) < EXACT  # noqa: B023  # called at once
 
 
 def test_a_mask_that_is_mapped_decides_what_is_seen() -> None:
     case = BY_NAME["llama"]
-    model, batch = case.base(), padded(case)
-    adapter = trained(pf.init(model, case.config))
+    model, batch = case.exact(), padded(case)
+    adapter = trained(pf.init(model, case.config, dtype=torch.float64))
     row = {"input_ids": batch["input_ids"][0]}
     masks = torch.ones(3, 6, dtype=torch.long)
     masks[1, 0] = masks[2, :3] = 0
-    mapped = vmap(lambda mask: alone(model, adapter, adapter.params, {**row, "attention_mask": mask}))(masks)
-    for mask, found in zip(masks, mapped, strict=True):
-        expected = alone(model, adapter, adapter.params, {**row, "attention_mask": mask})
-        torch.testing.assert_close(found, expected, rtol=ROUNDING, atol=0)
+    with Float64():
+        mapped = vmap(lambda mask: alone(model, adapter, adapter.params, {**row, "attention_mask": mask}))(masks)
+        for mask, found in zip(masks, mapped, strict=True):
+            assert off(found, alone(model, adapter, adapter.params, {**row, "attention_mask": mask})) < EXACT
     assert mapped.unique().numel() == 3

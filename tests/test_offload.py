@@ -134,7 +134,7 @@ def test_an_offloaded_base_is_merged_from_where_its_weights_are(
 def test_a_bound_offloaded_base_is_saved_whole(tmp_path: Path) -> None:
     adapter, plain = adapter_for(OPTIONS["layers"]), LLAMA.make()
     model = on_disk(LLAMA.make(), tmp_path / "offload")
-    pf.bind(model, adapter).save_pretrained(tmp_path / "merged")
+    pf.bind(model, adapter).save_pretrained(tmp_path / "merged", merge=True)
     loaded: Any = type(plain).from_pretrained(tmp_path / "merged")
     expected = pf.merge(plain.state_dict(), adapter)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())

@@ -123,7 +123,7 @@ def test_merge_says_that_there_is_no_weight_to_change(method: str, tmp_path: Pat
     with pytest.raises(ValueError, match=r"changes what the model is given, not its weights, so it cannot be merged"):
         pf.merge(dict(model.named_parameters()), adapter)
     with pytest.raises(ValueError, match=r"cannot be merged"):
-        pf.bind(model, (adapter, adapter)).save_pretrained(tmp_path / "nowhere")
+        pf.bind(model, (adapter, adapter)).save_pretrained(tmp_path / "nowhere", merge=True)
     assert not (tmp_path / "nowhere").exists()
     pf.bind(model, adapter).save_pretrained(tmp_path)  # what can be saved is the adapter
     assert_same(pf.load(tmp_path, model), adapter)

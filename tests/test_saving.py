@@ -242,3 +242,31 @@ def test_patterns_for_names_of_before_are_an_error_and_not_lost(tmp_path: Path) 
     folder = older_vit_folder(adapter_of(model, target_modules=["q_proj"]), tmp_path, alpha_pattern={"query": 3})
     with pytest.raises(ValueError, match="as an older transformers names its modules, and so is its alpha_pattern"):
         pf.load(folder, model=model)
+
+
+class Tempered(nn.Module):
+    """A head with buffers that are saved with it: a number and a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+        self.register_buffer("temperature", torch.tensor(2.0))
+        self.register_buffer("order", torch.arange(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, 4) -> (rows, 2)."""
+        return self.linear(x) / self.temperature
+
+
+@pytest.mark.parametrize("how", ["with the model", "alone", "as peft writes it"])
+def test_buffers_of_a_saved_module_are_buffers_again(how: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Tempered())
+    adapter = adapter_of(model, modules_to_save=["1"])
+    pf.save(adapter, tmp_path)
+    if how == "as peft writes it":
+        theirs = peft.PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 4), Tempered()), str(tmp_path))
+        theirs.save_pretrained(str(tmp_path))
+    again = pf.load(tmp_path, None if how == "alone" else model)
+    assert_same_tensors(flat(again), flat(adapter))
+    assert sorted(again.buffers["1"]) == ["order", "temperature"]
+    pf.leaves(again)

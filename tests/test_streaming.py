@@ -156,7 +156,7 @@ def test_another_dtype_is_that_of_a_base_loaded_in_it(dtype: torch.dtype, tmp_pa
     folder, adapter = case.folder(tmp_path / "base"), case.adapter()
     output = pf.merge_folder(folder, adapter, tmp_path / "merged", dtype=dtype, progress=False)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    pf.bind(model, adapter).save_pretrained(tmp_path / "bound")
+    pf.bind(model, adapter).save_pretrained(tmp_path / "bound", merge=True)
     assert_same_bits(tensors_of(output), tensors_of(tmp_path / "bound"))
     assert transformers.AutoModelForCausalLM.from_pretrained(output, dtype="auto").dtype == dtype
 

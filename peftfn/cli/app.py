@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -9,7 +10,7 @@ import typer
 import peftfn as pf
 from peftfn import methods
 from peftfn.cli import grids, options
-from peftfn.cli.errors import one_sentence
+from peftfn.cli.errors import UserError, one_sentence
 from peftfn.cli.settings import EvalOptions, GenerateOptions, SweepSettings, TrainSettings
 
 app: Any = typer.Typer(
@@ -27,6 +28,24 @@ FILLED = (
     # The run says how many steps it has, files say which ranks are left, and the other three do nothing in AdaLoRA.
     *("adalora.total_step", "adalora.rank_pattern", "adalora.r", "adalora.use_rslora", "adalora.alpha_pattern"),
 )
+
+
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"peftfn {pf.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Fine-tune a frozen transformers model with a small adapter, in PEFT's file format."""
+
 
 METHODS = {method.config.peft_type.lower().replace("_", "-"): method.config for method in methods.TABLE}
 """Every method's config, by the name that --method takes."""
@@ -82,7 +101,7 @@ def sweep(settings: SweepSettings, config: pf.PeftConfig, values: dict[str, list
     --lr, --weight-decay, --warmup, --max-grad-norm, --seed and every number of the method's config take several
     values, by comma or by repeating the option. Each adapter is what `peftfn train` makes of its values, but for
     dropout, of which each draws its own; it goes into a folder of its own in --output, where summary.csv and a picture
-    of all losses are too. A sweep that is killed does not resume.
+    of all losses are too. Killed and started again, the same command goes on where it was.
 
     Example: `peftfn sweep --model MODEL --data train.csv --eval-data test.csv --lr 1e-3,3e-3 --r 4,8 --seed 0,1
     --output sweep`
@@ -101,7 +120,7 @@ app.command("sweep")(
         options.command(
             sweep,
             {SweepSettings: "Run"},
-            fixed=(*FILLED, "save_every", "resume"),
+            fixed=(*FILLED, "resume"),
             one_of=options.OneOf("method", METHODS, "What to train; its options are in the panels below."),
             several=(*grids.OF_RUN, *options.numbers(METHODS.values())),
         )
@@ -149,11 +168,28 @@ def generate(chosen: GenerateOptions) -> None:
 app.command("generate")(one_sentence(options.command(generate, {GenerateOptions: "Options"})))
 
 
+def _filled(named: Mapping[str, str | None], places: Sequence[str]) -> list[str]:
+    """The values of options that may be typed without their names: those without one take `places` in order.
+
+    Raises:
+        UserError: there are more places than options that have no value, or fewer.
+    """
+    open_ones = [name for name, value in named.items() if value is None]
+    if len(open_ones) != len(places):
+        given = ", ".join([*(f"{name} {value}" for name, value in named.items() if value is not None), *places])
+        raise UserError(f"given: {given or 'nothing'}; expected {' and '.join(named)}, each once")
+    by_place = dict(zip(open_ones, places, strict=True))
+    return [by_place[name] if value is None else value for name, value in named.items()]
+
+
 @app.command("merge")
 @one_sentence
 def merge(
-    adapter: AdapterArgument,
-    output: OutputArgument,
+    places: Annotated[
+        list[str] | None, typer.Argument(metavar="ADAPTER OUTPUT", help="The same two, without their options.")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(metavar="FOLDER|ID", help="Adapter folder or hub id.")] = None,
+    output: Annotated[str | None, typer.Option(metavar="FOLDER", help="Folder to write.")] = None,
     model: ModelOption = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: as the base's files have it.")] = "auto",
     *,
@@ -166,12 +202,15 @@ def merge(
     The weights go from file to file, three tensors in memory at a time. Killed and started again, the same command
     goes on where it was.
 
-    Example: `peftfn merge out merged`
+    Example: `peftfn merge --adapter out --output merged`
+
+    The same: `peftfn merge out merged`
     """
+    source, into = _filled({"--adapter": adapter, "--output": output}, places or ())
     from peftfn.cli import folders
     from peftfn.cli.bases import device_of
 
-    target = folders.merge(adapter, output, model, dtype, device_of(device), safe=safe, overwrite=overwrite)
+    target = folders.merge(source, into, model, dtype, device_of(device), safe=safe, overwrite=overwrite)
     typer.echo(f"merged model in {target}")
 
 

@@ -65,10 +65,10 @@ def rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
 class Live:
     """A tqdm bar over the steps, and under it a line for each run, on a terminal; elsewhere the bar alone."""
 
-    def __init__(self, total: int, runs: int) -> None:
-        self._bar = progress.bar(total, 0)
+    def __init__(self, total: int, start: int, lines: Sequence[Line]) -> None:
+        self._bar = progress.bar(total, start)
         room = shutil.get_terminal_size().lines - 3
-        shown = min(runs + 1, room) if sys.stderr.isatty() else 0
+        shown = min(len(lines) + 1, room) if sys.stderr.isatty() else 0
         make = need("tqdm").tqdm
         self._lines = [make(total=0, position=1 + n, bar_format="{desc}", leave=False) for n in range(shown)]
 
@@ -112,7 +112,8 @@ def draw(lines: Sequence[Line], path: Path) -> None:
         axes.plot([one["step"] for one in line.records], mean, color=colour, label=line.name)
         held_out = [one for one in line.records if "eval_loss" in one]
         axes.plot([one["step"] for one in held_out], [one["eval_loss"] for one in held_out], "o", color=colour)
-    axes.set(xlabel="optimizer step", ylabel="loss (line: training, dots: held out)", ylim=(0, None))
+    axes.set(xlabel="optimizer step", ylabel="loss (line: training, dots: held out)")
+    axes.set_ylim(bottom=records.bottom([one["loss"] for line in lines for one in line.records]))
     axes.grid(alpha=0.3)
     if len(lines) <= _LEGEND:
         axes.legend(fontsize="small")

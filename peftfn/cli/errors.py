@@ -11,6 +11,8 @@ from typing import Any, ParamSpec
 
 import torch
 
+from peftfn import files
+
 P = ParamSpec("P")
 
 
@@ -33,6 +35,11 @@ def need(module: str) -> Any:
 
 def sentence(error: BaseException) -> str:
     """What `error` says, on one line."""
+    if isinstance(error, OSError) and error.errno in files.NO_ROOM:
+        return (
+            f"{error.filename or 'a file'} cannot be written: {error.strerror}; make room, and the same command goes "
+            "on where it stopped"
+        )
     # str(KeyError("x")) is the repr of the message, quotes included
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return " ".join(text.split()) or type(error).__name__

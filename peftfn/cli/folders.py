@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import peftfn as pf
-from peftfn import hub, methods
+from peftfn import files, hub, methods
 from peftfn.cli import state
 from peftfn.cli.bases import from_pretrained, load_model, quiet
 from peftfn.cli.errors import UserError
@@ -30,6 +30,9 @@ AUTO_CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 """The transformers class that loads the base of an adapter, by PEFT's task type."""
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def base_name(adapter: pf.Adapter, given: str | None) -> str:
@@ -86,6 +89,8 @@ def merge(
 
     From file to file (`peftfn.merge_folder`), or through the model where the files are not what it computes with.
     """
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: give one of {', '.join(DTYPES)}")
     adapter = pf.load(source, mmap=True)
     if methods.of(adapter.config).kind is not None:
         raise UserError(
@@ -97,32 +102,19 @@ def merge(
         raise UserError(f"{output} is there already; give a folder that is new or empty, or --overwrite")
     quiet()
     folder = hub.fetch(base_name(adapter, model), adapter.config.revision)
-    if not merging.can_stream(folder):
-        return _merge_in_memory(adapter, source, target, model, dtype, device)
-    return pf.merge_folder(
-        folder,
-        adapter,
-        target,
-        dtype=None if dtype == "auto" else getattr(torch, dtype),
-        safe=safe,
-        overwrite=overwrite,
-        model=_labelled(adapter, source, str(folder)),
-        tokenizer=source if (Path(source) / "tokenizer_config.json").is_file() else None,
-        progress=sys.stderr.isatty(),
-    )
-
-
-def _labelled(adapter: pf.Adapter, source: str, folder: str) -> Any:
-    """The base on the meta device, with the names of the labels that its training knew; `None` where it knew none."""
-    labels = head_labels(adapter, source)
-    config = from_pretrained("AutoConfig", folder) if labels else None
-    if config is None or (labels[0] == "LABEL_0" and len(labels) == config.num_labels):
-        return None  # the base has that many, with names
-    config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
-    kind: Any = getattr(transformers, class_name(adapter, folder))
-    make: Any = kind.from_config if hasattr(kind, "from_config") else kind
-    with torch.device("meta"):
-        return make(config)
+    with files.naming_what_has_no_room(target):
+        if not merging.can_stream(folder):
+            return _merge_in_memory(adapter, source, target, model, dtype, device)
+        return pf.merge_folder(
+            folder,
+            source,
+            target,
+            dtype=None if dtype == "auto" else getattr(torch, dtype),
+            safe=safe,
+            overwrite=overwrite,
+            tokenizer=source if (Path(source) / "tokenizer_config.json").is_file() else None,
+            progress=sys.stderr.isatty(),
+        )
 
 
 def _merge_in_memory(
@@ -135,7 +127,7 @@ def _merge_in_memory(
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         bound: Any = pf.bind(base, adapter)
-        bound.save_pretrained(temporary)
+        bound.save_pretrained(temporary, merge=True)
         with contextlib.suppress(UserError):  # a model of images has none
             from_pretrained("AutoTokenizer", base_name(adapter, model)).save_pretrained(temporary)
         if target.exists():

@@ -7,28 +7,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import peftfn as pf
-from peftfn.cli import folders, routed, state, tables, tasks
+from peftfn.cli import data_summary, folders, routed, state, tables, tasks
 from peftfn.cli.bases import Base, in_base_order, load_base
+from peftfn.cli.columns import Columns, choose
 from peftfn.cli.errors import UserError
 from peftfn.cli.evaluation import Score, evaluate
 from peftfn.cli.settings import DataSettings, EvalOptions
 
 
 class Comparison(NamedTuple):
-    """The scores of the base and of base and adapter (None without one), on `rows` of `data`."""
+    """The scores of the base and of base and adapter (None without one), and on what rows."""
 
     base: Score
     adapter: Score | None
     examples: int
     data: str
     new: list[str]
+    about: str = ""
 
     def __str__(self) -> str:
         rows = [("", *self.base.named), ("base", *_digits(self.base))]
         if self.adapter is not None:
             rows.append(("with adapter", *_digits(self.adapter)))
         note = f"; the base's {', '.join(self.new)} is new, so random" if self.new else ""
-        return f"{folders.table(rows)}\n{self.examples:,} examples of {self.data}{note}"
+        return f"{self.about}{folders.table(rows)}\n{self.examples:,} examples of {self.data}{note}"
 
 
 def _digits(score: Score) -> list[str]:
@@ -40,11 +42,12 @@ def _settings(options: EvalOptions, adapter: pf.Adapter | None) -> DataSettings:
     run = state.read_run(Path(options.adapter)) if options.adapter else {}
     names = [field.name for field in dataclasses.fields(DataSettings)]
     trained = {name: value for name, value in run.get("settings", {}).items() if name in names}
-    columns = run.get("columns", {})
+    columns: dict[str, Any] = run.get("columns", {}) if options.task in (None, "auto", run.get("task")) else {}
     trained |= {
         "task": run.get("task", "auto"),
         "text_column": columns.get("text"),
         "label_column": columns.get("label"),
+        "completion_column": columns.get("completion"),
     }
     task = adapter.config.task_type if adapter else None
     if not run and task in ("SEQ_CLS", "CAUSAL_LM"):
@@ -91,9 +94,10 @@ def compare(options: EvalOptions) -> Comparison:
     table = tables.read_table(settings.data, settings.split)
     base, settings, task, columns = _prepared(options, adapter, settings, table)
     examples = tasks.TASKS[task].encode(table, columns, base.tokenizer, settings)
+    about = data_summary.about("data", table, columns, examples, settings) + "\n"
     alone = evaluate(base, task, examples, None, settings.batch_size)
     if adapter is None:
-        return Comparison(alone, None, len(examples.ids), table.name, base.new)
+        return Comparison(alone, None, len(examples.ids), table.name, base.new, about)
     # again, now checked against the base and on its device
     adapter = pf.load(str(options.adapter), model=base.model, device=base.model.device)
     return Comparison(
@@ -102,6 +106,7 @@ def compare(options: EvalOptions) -> Comparison:
         len(examples.ids),
         table.name,
         base.new,
+        about,
     )
 
 
@@ -126,14 +131,15 @@ def _compare_rows(options: EvalOptions) -> Comparison:
     alone, adapted = (
         evaluate(base, task, examples, one, settings.batch_size, own) for one, own in ((None, None), (stacked, index))
     )
-    return Comparison(alone, adapted, len(examples.ids), table.name, base.new)
+    about = data_summary.about("data", table, columns, examples, settings) + "\n"
+    return Comparison(alone, adapted, len(examples.ids), table.name, base.new, about)
 
 
 def _prepared(
     options: EvalOptions, adapter: pf.Adapter | None, settings: DataSettings, table: tables.Table
-) -> tuple[Base, DataSettings, str, tasks.Columns]:
+) -> tuple[Base, DataSettings, str, Columns]:
     """The base, the settings that it allows, the task and the columns."""
-    task, columns = tasks.choose(table, settings)
+    task, columns = choose(table, settings)
     if task == "seq_cls":
         columns = columns._replace(labels=_labels(options, adapter, settings, columns.labels))
     base = load_base(settings, task, columns.labels, adapter.config.revision if adapter else None)

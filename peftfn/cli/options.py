@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, g
 
 import typer
 
+_ALIASES = {"r": ("--rank",)}  # torchrun takes `--r` for the beginning of several of its own options
 _SEQUENCES = (list, tuple, set, frozenset, Sequence, Collection, Iterable)
 
 
@@ -105,9 +106,7 @@ def _metavar(hint: Any) -> str:
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _read(name: str, hint: Any, typed: Any) -> Any:
@@ -151,7 +150,8 @@ def parameter(
         return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
     shared["metavar"] = field.metadata.get("metavar", _metavar(hint)) + (",..." if several else "")
     typed: Any = list[str] if several or (_sequence(hint) is not None and not _is_json(hint)) else str
-    annotation = Annotated[typed if required else typed | None, typer.Option(**shared)]
+    flags = (f"--{field.name.replace('_', '-')}", *_ALIASES.get(field.name, ()))
+    annotation = Annotated[typed if required else typed | None, typer.Option(*flags, **shared)]
     shown = inspect.Parameter.empty if required else _shown([default] if several and default is not None else default)
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=shown, annotation=annotation)
 

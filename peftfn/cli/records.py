@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ def keep_until(path: Path, step: int) -> list[Record]:
 
 def append(path: Path, record: Record) -> None:
     """Add one line."""
-    with path.open("a", encoding="utf-8") as file:
+    with files.naming_what_has_no_room(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
@@ -46,6 +48,12 @@ def smoothed(values: list[float], keep: float) -> list[float]:
         share = keep * share + 1
         means.append(total / share)
     return means
+
+
+def bottom(losses: Sequence[float]) -> float | None:
+    """Where the axis of a picture begins: at 0, or `None`, which is where the losses begin, if that is far above it."""
+    known = [loss for loss in losses if math.isfinite(loss)]
+    return 0 if known and 0 <= min(known) < 0.5 * max(known) else None
 
 
 def draw(records: list[Record], path: Path) -> None:
@@ -67,7 +75,8 @@ def draw(records: list[Record], path: Path) -> None:
             color="tab:orange",
             label="held out",
         )
-    axes.set(xlabel="optimizer step", ylabel="loss", ylim=(0, None))
+    axes.set(xlabel="optimizer step", ylabel="loss")
+    axes.set_ylim(bottom=bottom(losses))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

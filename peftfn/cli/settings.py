@@ -21,7 +21,7 @@ class DataSettings:
     """A base, the data and how one is fed to the other: what training and measuring have in common."""
 
     model: str = option("Base model: a folder or a hub id.", metavar="FOLDER|ID")
-    data: str = option("A .csv, .tsv or .jsonl file, or a `datasets` name or name:config.", metavar="FILE|NAME")
+    data: str = option("A .csv, .tsv, .json or .jsonl file, or a `datasets` name or name:config.", metavar="FILE|NAME")
     split: str = option("Split of a `datasets` name.", "train")
     task: Literal["auto", "seq_cls", "causal_lm"] = option(
         "seq_cls: a label for each text. causal_lm: the next token. auto: seq_cls if a column has labels.",
@@ -29,9 +29,15 @@ class DataSettings:
     )
     text_column: str | None = option("Column with the text; found by its name if not given.", None)
     label_column: str | None = option("Column with the label; found by its name if not given.", None)
+    completion_column: str | None = option(
+        "causal_lm: column with what follows the text, which is then the prompt; the loss is on it alone. `completion` "
+        "beside `prompt` if not given.",
+        None,
+    )
     max_length: int = option("Tokens in one example, at most.", 256)
     long_text: Literal["chunk", "truncate"] = option(
-        "causal_lm: chunk joins the texts and cuts pieces of --max-length; truncate cuts each text once.",
+        "causal_lm: chunk joins the texts and cuts pieces of --max-length; truncate cuts each text once. Rows with a "
+        "completion are never joined.",
         "chunk",
     )
     batch_size: int = option("Examples in one forward pass.", 16)
@@ -75,7 +81,7 @@ class SweepSettings(TrainSettings):
     patience: int | None = option(
         "An adapter stops when its held-out loss has not fallen for so many epochs; needs --eval-data.", None
     )
-    replace: bool = option("Replace the sweep that is in --output.", False)
+    replace: bool = option("Replace the sweep that is in --output, and begin anew.", False)
 
     def __post_init__(self) -> None:
         """Refuse a patience without anything to lose it over."""
@@ -88,7 +94,7 @@ class SweepSettings(TrainSettings):
 class EvalOptions:
     """What `eval` is asked for; what is None is as in the adapter's training, or the default of `train`."""
 
-    data: str = option("A .csv, .tsv or .jsonl file, or a `datasets` name or name:config.", metavar="FILE|NAME")
+    data: str = option("A .csv, .tsv, .json or .jsonl file, or a `datasets` name or name:config.", metavar="FILE|NAME")
     adapter: str | None = option("Adapter folder or hub id; without it the base alone.", None, metavar="FOLDER|ID")
     adapter_column: str | None = option("Column that names each row's adapter, by its folder or --adapters.", None)
     adapters: Sequence[str] | None = option("The names in that column: NAME=FOLDER, NAME=FOLDER, ...", None)
@@ -97,6 +103,7 @@ class EvalOptions:
     task: Literal["auto", "seq_cls", "causal_lm"] | None = option("As in `train`.", None)
     text_column: str | None = option("Column with the text.", None)
     label_column: str | None = option("Column with the label.", None)
+    completion_column: str | None = option("Column with what follows the text.", None)
     max_length: int | None = option("Tokens in one example, at most.", None)
     long_text: Literal["chunk", "truncate"] | None = option("As in `train`.", None)
     batch_size: int = option("Examples in one forward pass.", 32)
@@ -109,7 +116,7 @@ class EvalOptions:
 class GenerateOptions:
     """What `generate` is asked for."""
 
-    data: str = option("A .csv, .tsv or .jsonl file, or a `datasets` name or name:config.", metavar="FILE|NAME")
+    data: str = option("A .csv, .tsv, .json or .jsonl file, or a `datasets` name or name:config.", metavar="FILE|NAME")
     adapter: str | None = option("One adapter for all rows: a folder or hub id.", None, metavar="FOLDER|ID")
     adapter_column: str | None = option(
         "Column that names each row's adapter, by its folder or --adapters; `adapter` if there is one. An empty cell "

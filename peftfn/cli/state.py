@@ -19,8 +19,6 @@ FOLDER = "checkpoint"
 """Checkpoints are `checkpoint/step-00000100`; at most one is kept."""
 
 STATE = "training_state.pt"
-RUN = "training.json"
-"""What the run is: settings, task, columns, labels. `--resume`, `eval` and `merge` read it."""
 
 
 class State(NamedTuple):
@@ -62,11 +60,17 @@ def write(output: Path, state: State) -> None:
         rest: dict[str, Any] = {"step": state.step, "optimizer": state.optimizer, "rng": state.rng}
         rest |= _detached({"params": state.adapter.params, "buffers": state.adapter.buffers})
         rest["ranks"] = tuple(state.ranks) if state.ranks is not None else None
-        files.write_atomic(temporary / STATE, lambda path: torch.save(rest, path))
+        files.write_atomic(temporary / STATE, lambda path: save(rest, path))
         temporary.replace(final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _remove_all_but(folder, final)
+
+
+def save(rest: dict[str, Any], path: Path) -> None:
+    """Write tensors and plain containers; a full disk is an error of the system's."""
+    with path.open("wb") as file:  # given a path, torch loses what the system said
+        torch.save(rest, file)
 
 
 def _detached(tree: dict[str, Any]) -> dict[str, Any]:
@@ -92,14 +96,14 @@ def read(checkpoint: Path, fresh: pf.Adapter, device: torch.device) -> State:
     try:
         # weights_only: tensors and plain containers, no code
         rest = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu")
-        trees = {name: _like(rest[name], getattr(fresh, name), device) for name in ("params", "buffers")}
-        ranks = rest["ranks"] and pf.adalora.State(*(_like(tree, tree, device) for tree in rest["ranks"]))
+        trees = {name: like(rest[name], getattr(fresh, name), device) for name in ("params", "buffers")}
+        ranks = rest["ranks"] and pf.adalora.State(*(like(tree, tree, device) for tree in rest["ranks"]))
         return State(int(rest["step"]), fresh.replace(**trees), rest["optimizer"], rest["rng"], ranks)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"the checkpoint {checkpoint} cannot be read ({error}); start over with --no-resume") from error
 
 
-def _like(found: Any, fresh: Any, device: torch.device) -> Any:
+def like(found: Any, fresh: Any, device: torch.device) -> Any:
     """The tensors that were saved, on `device`, with the names and shapes of the fresh ones."""
     shapes = [{path: {n: t.shape for n, t in leaf.items()} for path, leaf in tree.items()} for tree in (found, fresh)]
     if shapes[0] != shapes[1]:
@@ -110,17 +114,17 @@ def _like(found: Any, fresh: Any, device: torch.device) -> Any:
 def remove(output: Path) -> None:
     """Remove what an earlier run left in `output`, and nothing else there."""
     shutil.rmtree(output / FOLDER, ignore_errors=True)
-    for name in (RUN, files.CONFIG, files.WEIGHTS, "metrics.jsonl", "loss.png"):
+    for name in (files.RUN, files.CONFIG, files.WEIGHTS, "metrics.jsonl", "loss.png"):
         (output / name).unlink(missing_ok=True)
 
 
 def write_run(output: Path, run: dict[str, Any]) -> None:
     """Write what the run is."""
     text = json.dumps(run, indent=2, sort_keys=True) + "\n"
-    files.write_atomic(output / RUN, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    files.write_atomic(output / files.RUN, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_run(folder: Path) -> dict[str, Any]:
     """What `write_run` wrote, or an empty dict where the adapter does not come from `peftfn train`."""
-    path = folder / RUN
+    path = folder / files.RUN
     return files.read_json(path) if path.is_file() else {}

@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import optree
 import torch
 from torch import Tensor
 
 import peftfn as pf
-from peftfn import files
-from peftfn.cli import batches, board, evaluation, folders, grids, records, state, tasks, training
+from peftfn.cli import batches, board, evaluation, folders, grids, records, sweep_state, tasks, training
 from peftfn.cli.bases import load_base, mode
 from peftfn.cli.errors import UserError
-from peftfn.cli.grids import Member
-from peftfn.cli.settings import SweepSettings, fingerprint
-
-RUNS = "sweep.json"
-"""Which folders in --output are a sweep's, so that --replace removes no others."""
-
-
-class Plan(NamedTuple):
-    """All that a sweep needs, in memory; `job` is its first run, whose base, data and length all of them share."""
-
-    job: training.Job
-    members: list[Member]
-    adapters: list[pf.Adapter]
-
-
-class Progress(NamedTuple):
-    """Where a sweep stands: `live` are the numbers of the adapters in `run`, `lines` is what all have done."""
-
-    run: pf.sweep.Run
-    live: list[int]
-    lines: list[board.Line]
+from peftfn.cli.settings import SweepSettings
+from peftfn.cli.sweep_state import Plan, Progress
 
 
 def prepare(settings: SweepSettings, config: pf.PeftConfig, values: Mapping[str, Sequence[Any]]) -> Plan:
@@ -76,60 +53,45 @@ def fit(plan: Plan, say: Callable[[str], None] = print) -> list[pf.Adapter]:
     """The trained adapters, each saved in a folder of its own, with summary.csv and loss.png beside them.
 
     A run is what `peftfn train` does with its values, but for dropout, of which each adapter draws its own. One that
-    stops early, or whose loss is no longer a number, leaves the program, and the others go on as without it.
-    A sweep that is killed does not resume.
+    stops early, or whose loss is no longer a number, leaves the program, and the others go on as without it. Killed at
+    any moment and started again, the sweep ends with the same adapters, bit for bit, as one that was let through.
     """
-    job = plan.job
-    assert isinstance(job.settings, SweepSettings)
-    output = Path(job.settings.output)
-    _begin(output, plan)
-    torch.manual_seed(job.settings.seed)
-    lines = [board.Line(member.name, member.changed, "training", []) for member in plan.members]
-    now = Progress(pf.sweep.begin(plan.adapters), list(range(len(lines))), lines)
-    found = dict(enumerate(plan.adapters))
+    job, output = plan.job, Path(plan.job.settings.output)
+    now = sweep_state.begin(plan)
+    kept = now.step
+    if kept:
+        say(f"resumed  from step {kept} of {job.total}")
+    found = dict(enumerate(plan.adapters)) | sweep_state.saved(plan, now)
     try:
-        with warnings.catch_warnings(), mode(job.base.model, training=True), board.Live(job.total, len(lines)) as live:
+        with (
+            warnings.catch_warnings(),
+            mode(job.base.model, training=True),
+            board.Live(job.total, kept, now.lines) as live,
+        ):
             # torch's fused attention has no rule for vmap on the CPU: it runs adapter by adapter
             warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
-            for step, chosen in _steps(plan):
+            for step, chosen in _steps(plan, kept):
+                if not now.live:
+                    break
                 now = _step(plan, now, step, chosen)
                 live.show(now.lines)
                 now = _without_stopped(plan, now, step, found)
-                if not now.live:
-                    break
+                if now.step % job.settings.save_every == 0 or not now.live:
+                    sweep_state.write(plan, now)
+                    kept = now.step
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped; a sweep does not resume: start it again with --replace") from None
+        raise KeyboardInterrupt(f"stopped; the same command goes on from step {kept}") from None
     board.write_summary(now.lines, output / board.SUMMARY)
     board.draw(now.lines, output / records.PICTURE)
     say(_closing(now.lines, output))
     return [found[number] for number, line in enumerate(now.lines) if line.state != "diverged"]
 
 
-def _begin(output: Path, plan: Plan) -> None:
-    """The output folder, without what an earlier sweep left there."""
-    job = plan.job
-    assert isinstance(job.settings, SweepSettings)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file; give a folder")
-    if (output / RUNS).is_file():
-        if not job.settings.replace:
-            raise UserError(f"--output {output} holds a sweep already; give another --output, or --replace")
-        for name in files.read_json(output / RUNS)["runs"]:
-            shutil.rmtree(output / Path(name).name, ignore_errors=True)
-        for name in (board.SUMMARY, records.PICTURE):
-            (output / name).unlink(missing_ok=True)
-    elif taken := [member.name for member in plan.members if (output / member.name).exists()]:
-        raise UserError(f"--output {output} has {taken[0]} already, which is no sweep's; give another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"runs": [member.name for member in plan.members]}, indent=2) + "\n"
-    files.write_atomic(output / RUNS, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _steps(plan: Plan) -> Iterator[tuple[int, list[list[list[int]]]]]:
+def _steps(plan: Plan, start: int) -> Iterator[tuple[int, list[list[list[int]]]]]:
     """Each step's batches, by adapter: the order of the data is that of the adapter's seed."""
     job, lengths = plan.job, [len(ids) for ids in plan.job.examples.ids]
     size, parts = job.settings.batch_size, job.settings.grad_accumulation
-    orders = [batches.steps(lengths, size, parts, one.settings.seed, 0, job.total) for one in plan.members]
+    orders = [batches.steps(lengths, size, parts, one.settings.seed, start, job.total) for one in plan.members]
     for found in zip(*orders, strict=True):
         yield found[0][0], [chosen for _, chosen in found]
 
@@ -150,7 +112,7 @@ def _step(plan: Plan, now: Progress, step: int, chosen: list[list[list[int]]]) -
     for number, rate, value in zip(now.live, rates, cast("list[float]", values.tolist()), strict=True):
         record: records.Record = {"step": step + 1, "loss": value, "lr": rate}
         lines[number] = lines[number]._replace(records=[*lines[number].records, record])
-    return _measured(plan, now._replace(run=run, lines=lines), step)
+    return _measured(plan, now._replace(step=step + 1, run=run, lines=lines), step)
 
 
 def _gradients(plan: Plan, now: Progress, chosen: list[list[list[int]]]) -> tuple[Any, Tensor]:
@@ -223,10 +185,10 @@ def _without_stopped(plan: Plan, now: Progress, step: int, found: dict[int, pf.A
         lines[number] = lines[number]._replace(state=states[number])
         if states[number] in ("trained", "stopped"):
             found[number] = adapter
-            _save(plan, number, adapter, lines[number].records)
+            sweep_state.save_run(plan, number, adapter, lines[number].records)
     left = [place for place, number in enumerate(now.live) if states[number] == "training"]
     run = pf.sweep.keep(now.run, left) if left else now.run
-    return Progress(run, [now.live[place] for place in left], lines)
+    return Progress(now.step, run, [now.live[place] for place in left], lines)
 
 
 def _state_of(plan: Plan, line: board.Line, step: int) -> str:
@@ -239,24 +201,6 @@ def _state_of(plan: Plan, line: board.Line, step: int) -> str:
     patience, held_out = plan.job.settings.patience, [one["eval_loss"] for one in line.records if "eval_loss" in one]
     since = len(held_out) - 1 - min(range(len(held_out)), key=held_out.__getitem__, default=0)
     return "stopped" if patience is not None and held_out and since >= patience else "training"
-
-
-def _save(plan: Plan, number: int, adapter: pf.Adapter, record: Sequence[records.Record]) -> None:
-    """One run's folder, as `peftfn train` leaves it."""
-    job, member = plan.job, plan.members[number]
-    folder = Path(job.settings.output) / member.name
-    pf.save(adapter, folder)
-    settings = dataclasses.replace(member.settings, output=str(folder), max_length=job.settings.max_length)
-    run = {
-        "fingerprint": fingerprint(settings, adapter.config, job.examples.digest()),
-        "settings": dataclasses.asdict(settings),
-        "task": job.task,
-        "columns": job.columns._asdict(),
-        "parameters": pf.count(adapter, job.base.model).total,
-    }
-    state.write_run(folder, run)
-    text = "".join(json.dumps(one) + "\n" for one in record)
-    files.write_atomic(folder / records.METRICS, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _closing(lines: Sequence[board.Line], output: Path) -> str:

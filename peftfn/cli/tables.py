@@ -1,87 +1,52 @@
-"""Rows out of a CSV, TSV or JSONL file or a `datasets` name, and which columns are text and label."""
+"""Rows out of a file or a `datasets` name, and the texts in a column of them."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
+from peftfn.cli import text_files
 from peftfn.cli.errors import UserError, need, sentence
+from peftfn.cli.text_files import Row
 
-Row = dict[str, Any]
-
-FORMATS = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None}
-TEXT_NAMES = ("text", "sentence", "content", "document", "body", "review", "message", "prompt", "article")
-LABEL_NAMES = ("label", "labels", "category", "class", "target", "sentiment", "topic", "intent")
+CHATS = ("messages", "conversations", "conversation", "chat")
+"""Usual names of a column that holds a list of messages."""
 
 
 class Table(NamedTuple):
-    """Rows with their column names; `name` is what messages call it."""
+    """Rows with their column names.
+
+    Attributes:
+        name: what messages call it.
+        columns: the names, in order.
+        rows: of values by column.
+        notes: what a reader may not expect of the file, a sentence each.
+        has_cells: whether the names are the first line of a file, which may be a row where there is no header.
+    """
 
     name: str
     columns: list[str]
     rows: list[Row]
+    notes: Sequence[str] = ()
+    has_cells: bool = False
 
 
 def read_table(source: str, split: str) -> Table:
     """The rows of a file, of a folder that `datasets` wrote, or of a `datasets` name or name:config."""
     path = Path(source)
-    if path.suffix.lower() in FORMATS:
+    if path.suffix.lower() in text_files.FORMATS:
         if not path.is_file():
             raise UserError(f"{source}: no such file")
-        table = _read_file(path)
+        rows, columns, notes, has_cells = text_files.read(path)
+        table = Table(str(path), columns, rows, notes, has_cells)
     elif path.is_file():
-        raise UserError(f"{source}: give a file that ends in {', '.join(FORMATS)}, or a `datasets` name")
+        raise UserError(f"{source}: give a file that ends in {', '.join(text_files.FORMATS)}, or a `datasets` name")
     else:
         table = _read_datasets(source, split)
     if not table.rows:
         raise UserError(f"{table.name} has no rows")
     return table
-
-
-def _read_file(path: Path) -> Table:
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # -sig: spreadsheets write a byte order mark
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    delimiter = FORMATS[path.suffix.lower()]
-    rows = list(_json_rows(path, text) if delimiter is None else _delimited_rows(path, text, delimiter))
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    return Table(str(path), columns, rows)
-
-
-def _delimited_rows(path: Path, text: str, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)  # csv's own limit of 131,072 characters is shorter than a long document
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    columns = reader.fieldnames or []
-    if len(set(columns)) < len(columns):
-        raise UserError(f"{path} names a column twice: {', '.join(columns)}")
-    try:
-        for row in reader:
-            # DictReader puts extra cells under None and fills missing ones with None
-            if None in row or None in row.values():
-                cells = sum(v is not None for k, v in row.items() if k is not None) + len(row.get(None) or [])
-                raise UserError(f"{path}, line {reader.line_num}: {cells} cells where the header has {len(columns)}")
-            yield dict(row)
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.reader.line_num}: {error}") from None
-
-
-def _json_rows(path: Path, text: str) -> Iterator[Row]:
-    # not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise UserError(f'{path}, line {number}: expected an object such as {{"text": ...}}, found {line[:40]}')
-        yield row
 
 
 def _read_datasets(source: str, split: str) -> Table:
@@ -104,41 +69,20 @@ def _read_datasets(source: str, split: str) -> Table:
     return Table(f"{source} ({split})", list(data.column_names), found)
 
 
-def _find(table: Table, given: str | None, known: Sequence[str], option: str) -> str | None:
-    """The column that was given, or the first whose name is a usual one."""
-    if given is not None:
-        if given not in table.columns:
-            raise UserError(f"{option} {given}: {table.name} has no such column; it has: {', '.join(table.columns)}")
-        return given
-    lower = {column.strip().lower(): column for column in table.columns}
-    return next((lower[name] for name in known if name in lower), None)
-
-
-def label_column(table: Table, given: str | None) -> str | None:
-    """The column with the labels, or None where no column looks like one."""
-    return _find(table, given, LABEL_NAMES, "--label-column")
-
-
-def text_column(table: Table, given: str | None, label: str | None = None) -> str:
-    """The column with the text: given, found by its name, or the only one beside the label."""
-    found = _find(table, given, TEXT_NAMES, "--text-column")
-    others = [column for column in table.columns if column != label]
-    if found is None and len(others) == 1:
-        found = others[0]
-    if found is None:
-        raise UserError(
-            f"no column of {table.name} looks like the text; give --text-column: {', '.join(table.columns)}"
-        )
-    return found
+def refuse_missing(table: Table, column: str) -> None:
+    """Raise where the table has no such column."""
+    if column not in table.columns:
+        raise UserError(f"{table.name} has no column {column!r}; it has: {', '.join(table.columns)}")
 
 
 def texts_of(table: Table, column: str) -> list[tuple[int, str]]:
-    """Row number and text of each row that has any text."""
+    """Row number, from 0, and text of each row that has any text."""
+    refuse_missing(table, column)
     found: list[tuple[int, str]] = []
     for number, row in enumerate(table.rows):
         text = row.get(column)
         if text is not None and not isinstance(text, str):
-            raise UserError(f"{table.name}, row {number + 1}: column {column} holds {text!r}, not text")
+            _refuse_cell(f"{table.name}, row {number + 1}: column {column}", text)
         if text and text.strip():
             found.append((number, text))
     if not found:
@@ -146,23 +90,17 @@ def texts_of(table: Table, column: str) -> list[tuple[int, str]]:
     return found
 
 
-def labels_of(table: Table, column: str, rows: Sequence[int]) -> list[str]:
-    """The label of each of `rows`, as a name; whole numbers are named by their digits."""
-    found: list[str] = []
-    for number in rows:
-        label = table.rows[number].get(column)
-        if label is None or label == "" or isinstance(label, (float, list, dict)):
-            raise UserError(
-                f"{table.name}, row {number + 1}: label {label!r} in column {column}; give a name or a whole number"
-            )
-        found.append(str(label))
-    return found
+def _refuse_cell(where: str, value: Any) -> NoReturn:
+    shown = str(value)
+    if isinstance(value, (list, dict)) and any(word in shown for word in ("'role'", "'from'")):
+        raise UserError(
+            f"{where} holds the messages of a chat, which are not read; write them as text "
+            "(tokenizer.apply_chat_template), or as columns prompt and completion"
+        )
+    raise UserError(f"{where} holds {shown if len(shown) <= 60 else shown[:57] + '...'}, not text")
 
 
-def label_names(labels: Sequence[str]) -> list[str]:
-    """The distinct labels, in the order of their ids: 0..k-1 as they are, anything else sorted."""
-    names = sorted(set(labels))
-    numbers = sorted(names, key=lambda name: (len(name), name))
-    if numbers == [str(i) for i in range(len(numbers))]:
-        return numbers
-    return names
+def row_numbers(numbers: Sequence[int]) -> str:
+    """`rows 1, 5, 9, ...`: rows as a person counts them, the header not among them."""
+    shown = ", ".join(str(number + 1) for number in numbers[:5])
+    return f"row{'s' * (len(numbers) > 1)} {shown}{', ...' if len(numbers) > 5 else ''}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,23 +14,25 @@ import torch
 
 import peftfn as pf
 from peftfn import files, matching
-from peftfn.cli import batches, progress, ranks, records, state, tables, tasks
+from peftfn.cli import batches, data_summary, labels, progress, ranks, records, state, tables, tasks
 from peftfn.cli.bases import Base, in_base_order, load_base, mode
+from peftfn.cli.columns import Columns, choose
 from peftfn.cli.errors import UserError, need
 from peftfn.cli.evaluation import evaluate
 from peftfn.cli.settings import TrainSettings, differences, fingerprint
 
 
 class Job(NamedTuple):
-    """All that a run needs, in memory; the output folder has not been touched."""
+    """All that a run needs, in memory; the output folder has not been touched. `data` says what was read."""
 
     settings: TrainSettings
     base: Base
     task: str
-    columns: tasks.Columns
+    columns: Columns
     examples: tasks.Examples
     held_out: tasks.Examples | None
     adapter: pf.Adapter
+    data: str
 
     @property
     def total(self) -> int:
@@ -49,22 +52,44 @@ def prepare(
     held_out: tables.Table | None = None,
 ) -> Job:
     """Everything loaded, checked and encoded; `table` and `held_out` stand in for the settings' files."""
+    _refuse_ranks()
     for module in ("tqdm", "matplotlib"):
         need(module)  # a missing one is an error now, not after the training
     table = table or tables.read_table(settings.data, settings.split)
     if held_out is None and settings.eval_data is not None:
         held_out = tables.read_table(settings.eval_data, settings.eval_split)
-    task, columns = tasks.choose(table, settings)
-    if len(columns.labels) == 1:
-        raise UserError(f"{table.name}: every row is labelled {columns.labels[0]!r}; two different labels are needed")
+    task, columns = choose(table, settings)
+    _refuse_labels(table, columns)
     columns = columns._replace(labels=in_base_order(settings.model, config.revision, columns.labels))
     base = load_base(settings, task, columns.labels, config.revision)
     settings = dataclasses.replace(settings, max_length=min(settings.max_length, base.longest))
-    examples, *others = (tasks.TASKS[task].encode(t, columns, base.tokenizer, settings) for t in (table, held_out) if t)
+    named = {"data": table} | ({"held out": held_out} if held_out else {})
+    read = {name: tasks.TASKS[task].encode(one, columns, base.tokenizer, settings) for name, one in named.items()}
+    data = "\n".join(data_summary.about(name, named[name], columns, read[name], settings) for name in named)
     config = completed(config, base, settings.model, task)
-    config = ranks.with_steps(config, _total(settings, examples))
+    config = ranks.with_steps(config, _total(settings, read["data"]))
     adapter = pf.init(base.model, config, generator=torch.Generator().manual_seed(settings.seed))
-    return Job(settings, base, task, columns, examples, others[0] if others else None, adapter)
+    return Job(settings, base, task, columns, read["data"], read.get("held out"), adapter, data)
+
+
+def _refuse_ranks() -> None:
+    """Raise in one of several processes: all of them would write the same folder."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count.isdigit() and int(count) > 1:
+        raise UserError(
+            f"started as one of {count} processes (WORLD_SIZE), and this command trains in one; start it without "
+            "torchrun or with --nproc-per-node 1, or train peftfn.bind(model, adapter) with transformers' Trainer"
+        )
+
+
+def _refuse_labels(table: tables.Table, columns: Columns) -> None:
+    """Raise where nothing can be learnt of the labels."""
+    if columns.label is None:
+        return
+    if len(columns.labels) == 1:
+        raise UserError(f"{table.name}: every row is labelled {columns.labels[0]!r}; two different labels are needed")
+    rows = [number for number, _ in tables.texts_of(table, columns.text)]
+    labels.refuse_texts(f"{table.name}, column {columns.label}", labels.labels_of(table, columns.label, rows))
 
 
 def completed(config: pf.PeftConfig, base: Base, name: str, task: str) -> pf.PeftConfig:
@@ -86,16 +111,13 @@ def completed(config: pf.PeftConfig, base: Base, name: str, task: str) -> pf.Pef
 
 
 def describe(job: Job) -> str:
-    """What is about to be trained, on what, in four lines."""
-    settings, config, columns, model = job.settings, job.adapter.config, job.columns, job.base.model
-    read = f"column {columns.text!r}"
-    if columns.label is not None:
-        read += f", {len(columns.labels)} labels in column {columns.label!r}"
+    """What is about to be trained, on what."""
+    settings, config, model = job.settings, job.adapter.config, job.base.model
     new = f"; new, trained whole: {', '.join(job.base.new)}" if job.base.new else ""
     each = settings.batch_size * settings.grad_accumulation
     lines = (
         f"base     {settings.model} ({type(model).__name__}, frozen{new})",
-        f"data     {settings.data}: {len(job.examples.ids):,} examples of at most {settings.max_length} tokens, {read}",
+        job.data,
         f"adapter  {config.peft_type} at {len(job.adapter.params)} sites; {pf.count(job.adapter, model)}",
         f"run      {job.total:,} steps of {each} examples on {model.device}",
     )

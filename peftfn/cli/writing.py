@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ import peftfn as pf
 from peftfn import files
 from peftfn.cli import batches, progress, routed, tables
 from peftfn.cli.bases import device_of, from_pretrained, load_model, mode, quiet
+from peftfn.cli.columns import completion_column, text_column
 from peftfn.cli.errors import UserError
 from peftfn.cli.settings import GenerateOptions
 
@@ -20,7 +22,9 @@ from peftfn.cli.settings import GenerateOptions
 def write(options: GenerateOptions) -> list[dict[str, Any]]:
     """The rows of the file with the written text in the column `generated`, in the file's order."""
     table = tables.read_table(options.data, options.split)
-    column = tables.text_column(table, options.text_column)
+    for note in table.notes:
+        print(f"{table.name}: {note}", file=sys.stderr)
+    column = text_column(table, options.text_column, [completion_column(table, options.text_column, None)])
     found = _chosen(options, table)
     texts = dict(tables.texts_of(table, column))
     if left := [number + 1 for number in range(len(table.rows)) if number not in texts]:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftfn.transforms import unviewed
+
 Tensors = tuple[Tensor, ...]
 
 _BLOCK = 2**22  # values of W that are unpacked at once: 16 MB in float32
@@ -156,7 +158,8 @@ class _Traced(torch.autograd.Function):
     @staticmethod
     # Each tensor by itself: torch.compile takes a Function of `*tensors` for one of the old kind, with a context first.
     def forward(x: Tensor, bias: Any, what: _What, one: Any, two: Any, three: Any, four: Any, five: Any) -> Any:  # noqa: PLR0917
-        return _computed(what, x, bias, tuple(tensor for tensor in (one, two, three, four, five) if tensor is not None))
+        tensors = tuple(tensor for tensor in (one, two, three, four, five) if tensor is not None)
+        return unviewed(_computed(what, x, bias, tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -218,7 +221,7 @@ class _Rows(torch.autograd.Function):
     def forward(ids: Tensor, what: tuple[Any, ...], one: Any, two: Any, three: Any, four: Any, five: Any) -> Any:  # noqa: PLR0917
         form, spec, dtype = what
         tensors = tuple(tensor for tensor in (one, two, three, four, five) if tensor is not None)
-        return form.pick(tensors, spec, ids.reshape(-1), dtype).view(*ids.shape, spec.shape[1])
+        return unviewed(form.pick(tensors, spec, ids.reshape(-1), dtype).view(*ids.shape, spec.shape[1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

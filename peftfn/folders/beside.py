@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from peftfn import files, plain
+from peftfn import auto, files, plain
 from peftfn.adapter import Adapter
 from peftfn.files import Write
 from peftfn.folders import shards
@@ -51,6 +51,8 @@ def writes(
     plan: Plan,
     dtype: torch.dtype | None,
     tokenizer: Path | None,
+    *,
+    labels: Sequence[str] = (),
 ) -> dict[str, Write]:
     """What writes each of the files beside the weights, by name.
 
@@ -64,7 +66,7 @@ def writes(
         if not (replaced and name in _TOKENIZER):
             found[name] = _copy(path)
     found |= {name: _copy(cast("Path", tokenizer) / name) for name in replaced}
-    text = _config(folder, adapters, names, plan, dtype)
+    text = _config(folder, adapters, names, plan, dtype, labels)
     if text is not None:
         found[NAME] = lambda path: path.write_text(text, encoding="utf-8")
     if (folder / shards.INDEX).is_file() and not (folder / shards.SINGLE).is_file():
@@ -86,7 +88,12 @@ def _copy(source: Path) -> Write:
 
 
 def _config(
-    folder: Path, adapters: Sequence[Adapter], names: Names, plan: Plan, dtype: torch.dtype | None
+    folder: Path,
+    adapters: Sequence[Adapter],
+    names: Names,
+    plan: Plan,
+    dtype: torch.dtype | None,
+    labels: Sequence[str],
 ) -> str | None:
     config = read(folder)
     if not config:
@@ -94,9 +101,21 @@ def _config(
     brought = {f"{path}.{name}" for one in adapters for path, leaf in one.params.items() for name in leaf}
     if names.model is not None and (plan.apart or plan.resized or brought & set(names.missing)):
         config = _of_model(names.model, plan)
-    elif dtype is None:
+    has_head = any(auto.LABELS.search(f".{name}") for name in brought)  # else the head is the base's own
+    named = _named(config, labels) if labels and has_head else config
+    if named == read(folder) and dtype is None:
         return (folder / NAME).read_text(encoding="utf-8")
+    config = named
     return json.dumps(_with_dtype(config, dtype) if dtype is not None else config, indent=2, sort_keys=True) + "\n"
+
+
+def _named(config: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+    """The config with these names of the labels, by id."""
+    ids = {
+        "id2label": {str(i): name for i, name in enumerate(labels)},
+        "label2id": {n: i for i, n in enumerate(labels)},
+    }
+    return {key: value for key, value in config.items() if key != "num_labels"} | ids
 
 
 def _of_model(model: Any, plan: Plan) -> dict[str, Any]:

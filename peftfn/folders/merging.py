@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from peftfn import files, matching, stacking
+from peftfn import auto, checkpoint, files, hub, matching, stacking
 from peftfn.adapter import Adapter, as_tuple
 from peftfn.folders import beside, naming, planning, shards, unfinished, writing
 from peftfn.folders.naming import Names
@@ -21,7 +21,7 @@ from peftfn.merge import refuse_not_finite
 
 def merge_folder(
     folder: str | Path,
-    adapter: Adapter | Iterable[Adapter],
+    adapter: Adapter | str | Path | Iterable[Adapter | str | Path],
     output: str | Path,
     *,
     dtype: torch.dtype | None = None,
@@ -45,7 +45,8 @@ def merge_folder(
 
     Args:
         folder: of the base: safetensors weights, in one file or several, and a config.json.
-        adapter: one adapter or several, merged in order.
+        adapter: one adapter or several, merged in order; or their folders or hub ids, of which those that `peftfn
+            train` has written also say what the labels are called.
         output: a new or an empty folder.
         dtype: of the weights; then they are merged as if the base had been loaded in it. By default, each its own.
         safe: whether to refuse weights that NaN or infinity has got into.
@@ -75,13 +76,15 @@ def merge_folder(
         >>> type(transformers.AutoModelForCausalLM.from_pretrained(output)).__name__
         'LlamaForCausalLM'
     """
-    folder, output, adapters = Path(folder), Path(output), as_tuple(adapter)
+    folder, output = Path(folder), Path(output)
+    adapters, labels = _loaded(adapter)
+    labels = labels or _labels_of(model)
     _check(folder, adapters)
     found = shards.find(folder)
     names, plan = _plan(folder, found, adapters, dtype, model)
-    others = beside.writes(folder, adapters, names, plan, dtype, Path(tokenizer) if tokenizer else None)
+    others = beside.writes(folder, adapters, names, plan, dtype, Path(tokenizer) if tokenizer else None, labels=labels)
     layouts = {shard.path.name: shards.layout(plan.files[shard.path.name], shard.metadata) for shard in found}
-    what = _digest(found, adapters, layouts, str(dtype))
+    what = _digest(found, adapters, layouts, f"{dtype} {labels}")
     with unfinished.making(output, what, overwrite) as work:
         if work is not None:
             jobs = [writing.Job(work.folder / name, *layout) for name, layout in layouts.items()]
@@ -92,6 +95,25 @@ def merge_folder(
             for name, write in others.items():
                 files.write_atomic(work.folder / name, write)
     return output
+
+
+def _loaded(given: Adapter | str | Path | Iterable[Adapter | str | Path]) -> tuple[tuple[Adapter, ...], list[str]]:
+    """The adapters, and the names of the labels that the last of their folders knows."""
+    several: Any = [given] if isinstance(given, (Adapter, str, Path)) else given
+    if not isinstance(several, (list, tuple)):
+        return as_tuple(several), []  # which says what was expected
+    several = cast("Sequence[Adapter | str | Path]", several)
+    origins = [hub.Origin(str(one)) for one in several if isinstance(one, (str, Path))]
+    pinned = [hub.pinned(origin, hub.find(origin, files.CONFIG)) for origin in origins]
+    known = [names for names in map(auto.trained_labels, pinned) if names]
+    read = [checkpoint.load(one, mmap=True) if isinstance(one, (str, Path)) else one for one in several]
+    return as_tuple(read), known[-1] if known else []
+
+
+def _labels_of(model: Any) -> list[str]:
+    """The names of the labels in a model's config, if somebody gave them."""
+    names: dict[int, str] = getattr(getattr(model, "config", None), "id2label", None) or {}
+    return list(names.values()) if any(name != f"LABEL_{number}" for number, name in names.items()) else []
 
 
 def can_stream(folder: Path) -> bool:

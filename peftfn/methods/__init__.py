@@ -23,7 +23,13 @@ def of(config: PeftConfig) -> Method:
         if method.config is type(config):
             return method
     known = ", ".join(method.config.__name__ for method in TABLE)
-    raise TypeError(f"config is a {type(config).__name__}; expected one of: {known}.")
+    given = type(config)
+    if given.__module__.partition(".")[0] == "peft":
+        raise TypeError(
+            f"config is peft's {given.__name__}; expected one of peftfn's ({known}), which "
+            "peftfn.PeftConfig.from_dict(config.to_dict()) makes of it."
+        )
+    raise TypeError(f"config is a {given.__name__}; expected one of: {known}.")
 
 
 __all__ = ["TABLE", "Method", "of"]

@@ -24,12 +24,12 @@ from typing import Any, NamedTuple, TypeGuard, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import maybe_current_level  # torch has no public question for this
 
 from peftfn.codecs import packed
 from peftfn.codecs.packed import Packed
 from peftfn.methods import dropout, outermost
 from peftfn.methods.products import add_to, added, by_column, flat, laid_out_as, more, product, scaled
+from peftfn.transforms import is_transforming, unviewed
 
 SMALL = 2**14  # values of W below which calls, not multiplications, are what takes time
 _BLOCK = 5 * 2**15  # values of x that fit a core's cache with what is made of them
@@ -53,8 +53,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, delta: Delta, bits: T
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
         how = None if isinstance(weight, Tensor) else functools.partial(_packed, weight.form, weight.spec)
         return cast("Any", _Adapted).apply(x, held, bias, None, *delta, bits, how, *tensors)[0]
-    if bits is not None or x.dtype != delta.a.dtype or maybe_current_level() is not None:
-        return _run(x, _times(x, weight, bias), delta, bits, writes=maybe_current_level() is None)[0]
+    if bits is not None or x.dtype != delta.a.dtype or is_transforming():
+        return _run(x, _times(x, weight, bias), delta, bits, writes=not is_transforming())[0]
     rows = flat(x, delta.a)
     if held is not None and _adds_up(held, x, delta) and _is_shorter(rows.shape[0], held):
         return F.linear(x, _sum(held, delta), bias)
@@ -141,13 +141,15 @@ class _Adapted(torch.autograd.Function):
     def forward(*inputs: Any) -> Any:  # torch looks at the signature in each call: the shorter, the sooner
         x, weight, bias, y, a, b, s, bits, how, *tensors = inputs
         delta = Delta(a, b, s)
-        if y is not None:
-            return _run(x, y, delta, bits, writes=False)
         weight = weight if how is None else how(tuple(tensors))
         # T·o·r multiplications for h Bᵀ, and a pass over y; h itself is needed either way.
-        if bits is None and x.numel() > x.shape[-1] ** 2 and _adds_up(weight, x, delta):
-            return F.linear(x, _sum(weight, delta), bias), scaled(flat(x, a) @ a.T, s)
-        return _run(x, _times(x, weight, bias), delta, bits, writes=True)
+        if y is None and bits is None and x.numel() > x.shape[-1] ** 2 and _adds_up(weight, x, delta):
+            y, h = F.linear(x, _sum(weight, delta), bias), scaled(flat(x, a) @ a.T, s)
+        elif y is None:
+            y, h = _run(x, _times(x, weight, bias), delta, bits, writes=True)
+        else:
+            y, h = _run(x, y, delta, bits, writes=False)
+        return unviewed(y), h
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from peftfn.methods.adapted import Delta
 from peftfn.methods.products import scaled
+from peftfn.transforms import unviewed
 
 _CALLS = 2**17  # see `is_cheaper`
 _TRAINING = 4
@@ -76,7 +77,7 @@ class _Convolved(torch.autograd.Function):
     def forward(x: Tensor, weight: Tensor, bias: Any, a: Tensor, b: Tensor, s: Tensor, how: How) -> Any:  # noqa: PLR0917  # a Function's tensors
         convolve = _CONVOLVE[x.dim()]
         h = convolve(x, a, None, *how)
-        return convolve(x, kernel(weight, Delta(a, b, s)), bias, *how), h
+        return unviewed(convolve(x, kernel(weight, Delta(a, b, s)), bias, *how)), h
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import maybe_current_level  # torch has no public question for this
+
+from peftfn.transforms import is_transforming
 
 ROWS = 8  # that share a byte of a column
 _PLANES = 7  # bits of a number
@@ -61,7 +62,7 @@ def mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
 def _words(rows: int, count: int, device: torch.device) -> Tensor:
     """Random bits, (rows, count), int64."""
     size, low = (rows, count), -(2**63)
-    if maybe_current_level() is None:
+    if not is_transforming():
         return torch.empty(size, dtype=torch.int64, device=device).random_(low, None)
     # In place `vmap` draws for its slices only where they differ already. The bits are the same, with the upper one
     # turned back: `randint` adds `low`.

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfn import blocks, layers
-from peftfn.adapter import Leaf, is_traced
+from peftfn.adapter import Leaf
 from peftfn.layers import Site
 from peftfn.methods import widening
 from peftfn.methods.products import added, scaled
+from peftfn.transforms import is_traced
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 

@@ -11,17 +11,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# torch has no public way to ask what is going on.
-from torch._C._functorch import TransformType, get_interpreter_stack, get_unwrapped, is_functorch_wrapped_tensor
-from torch._functorch import eager_transforms
+from peftfn import transforms
 
 _ENGINE = torch.autograd.grad.__code__
-_CALLER = cast("Any", eager_transforms)._autograd_grad.__code__  # noqa: SLF001  # what `torch.func.grad` runs it with
 
 
 def without_graph(tensors: Iterable[Tensor | None]) -> contextlib.AbstractContextManager[Any]:
@@ -30,11 +27,10 @@ def without_graph(tensors: Iterable[Tensor | None]) -> contextlib.AbstractContex
 
 
 def _is_last(tensors: Iterable[Tensor | None]) -> bool:
-    levels = cast("list[Any] | None", get_interpreter_stack())
-    if levels is None or len(levels) != 1 or levels[0].key() != TransformType.Grad:
+    if not transforms.is_one_gradient():
         return False
-    outside = (get_unwrapped(one) if is_functorch_wrapped_tensor(one) else one for one in tensors if one is not None)
-    return not any(one.requires_grad for one in outside) and _is_called_by_torch()
+    given = (one for one in tensors if one is not None)
+    return not any(map(transforms.requires_grad_outside, given)) and _is_called_by_torch()
 
 
 def _is_called_by_torch() -> bool:
@@ -42,4 +38,4 @@ def _is_called_by_torch() -> bool:
     while frame is not None and frame.f_code is not _ENGINE:
         frame = frame.f_back
     # A GPU's backward pass runs in a thread of its own, where no frame says who asked for it.
-    return frame is not None and frame.f_back is not None and frame.f_back.f_code is _CALLER
+    return frame is not None and frame.f_back is not None and frame.f_back.f_code is transforms.ENGINE_CALLER

@@ -16,7 +16,7 @@ def scaled(tensor: Tensor, s: Tensor) -> Tensor:
     """`s * tensor` in the dtype of the tensor; the scaling itself is never rounded to a half."""
     if tensor.dtype == s.dtype:
         return tensor * s
-    return (tensor.to(s.dtype) * s).to(tensor.dtype)
+    return (tensor.to(torch.promote_types(tensor.dtype, s.dtype)) * s).to(tensor.dtype)
 
 
 def flat(x: Tensor, a: Tensor) -> Tensor:

@@ -12,14 +12,13 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import maybe_current_level  # torch has no public question for this
-from torch.autograd import forward_ad
 
-from peftfn import attention, layers
+from peftfn import layers
 from peftfn.codecs.packed import Packed
 from peftfn.layers import Site
 from peftfn.methods import adapted, convolved, dropout, lowrank
 from peftfn.methods.adapted import Delta
+from peftfn.transforms import is_forward_mode, is_mapped, is_transforming
 
 _LINEAR = (layers.LINEAR, layers.TRANSPOSED)
 _WHOLE = (layers.LINEAR, layers.CONVOLUTION)  # where the layer and its delta may be computed together
@@ -39,7 +38,7 @@ def forward(site: Site, delta: Delta, p: float, x: Tensor, *args: Any, **kwargs:
             return convolved.convolution(layer, x, weight, bias, delta)
         return layer._conv_forward(x, convolved.kernel(weight, delta), bias)  # noqa: SLF001  # all that torch's forward does
     seen, delta, bits = _drawn(site, delta, p, x)
-    if (isinstance(weight, Tensor) and attention.is_mapped(weight)) or (bits is not None and attention.is_mapped(bits)):
+    if (isinstance(weight, Tensor) and is_mapped(weight)) or (bits is not None and is_mapped(bits)):
         return _plain(site, delta, seen, site(x), bits)
     return adapted.linear(x, weight, bias, delta, bits)
 
@@ -51,7 +50,7 @@ def is_cheaper_as_one(site: Site, delta: Delta, p: float, x: Tensor, weight: Ten
         return False
     if trains and (isinstance(layer.padding, str) or x.dim() != weight.dim()):
         return False
-    if attention.is_mapped(weight) or not x.dtype == weight.dtype == delta.a.dtype:
+    if is_mapped(weight) or not x.dtype == weight.dtype == delta.a.dtype:
         return False
     return delta.a.dim() == delta.b.dim() and delta.a.shape[1:] == weight.shape[1:]
 
@@ -65,7 +64,7 @@ def add(site: Site, delta: Delta, p: float, x: Tensor, y: Tensor) -> Tensor:
     """y + s·B·A·drop(x), in the dtype of y."""
     seen, delta, bits = _drawn(site, delta, p, x)
     alone = site.kind in _LINEAR and _is_alone(x, delta)
-    if alone and not attention.is_mapped(y) and (bits is None or not attention.is_mapped(bits)):
+    if alone and not is_mapped(y) and (bits is None or not is_mapped(bits)):
         return adapted.add(x, y, delta, bits)
     return _plain(site, delta, seen, y, bits)
 
@@ -103,6 +102,6 @@ def _is_alone(x: Tensor, delta: Delta) -> bool:
         not torch.compiler.is_compiling()
         and x.dim() > 1
         and not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
-        and cast("int", forward_ad._current_level) < 0  # noqa: SLF001  # torch has no public question for this
-        and (maybe_current_level() is None or not any(map(attention.is_mapped, (x, *delta))))
+        and not is_forward_mode()
+        and (not is_transforming() or not any(map(is_mapped, (x, *delta))))
     )

@@ -1,0 +1,1 @@
+"""peft's own test tables and procedures, each case through peftfn."""

@@ -1,0 +1,149 @@
+"""What torch and optree are asked in private: which transforms are active, and a few kernels without a public name.
+
+This is the one file of the package that uses such names. Each of them may be gone in another version, and then what is
+assumed is right everywhere, if slower: that some transform is active, that a tensor may be mapped, that a kernel is not
+there. So a name that is gone costs time, never a wrong number, and `import peftfn` never fails for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def private(module: str, *names: str) -> Any:
+    """The object `module.name.name`, or `None` where this version has no such module or name."""
+    try:
+        found: Any = importlib.import_module(module)
+    except ImportError:
+        return None
+    for name in names:
+        found = getattr(found, name, None)
+        if found is None:
+            return None
+    return found
+
+
+_FUNCTORCH = "torch._C._functorch"
+_stack = private(_FUNCTORCH, "get_interpreter_stack")
+_level = private(_FUNCTORCH, "maybe_current_level")
+_is_wrapper = private(_FUNCTORCH, "is_functorch_wrapped_tensor")
+_is_batched = private(_FUNCTORCH, "is_batchedtensor")
+_unwrap = private(_FUNCTORCH, "get_unwrapped")
+_kinds = private(_FUNCTORCH, "TransformType")
+_forward: Any = importlib.import_module("torch.autograd.forward_ad")
+
+OPTREE_GLOBAL: Any = private("optree.registry", "__GLOBAL_NAMESPACE") or "peftfn"
+"""optree's namespace for nodes that need none to be given; where it is gone, one that has to be given."""
+
+# --- which transforms are active -------------------------------------------------------------------------------------
+
+
+def is_transforming() -> bool:
+    """Whether a transform of `torch.func` is active in this thread."""
+    return _level is None or _level() is not None
+
+
+def is_forward_mode() -> bool:
+    """Whether forward-mode differentiation is active outside of `torch.func`."""
+    return getattr(_forward, "_current_level", 0) >= 0
+
+
+def is_mapping() -> bool:
+    """Whether a `torch.vmap` is active in this thread."""
+    if _stack is None or _kinds is None:
+        return True
+    return any(level.key() == _kinds.Vmap for level in _stack() or ())
+
+
+def is_one_gradient() -> bool:
+    """Whether one `torch.func.grad` is active, and no other transform."""
+    if _stack is None or _kinds is None:
+        return False
+    levels = _stack()
+    return levels is not None and len(levels) == 1 and levels[0].key() == _kinds.Grad
+
+
+# --- what is known of a tensor ---------------------------------------------------------------------------------------
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether the tensor stands for others in a transform of `torch.func`, so that it has no values to look at."""
+    return _is_wrapper is None or _is_wrapper(tensor)
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a `torch.vmap` that is active maps over the tensor."""
+    if _is_wrapper is None or _is_batched is None or _unwrap is None:
+        return is_mapping()
+    while _is_wrapper(tensor):
+        if _is_batched(tensor):
+            return True
+        tensor = _unwrap(tensor)
+    return False
+
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether the values cannot be looked at now: under `torch.compile`, or inside a transform of `torch.func`."""
+    return torch.compiler.is_compiling() or any(map(is_wrapped, tensors))
+
+
+def requires_grad_outside(tensor: Tensor) -> bool:
+    """Whether a tensor in one `torch.func.grad` requires grad outside of it too."""
+    if _is_wrapper is None or _unwrap is None:
+        return True
+    return (_unwrap(tensor) if _is_wrapper(tensor) else tensor).requires_grad
+
+
+def requires_any_grad(tensor: Tensor) -> bool:
+    """Whether a gradient of the tensor is asked for, at any level of transforms."""
+    while not tensor.requires_grad:
+        if _is_wrapper is None or _unwrap is None or not _is_wrapper(tensor):
+            return _is_wrapper is None
+        tensor = _unwrap(tensor)
+    return True
+
+
+# --- what torch runs its own with ------------------------------------------------------------------------------------
+
+ENGINE_CALLER: Any = private("torch._functorch.eager_transforms", "_autograd_grad", "__code__")
+"""The code that `torch.func.grad` calls `torch.autograd.grad` from, or `None`."""
+
+_unsafe_view = private("torch", "ops", "aten", "_unsafe_view")
+_FLASH = 1  # of `torch._fused_sdp_choice`, as in torch.nn.attention.SDPBackend
+_sdp_choice = private("torch", "_fused_sdp_choice")
+FLASH: Any = private("torch", "ops", "aten", "_scaled_dot_product_flash_attention_for_cpu", "default")
+FLASH_BACKWARD: Any = private("torch", "ops", "aten", "_scaled_dot_product_flash_attention_for_cpu_backward", "default")
+
+
+def would_run_flash(*args: Any, **kwargs: Any) -> bool:
+    """Whether `F.scaled_dot_product_attention` would run its fused kernel for CPUs, `FLASH`, on these arguments."""
+    if _sdp_choice is None or FLASH is None or FLASH_BACKWARD is None:
+        return False
+    return _sdp_choice(*args, **kwargs) == _FLASH
+
+
+def unviewed(tensor: Tensor) -> Tensor:
+    """The same numbers in the same memory, as a tensor that is no view.
+
+    A view that is made inside a `torch.autograd.Function` cannot be changed in place after it: autograd has no rule for
+    the tensor that it is a view of, which nobody outside has ever seen. `F.linear` of three axes with a bias returns a
+    view, and so does every `view` at the end of a forward. Only for a tensor whose base is dropped with it.
+    """
+    return tensor.clone() if _unsafe_view is None else _unsafe_view(tensor, tensor.shape)
+
+
+def constant_result(function: F) -> F:
+    """The function, marked as `torch.compiler.assume_constant_result` does: Dynamo calls it and keeps what it gives.
+
+    torch's own decorator imports `torch._dynamo` to set this one attribute: 70 MB and most of the time that
+    `import peftfn` would take, for a program that compiles nothing.
+    """
+    setattr(function, "_dynamo_marked_constant", True)  # noqa: B010  # a name of torch's, which its types do not have
+    return function
