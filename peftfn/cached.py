@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftfn import transformers_caches as caches
 from peftfn import transformers_names as hf
 from peftfn import transforms
 from peftfn.calls import Added, Call, tokens_of
@@ -26,7 +27,7 @@ def settled(call: Call) -> Call:
         call = _with_cached(call, added, front=False)
     for added in reversed(call.prefixes):
         call = _with_cached(call, added, front=True)
-    size = hf.capacity(call.cache)
+    size = caches.capacity(call.cache)
     return call if size is None else _fitted(call, size)
 
 
@@ -36,13 +37,19 @@ def _fitted(call: Call, size: int) -> Call:
     Raises:
         ValueError: it would.
     """
-    tokens, left = tokens_of(call), size - (hf.length(call.cache) or 0)
+    tokens, left = tokens_of(call), size - (caches.length(call.cache) or 0)
     if tokens is not None and tokens.shape[1] > left:
         raise ValueError(
             f"the call has {tokens.shape[1]} tokens, those of prompts included, and its static cache has room for "
             f"{left} more. Make the cache longer by the prompts' tokens, or leave it out."
         )
     mask = call.given.get(hf.MASK)
+    if mask is not None and tokens is not None and mask.shape[1] > size - left + tokens.shape[1]:
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} numbers for each row, and there are {size - left + tokens.shape[1]} "
+            "tokens: the model made it as long as its static cache, and a prefix has no place in it. Generate with the "
+            "default, dynamic cache, or with transformers 5."
+        )
     if mask is None or not call.takes.whole_mask:
         return call
     return call.having(**{hf.MASK: F.pad(mask, (0, size - mask.shape[1]))})
@@ -53,7 +60,7 @@ def _explicit(call: Call, added: Sequence[Added]) -> Call:
     tokens = tokens_of(call)
     if tokens is None:
         return call
-    held = hf.length(call.cache)
+    held = caches.length(call.cache)
     if held is None:
         return call  # states of a model that knows neither masks nor positions of what it has seen
     past = held - sum(one.places for one in added)
@@ -68,10 +75,12 @@ def _explicit(call: Call, added: Sequence[Added]) -> Call:
 
 def _refuse_far_prefix(call: Call) -> None:
     """Refuse a prefix that a window does not reach over a row's padding, as it does in a row without any."""
-    tokens, mask, window = tokens_of(call), call.given.get(hf.MASK), hf.window(call.cache)
-    if tokens is None or window is None or not isinstance(mask, Tensor):
+    tokens, mask = tokens_of(call), call.given.get(hf.MASK)
+    windows = [one for one in (caches.window(call.cache), call.takes.window) if one is not None]
+    if tokens is None or not windows or not isinstance(mask, Tensor):
         return
-    if (hf.length(call.cache) or 0) + tokens.shape[1] <= window:
+    window = min(windows)
+    if (caches.length(call.cache) or 0) + tokens.shape[1] <= window:
         return
     is_asked = torch.compiler.is_compiling() or transforms.is_mapped(mask)  # then nobody knows what is in the mask
     if is_asked or bool((left_padding(mask) > 0).any()):

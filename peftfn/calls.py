@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn import signatures
+from peftfn import transformers_caches as caches
 from peftfn import transformers_names as hf
 
 Step = Callable[["Call"], "Call"]
@@ -38,21 +39,24 @@ class Takes(NamedTuple):
         arguments: the names of its positional arguments.
         cache: the one of them that holds what earlier calls left, if it has one.
         whole_mask: whether its mask has a number for each place of a static cache.
+        window: how many tokens back some of its layers see, whatever its cache says.
     """
 
     arguments: tuple[str, ...]
     cache: str | None
     whole_mask: bool
+    window: int | None
 
     @classmethod
     def of(cls, module: nn.Module) -> Takes:
         """What this module's takes."""
         kind = type(module)
-        return cls(signatures.argument_names(kind), hf.cache_argument(module), hf.wants_whole_mask(kind))
+        whole, window = hf.wants_whole_mask(kind), hf.local_window(module)
+        return cls(signatures.argument_names(kind), hf.cache_argument(module), whole, window)
 
     def cache_in(self, given: Mapping[str, Any]) -> Any:
         """What of the arguments is the model's cache, or `None`."""
-        return hf.cache_in(given, self.cache, self.arguments)
+        return caches.cache_in(given, self.cache, self.arguments)
 
 
 class Call(NamedTuple):
@@ -83,7 +87,7 @@ class Call(NamedTuple):
     def with_cache(self, cache: Any) -> Call:
         """This call with another cache."""
         assert self.takes.cache is not None
-        return self._replace(given=hf.with_cache(self.given, self.takes.cache, cache))
+        return self._replace(given=caches.with_cache(self.given, self.takes.cache, cache))
 
     def having(self, **changes: Any) -> Call:
         """This call with other arguments; `None` leaves one out."""
@@ -117,12 +121,15 @@ def run(
     named = {**dict(zip(takes.arguments, args, strict=False)), **kwargs}
     given = {name: value for name, value in named.items() if value is not None}
     cache = takes.cache_in(given)
-    call = Call(given, takes, hf.is_empty(cache))
+    call = before = Call(given, takes, caches.is_empty(cache))
     for step in reversed(steps):
         call = step(call)
-    output = forward(**settle(call).given)
+    call = settle(call)
+    if call.first and cache is not None:
+        caches.count_in(cache, _length(call) - _length(before) + sum(one.places for one in call.prefixes))
+    output = forward(**call.given)
     # A generation without a cache would go on from one that nobody asked for.
-    return hf.without_caches(output) if given.get(hf.USE_CACHE) is False and cache is None else output
+    return caches.without_caches(output) if given.get(hf.USE_CACHE) is False and cache is None else output
 
 
 def expecting(forward: Callable[..., Any], homes: Sequence[str], noted: list[int], *args: Any, **kwargs: Any) -> Any:
@@ -135,6 +142,11 @@ def expecting(forward: Callable[..., Any], homes: Sequence[str], noted: list[int
             "Its forward goes another way than those of transformers; use a method that changes layers."
         )
     return output
+
+
+def _length(call: Call) -> int:
+    tokens = tokens_of(call)
+    return 0 if tokens is None else tokens.shape[1]
 
 
 def tokens_of(call: Call) -> Tensor | None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftfn import transformers_caches as caches
 from peftfn import transformers_names as hf
 
 
@@ -39,8 +40,8 @@ def key_shapes(model: nn.Module) -> list[Shape] | None:
     # Some operations on the meta device know one of them only: the grouped products of experts, half precision.
     outputs = (_output(model, dtype) for dtype in (torch.float32, torch.bfloat16))
     output: Any = next((one for one in outputs if one is not None), None)
-    cache = next((one for one in getattr(output, "values", tuple)() if hf.is_cache(one)), None)
-    kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in hf.layers_of(cache) or ()]
+    cache = next((one for one in getattr(output, "values", tuple)() if caches.is_cache(one)), None)
+    kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in caches.layers_of(cache) or ()]
     shapes = [_shape(key, value) for key, value in kept if isinstance(key, Tensor) and isinstance(value, Tensor)]
     return shapes or None
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfn import calls, inserted, layers, places, signatures
+from peftfn import transformers_caches as caches
 from peftfn import transformers_names as hf
 from peftfn.adapter import Leaf
 from peftfn.calls import Added, Call
@@ -79,7 +80,7 @@ def _refuse_without_keys(home: nn.Module) -> None:
             f"{name}.forward has no argument for a cache of keys and values, into which a prefix goes; use prompt "
             "tuning or P-tuning."
         )
-    others = hf.layers_without_keys(getattr(home, "config", None))
+    others = caches.layers_without_keys(getattr(home, "config", None))
     if others:
         raise ValueError(
             f"{len(others)} layers of {name} keep something else than keys and values (the first is layer "
@@ -230,9 +231,9 @@ def _filled(
     """The call's own empty cache, or a new one, with the prefix in it for each row."""
     cache: Any = call.cache
     if cache is None or isinstance(cache, (tuple, list)):
-        cache = hf.new_cache(model.config)
-    hf.make_room(cache, config.num_virtual_tokens or 0, model.config)
-    own = hf.self_attention(cache)
+        cache = caches.new_cache(model.config)
+    caches.make_room(cache, config.num_virtual_tokens or 0, model.config)
+    own = caches.self_attention(cache)
     for number, (key, value) in enumerate(past):
         own.update(key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1), number)
     return cache
