@@ -127,7 +127,8 @@ def steps(made: Crowd, count: int, tokens: int) -> dict[str, Callable[[], Tensor
     Every call goes on from the one before, in both libraries, so peft's adapters are not what they were after this.
     """
     text, order = ids(made, count, tokens), torch.arange(count)
-    rates, eps = torch.linspace(1e-4, 1e-3, count), 1e-4  # far above rounding: AdamW divides by a gradient's own size
+    # AdamW divides by a gradient's own size: this eps keeps the rounding of the small ones small.
+    rates, eps = torch.linspace(1e-4, 1e-3, count), 1.0
     now = {"run": pf.sweep.begin(made.adapters[:count])}
     names = [str(number) for number in range(count)]
     optimizers: list[Any] = []

@@ -12,13 +12,17 @@ from torch import Tensor
 from peftfn import transformers_caches as caches
 from peftfn import transformers_names as hf
 from peftfn import transforms
-from peftfn.calls import Added, Call, tokens_of
+from peftfn.calls import Added, Call, tokens_of, without_empty_places
 from peftfn.places import Place, check_mask, left_padding, ones
 
 
 def settled(call: Call) -> Call:
     """The call whose arguments know of everything that is in its cache."""
     every = (*call.prompts, *call.prefixes)
+    if not call.first and (held := caches.length(call.cache)) is not None:
+        call = without_empty_places(call, held - sum(added.places for added in every))
+    if every:
+        _refuse_cut_cache(call, sum(added.places for added in every))
     if call.prefixes:
         _refuse_far_prefix(call)
     if any(added.own is not None for added in every):
@@ -44,15 +48,24 @@ def _fitted(call: Call, size: int) -> Call:
             f"{left} more. Make the cache longer by the prompts' tokens, or leave it out."
         )
     mask = call.given.get(hf.MASK)
-    if mask is not None and tokens is not None and mask.shape[1] > size - left + tokens.shape[1]:
-        raise ValueError(
-            f"attention_mask has {mask.shape[1]} numbers for each row, and there are {size - left + tokens.shape[1]} "
-            "tokens: the model made it as long as its static cache, and a prefix has no place in it. Generate with the "
-            "default, dynamic cache, or with transformers 5."
-        )
-    if mask is None or not call.takes.whole_mask:
+    if mask is None or not call.whole_mask:
         return call
     return call.having(**{hf.MASK: F.pad(mask, (0, size - mask.shape[1]))})
+
+
+def _refuse_cut_cache(call: Call, places: int) -> None:
+    """Refuse a call whose mask is about more tokens, or fewer, than its cache and its input have beside prompts."""
+    tokens, mask, held = tokens_of(call), call.given.get(hf.MASK), caches.length(call.cache)
+    is_decoder = hf.DECODER_IDS not in call.given
+    if tokens is None or held is None or not isinstance(mask, Tensor) or mask.dim() != 2 or not is_decoder:
+        return
+    if mask.shape[1] != held - places + tokens.shape[1]:
+        raise ValueError(
+            f"attention_mask has a number for each of {mask.shape[1]} tokens; expected {tokens.shape[1]} for the input "
+            f"and {held - places} for the cache, which holds {held} with the {places} of prompts and prefixes. If the "
+            "cache was cut to the length of the text, as assisted generation of transformers 4 does, tokens are "
+            "lost; generate without an assistant, or with transformers 5."
+        )
 
 
 def _explicit(call: Call, added: Sequence[Added]) -> Call:

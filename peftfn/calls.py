@@ -70,6 +70,7 @@ class Call(NamedTuple):
         prompts: what is cached of prompts, and the arguments do not know of; `peftfn.cached.settled` tells them.
         prefixes: the same of prefixes, which are in the cache before everything else.
         guessed: whether the position ids are ours: those that the model would have counted in each row alone.
+        whole_mask: whether the mask has a number for each place of a static cache, also the empty ones.
     """
 
     given: Mapping[str, Any]
@@ -78,6 +79,7 @@ class Call(NamedTuple):
     prompts: tuple[Added, ...] = ()
     prefixes: tuple[Added, ...] = ()
     guessed: bool = False
+    whole_mask: bool = False
 
     @property
     def cache(self) -> Any:
@@ -121,13 +123,12 @@ def run(
     named = {**dict(zip(takes.arguments, args, strict=False)), **kwargs}
     given = {name: value for name, value in named.items() if value is not None}
     cache = takes.cache_in(given)
-    call = before = Call(given, takes, caches.is_empty(cache))
+    call = Call(given, takes, caches.is_empty(cache), whole_mask=takes.whole_mask)
+    if call.first:
+        call = without_empty_places(call, held=0)
     for step in reversed(steps):
         call = step(call)
-    call = settle(call)
-    if call.first and cache is not None:
-        caches.count_in(cache, _length(call) - _length(before) + sum(one.places for one in call.prefixes))
-    output = forward(**call.given)
+    output = forward(**settle(call).given)
     # A generation without a cache would go on from one that nobody asked for.
     return caches.without_caches(output) if given.get(hf.USE_CACHE) is False and cache is None else output
 
@@ -144,9 +145,20 @@ def expecting(forward: Callable[..., Any], homes: Sequence[str], noted: list[int
     return output
 
 
-def _length(call: Call) -> int:
-    tokens = tokens_of(call)
-    return 0 if tokens is None else tokens.shape[1]
+def without_empty_places(call: Call, held: int) -> Call:
+    """The call whose mask has no number for the places of a static cache that nothing was put into.
+
+    `generate` of transformers 4 makes such a mask for Bloom; prompts go between the text and those places.
+
+    Args:
+        call: a call with a static cache, or any other, which stays as it is.
+        held: how many tokens of the text are in the cache.
+    """
+    tokens, mask = tokens_of(call), call.given.get(hf.MASK)
+    if tokens is None or not isinstance(mask, Tensor) or mask.dim() != 2 or caches.capacity(call.cache) is None:
+        return call
+    text = held + tokens.shape[1]
+    return call.having(**{hf.MASK: mask[:, :text]})._replace(whole_mask=True) if mask.shape[1] > text else call
 
 
 def tokens_of(call: Call) -> Tensor | None:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn import transformers_caches as caches
 from peftfn import transformers_names as hf
 from peftfn.calls import Added, Call
 from peftfn.places import IGNORED, Place, ones
@@ -71,9 +70,8 @@ def with_tokens(
 def _beside(call: Call, place: Place, embeds: Tensor, task: str | None) -> dict[str, Any]:
     """What the other arguments become: masks, labels, positions."""
     added = place.added
-    changes: dict[str, Any] = {}
-    if call.cache is None or caches.length(call.cache) is not None:
-        changes[hf.CACHE_POSITIONS] = None  # the model counts them itself; one of states reads from them that it begins
+    # The model counts them itself; those of states say whether this is the first call.
+    changes: dict[str, Any] = {} if hf.holds_states(call.takes.cache) else {hf.CACHE_POSITIONS: None}
     for name, fill in ((hf.MASK, 1), (hf.TOKEN_TYPES, 0)):
         if (given := call.given.get(name)) is not None:
             changes[name] = place.fill(fill, given)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftfn import transformers_caches as caches
 from peftfn import transformers_names as hf
+from peftfn import transforms
 
 
 class Shape(NamedTuple):
@@ -34,28 +35,21 @@ def key_shapes(model: nn.Module) -> list[Shape] | None:
     """What each layer of a model keeps; `None` where it cannot be found out.
 
     A config says it in many ways, and not always what its model does: latent attention keeps one head of keys, of
-    another width than its values; layers share keys. So a model of the same class and config, on the meta device, is
-    run on one token.
+    another width than its values; layers share keys. So a model of the same class and config, whose tensors have no
+    numbers, is run on one token.
     """
-    # Some operations on the meta device know one of them only: the grouped products of experts, half precision.
-    outputs = (_output(model, dtype) for dtype in (torch.float32, torch.bfloat16))
-    output: Any = next((one for one in outputs if one is not None), None)
+    config: Any = copy.deepcopy(getattr(model, "config", None))
+    names = (hf.IDS, hf.DECODER_IDS) if getattr(config, "is_encoder_decoder", False) else (hf.IDS,)
+    try:
+        with torch.random.fork_rng(devices=[]), transforms.without_numbers(), torch.no_grad():
+            empty = type(model)(config).eval()
+            output: Any = empty(**{name: torch.zeros(1, 1, dtype=torch.long) for name in names}, use_cache=True)
+    except Exception:  # noqa: BLE001  # another's constructor, or a forward that looks at values: then nothing is known
+        return None
     cache = next((one for one in getattr(output, "values", tuple)() if caches.is_cache(one)), None)
     kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in caches.layers_of(cache) or ()]
     shapes = [_shape(key, value) for key, value in kept if isinstance(key, Tensor) and isinstance(value, Tensor)]
     return shapes or None
-
-
-def _output(model: nn.Module, dtype: torch.dtype) -> Any:
-    """What a copy of the model without weights returns for one token, or `None`."""
-    config: Any = copy.deepcopy(getattr(model, "config", None))
-    names = (hf.IDS, hf.DECODER_IDS) if getattr(config, "is_encoder_decoder", False) else (hf.IDS,)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
-            empty = type(model)(config).eval().to(dtype)
-            return empty(**{name: torch.zeros(1, 1, dtype=torch.long) for name in names}, use_cache=True)
-    except Exception:  # noqa: BLE001  # another's constructor, or a forward that looks at values: then nothing is known
-        return None
 
 
 def _shape(key: Tensor, value: Tensor) -> Shape:

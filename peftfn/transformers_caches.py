@@ -5,8 +5,6 @@ Found by their types, whatever a model calls the argument and the field of its o
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -163,38 +161,6 @@ def capacity(cache: Any) -> int | None:
     return next(sizes, None)
 
 
-# --- a cache that is cut ----------------------------------------------------------------------------------------------
-
-
-def count_in(cache: Any, places: int) -> None:
-    """Let a cache that is cut to a length keep a prompt, which those that cut it do not count.
-
-    Before transformers 5, assisted generation cuts so; since then it says how many tokens are to go.
-
-    Args:
-        cache: one that the prompt is about to be put into.
-        places: how many tokens it has.
-    """
-    if _is_cut_to_a_length(cast("type[Any]", type(cache))):
-        cache._peftfn_places = places  # noqa: SLF001  # copies of the cache take it along
-        cache.__class__ = _counting(cache.__class__.__dict__.get("_peftfn_plain", cache.__class__))
-
-
-@functools.cache
-def _is_cut_to_a_length(cls: type[Any]) -> bool:
-    cut: Any = getattr(cls, "crop", None)
-    return cut is not None and any(name.startswith("max") for name in inspect.signature(cut).parameters)
-
-
-@functools.cache
-def _counting(cls: type[Any]) -> type[Any]:
-    def crop(self: Any, max_length: int) -> None:
-        cls.crop(self, max_length + self._peftfn_places if max_length > 0 else max_length)
-
-    own = {"crop": crop, "_peftfn_plain": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (cls,), own)
-
-
 # --- making one -------------------------------------------------------------------------------------------------------
 
 
@@ -209,7 +175,11 @@ def new_cache(config: Any) -> Any:
 
 def layers_without_keys(config: Any) -> list[int]:
     """The numbers of the layers whose part of a new cache is not one of keys and values, or of nothing else."""
-    return [number for number, one in enumerate(layers_of(new_cache(config)) or ()) if not _keeps_keys(one)]
+    kinds: Sequence[str] = getattr(text_config(config), "layer_types", None) or ()
+    # transformers 4 makes a cache of keys for these too, which their models do not take
+    of_states = {number for number, kind in enumerate(kinds) if kind == "linear_attention"}
+    made = enumerate(layers_of(new_cache(config)) or ())
+    return sorted(of_states | {number for number, one in made if not _keeps_keys(one)})
 
 
 def _keeps_keys(layer: Any) -> bool:

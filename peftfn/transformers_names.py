@@ -74,8 +74,13 @@ def keeps_keys(module: nn.Module) -> bool:
 
     The argument's name and annotation say it: Jamba's of transformers 4 is a HybridMambaAttentionDynamicCache.
     """
-    kinds = set(_annotation(type(module))[1])
-    return cache_argument(module) not in (None, *_STATES) and (not kinds or bool(kinds & set(_KEY_CACHE_TYPES)))
+    name, kinds = cache_argument(module), set(_annotation(type(module))[1])
+    return name is not None and not holds_states(name) and (not kinds or bool(kinds & set(_KEY_CACHE_TYPES)))
+
+
+def holds_states(name: str | None) -> bool:
+    """Whether the argument of this name holds states, which know no tokens: Mamba's positions are no token's."""
+    return name in _STATES
 
 
 @transforms.constant_result

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -137,6 +138,16 @@ def unviewed(tensor: Tensor) -> Tensor:
     view, and so does every `view` at the end of a forward. Only for a tensor whose base is dropped with it.
     """
     return tensor.clone() if _unsafe_view is None else _unsafe_view(tensor, tensor.shape)
+
+
+def without_numbers() -> AbstractContextManager[Any]:
+    """A context whose new tensors have a shape, a dtype and a device, and no numbers.
+
+    With torch's fake tensors the device is the CPU, of which code may ask what it asks of a device (autocast, as rotary
+    embeddings of transformers 4 do); where they are gone it is the meta device.
+    """
+    fake = private("torch._subclasses.fake_tensor", "FakeTensorMode")
+    return torch.device("meta") if fake is None else fake()
 
 
 def constant_result(function: F) -> F:

@@ -8,6 +8,7 @@ bits a machine may lose.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ EXACT = 1e-11
 # How much further from the truth than the reference one library may be by chance. Each is off by a random walk of
 # roundings, of which the largest is compared: 3.3 times was the most in all cases, however their sums were ordered.
 TIMES = 8
+FLOAT32 = torch.finfo(torch.float32).eps
 
 
 class Float64(TorchFunctionMode):
@@ -55,6 +57,27 @@ def _double(one: Any) -> Any:
     return one.double() if isinstance(one, Tensor) and one.is_floating_point() else one
 
 
+def a_rounding_away(tree: Any) -> Any:
+    """A float64 tree, or a copy of a module, with each number one rounding of float32 away, up or down by chance.
+
+    What a packed layer of a module holds stays as it is.
+    """
+    by_chance = torch.Generator().manual_seed(0)
+
+    def moved(one: Any) -> Any:
+        if not isinstance(one, Tensor) or one.dtype is not torch.float64:
+            return one
+        return one.detach() * (1 + FLOAT32 * (torch.randint(2, one.shape, generator=by_chance) * 2 - 1))
+
+    if not isinstance(tree, nn.Module):
+        return tree_map(moved, tree)
+    copied = copy.deepcopy(tree)
+    for weight in copied.parameters():
+        if type(weight) is nn.Parameter:
+            weight.data = moved(weight.data)
+    return copied
+
+
 def off(found: Any, truth: Any) -> float:
     """How far from the truth: the largest difference of all tensors over the largest value of the truth."""
     ours, theirs = named(found), named(truth)
@@ -68,19 +91,20 @@ def named(tree: Any) -> dict[str, Tensor]:
     return {keystr(path): one for path, one in tree_flatten_with_path(tree)[0]}
 
 
-def allowed(theirs: Any, truth: Any, times: float = TIMES) -> float:
+def allowed(theirs: Any, truth: Any, times: float = TIMES, least: float = 0.0) -> float:
     """How far off another computation of the same may be: so many times as far as the reference, or as one rounding.
 
     Args:
         theirs: what the reference computed, a tree of tensors of one dtype.
         truth: the same in float64.
         times: how many times as far.
+        least: how large a rounding is at least; that of the reference's dtype by default.
     """
     eps = max(torch.finfo(one.dtype).eps for one in named(theirs).values() if one.is_floating_point())
-    return times * max(off(theirs, truth), eps)
+    return times * max(off(theirs, truth), eps, least)
 
 
-def assert_close_to_truth(ours: Any, theirs: Any, truth: Any, times: float = TIMES) -> None:
-    """Ours is as close to the float64 truth as the reference's, or nearly."""
-    found, most = off(ours, truth), allowed(theirs, truth, times)
+def assert_close_to_truth(ours: Any, theirs: Any, truth: Any, times: float = TIMES, least: float = 0.0) -> None:
+    """Ours is as close to the float64 truth as the reference's, or nearly; the last two are of `allowed`."""
+    found, most = off(ours, truth), allowed(theirs, truth, times, least)
     assert found <= most, f"{found:.2e} of the largest value off; {times} times the reference is {most:.2e}"

@@ -16,6 +16,8 @@ from prompts import CASES, WRITERS, Case
 from torch import Tensor
 
 import peftfn as pf
+from peftfn import transformers_caches as caches
+from peftfn import transformers_names as hf
 
 GENERATING = [case for case in CASES if case.base in ("llama", "gpt2", "bloom", "mistral", "t5")]
 IN_FRONT = [case for case in GENERATING if case.method != "adaption prompt"]
@@ -110,9 +112,28 @@ def test_assisted_generation_says_what_it_says_by_hand(case: Case, assistant: st
     if assistant in assistants:
         options = {"assistant_model": assistants[assistant], "num_assistant_tokens": 3}
     row = torch.tensor([[5, 6, 7, 5, 6]])
-    found = generated(bound, input_ids=row, attention_mask=torch.ones_like(row), **options)
+    options |= {"input_ids": row, "attention_mask": torch.ones_like(row)}
+    if transformers.__version__.startswith("4."):  # it cuts a cache to the text's length: the prompt's tokens too many
+        with pytest.raises(ValueError, match="the cache was cut to the length of the text"):
+            generated(bound, **options)
+        return
+    found = generated(bound, **options)
     expected = decoding.greedy(decoding.by_hand(model, adapter, row), row, steps=6, end=39)
     assert found[:, row.shape[1] :].equal(expected)
+
+
+@pytest.mark.parametrize("method", ["prompt tuning", "prefix"])
+def test_a_cache_that_was_cut_to_the_text_is_refused(method: str) -> None:
+    model, adapter = pair(Case("llama", method))
+    row = torch.tensor([[5, 6, 7, 5, 6]])
+    kept = caches.new_cache(model.config)
+    name = hf.cache_argument(model)
+    assert name is not None
+    pf.apply(model, adapter, {"input_ids": row, "attention_mask": torch.ones_like(row), name: kept})
+    kept.crop(-adapter.config.num_virtual_tokens)  # as many too many
+    after = {"input_ids": row[:, :1], "attention_mask": torch.ones(1, row.shape[1] + 1, dtype=torch.long), name: kept}
+    with pytest.raises(ValueError, match="attention_mask has a number for each of 6 tokens; expected 1 for the input"):
+        pf.apply(model, adapter, after)
 
 
 @every_case

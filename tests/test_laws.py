@@ -13,7 +13,7 @@ import quantized
 import torch
 import torch.utils._pytree as torch_pytree
 from cases import Case, having, loss, output, trained
-from exact import EXACT, Float64, allowed, in_float64, off
+from exact import EXACT, FLOAT32, Float64, a_rounding_away, assert_close_to_truth, in_float64, off
 from snapshot import snapshot
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import peftfn as pf
 
-# How much further from the float64 truth than the base: through the base and the adapter, and for gradients back. 7 was
-# the most that any case came to, however the sums were ordered; a product in half precision comes to thousands.
+# How much further from the truth than weights a rounding away. A packed layer's stay where they are, and a prompt alone
+# is moved: 9 times was the most then, 3 else. A product in half precision comes to thousands.
 FURTHER = 32
 
 
@@ -198,17 +198,21 @@ def test_grad_and_backward_agree(exact: Exact) -> None:
 
 
 @cases("float32")
-def test_float32_is_as_near_to_float64_as_the_base_is(case: Case) -> None:
-    """The laws above hold for the mathematics; here is what float32 makes of it, beside what it makes of the base."""
+def test_float32_is_as_near_to_float64_as_weights_a_rounding_away(case: Case) -> None:
+    """The laws above hold for the mathematics; here is what float32 makes of it, beside what its rounding makes of it.
+
+    Some adapters make a model of which every rounding is felt more than those of the base. So the reference is the
+    truth for other weights: each of the base's and the adapter's one float32 rounding away, up or down.
+    """
     model, batch = case.base(), case.batch()
     adapters = [trained(pf.init(model, case.config), seed) for seed in range(3)]
-    ours, base = in_every_way(model, adapters, batch), call(model, batch)
+    ours = in_every_way(model, adapters, batch)
     model, batch, adapters = case.exact(), in_float64(batch), [in_float64(adapter) for adapter in adapters]
     with Float64():
-        # Not by the base's own forward: bitsandbytes' 4 bits give anything where the input is float64.
-        truth, base_truth = in_every_way(model, adapters, batch), applied(model, (), batch)
+        truth = in_every_way(model, adapters, batch)
+        rounded = in_every_way(a_rounding_away(model), a_rounding_away(adapters), batch)
     for way, found in ours.items():
-        assert off(found, truth[way]) <= allowed(base, base_truth, FURTHER), way
+        assert_close_to_truth(in_float64(found), rounded[way], truth[way], FURTHER, FLOAT32)
 
 
 def in_every_way(model: nn.Module, adapters: list[pf.Adapter], batch: Any) -> dict[str, Any]:

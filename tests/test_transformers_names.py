@@ -39,7 +39,8 @@ def test_the_cache_is_an_argument_annotated_as_one(name: str) -> None:
 
 def test_a_model_that_annotates_none_calls_it_as_its_layers_do() -> None:
     model = transformers.RobertaForCausalLM(transformers.RobertaConfig(**SIZES, is_decoder=True))
-    assert hf.annotated_cache(type(model)) is None
+    if not transformers.__version__.startswith("4."):  # 4 annotates it
+        assert hf.annotated_cache(type(model)) is None
     assert hf.cache_argument(model) == hf.annotated_cache(transformers.RobertaModel), (
         f"{VERSION} calls the cache of RobertaForCausalLM.forward otherwise than that of the model inside it"
     )

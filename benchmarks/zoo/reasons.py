@@ -73,7 +73,65 @@ RULES: list[Rule] = [
         check="prefix.*",
         said="keys of unlike shapes",
     ),
-    Rule("peftfn: a prompt asks for a size that it does not use", check="prompt.*", said="has no config that says it"),
+    Rule(
+        "peftfn: a size is asked of the configuration under names that this one does not have",
+        check="prompt.*|prefix.*",
+        said="has no config that says it",
+    ),
+    Rule(
+        "peftfn: a convolution whose class has a forward of its own (FAULTS: subclass_forward)",
+        check="convolutions",
+        verdict="crash|wrong",
+    ),
+    Rule(
+        "peftfn: the model changes what a layer put out in place (FAULTS: inplace_relu)",
+        said="is being modified inplace|modified by an inplace operation",
+    ),
+    Rule(
+        "peftfn: a tied weight has one name in named_parameters(), and an adapter of its other end finds none "
+        "(FAULTS: tied_merge)",
+        check="merge",
+        said="params has no",
+    ),
+    Rule(
+        "peftfn: in generate the prompt goes in again at every step, where the cache's argument is not called "
+        "past_key_values (FAULTS: newest_prompt_generate)",
+        check="prompt_generate",
+        verdict="wrong",
+    ),
+    Rule(
+        "peftfn: peft reads the file's target modules as experts (FAULTS: moe_all_linear)",
+        check="save",
+        said="missing adapter keys.*experts",
+    ),
+    Rule(
+        "peftfn: rows of unlike length are made with masked places, which this model counts or reads "
+        "(FAULTS: rows_own_positions)",
+        check="prompt_rows|prefix_rows",
+        said="does not ignore masked places",
+        verdict="wrong",
+    ),
+    Rule(
+        "refused with its reason: rows of unlike length, on a model that counts positions in a way of its own",
+        check="prompt_rows|prefix_rows",
+        said="counts positions in a way of its own",
+    ),
+    Rule(
+        "peftfn: a prefix's keys have the sizes that the configuration names, the layers' keys others",
+        check="prefix.*",
+        said="Sizes of tensors must match|size of tensor",
+        verdict="crash",
+    ),
+    Rule(
+        "peftfn: a prefix on a decoder that counts positions from its padding token (FAULTS, 3: RoBERTa-like)",
+        check="prefix.*",
+        classes="(XLMRoberta(XL)?|Roberta(PreLayerNorm)?|Camembert|Data2VecText|Xmod|Longformer)ForCausalLM",
+        verdict="wrong",
+    ),
+    Rule(
+        "peftfn: the model has an embedding for each of its codebooks, and a prompt takes them for one",
+        said="ModuleList\\] is missing the required",
+    ),
     Rule("peft's: (IA)³ acts on no such layer there either", check="ia3", said="in peft neither"),
 ]
 
