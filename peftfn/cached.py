@@ -80,8 +80,9 @@ def _explicit(call: Call, added: Sequence[Added]) -> Call:
     changes: dict[str, Any] = {}
     if call.given.get(hf.MASK) is None:
         changes[hf.MASK] = ones(tokens, past + tokens.shape[1])
-    if call.given.get(hf.POSITIONS) is None and any(one.counted for one in added):
-        at = past + torch.arange(tokens.shape[1], device=tokens.device)
+    start = next((one.start for one in added if one.start is not None), None)
+    if call.given.get(hf.POSITIONS) is None and start is not None:
+        at = start + past + torch.arange(tokens.shape[1], device=tokens.device)
         changes[hf.POSITIONS] = at.expand(tokens.shape[0], -1)
     return call.having(**changes)
 

@@ -23,13 +23,14 @@ class Added(NamedTuple):
         own: (rows,), how many of these each row really has, or `None` where every row has all of them. The places of
             the others are masked: before everything else in the row, or after it.
         at_end: whether they are after it.
-        counted: whether the model counts positions itself, so that it has to be told them where rows have unlike ones.
+        start: the position of a row's first token in a model that counts positions itself, so that it has to be told
+            them where rows have unlike ones; `None` in one that cannot be told.
     """
 
     places: int
     own: Tensor | None = None
     at_end: bool = False
-    counted: bool = False
+    start: int | None = None
 
 
 class Takes(NamedTuple):

@@ -129,20 +129,6 @@ def test_merge_says_that_there_is_no_weight_to_change(method: str, tmp_path: Pat
     assert_same(pf.load(tmp_path, model), adapter)
 
 
-def test_prefixes_of_unlike_length_and_positions_of_another_kind_are_one_clear_error() -> None:
-    sizes: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    model = transformers.RobertaModel(transformers.RobertaConfig(**sizes, num_attention_heads=2)).eval()
-    one, other = (
-        pf.init(model, pf.PrefixTuningConfig(num_virtual_tokens=count, task_type="FEATURE_EXTRACTION"))
-        for count in (2, 3)
-    )
-    for stacked, index in ((pf.stack([one, other]), [0, 1]), (pf.stack([one, one]), [0, -1])):
-        with pytest.raises(ValueError, match=r"RobertaModel counts positions in a way of its own"):
-            pf.apply(model, stacked, IDS, index=index)
-    both = pf.apply(model, pf.stack([one, one]), IDS, index=[0, 1])
-    torch.testing.assert_close(both[0], pf.apply(model, one, IDS)[0])
-
-
 def test_a_prefix_and_checkpointing_are_one_clear_error() -> None:
     model = checkpointed(use_reentrant=False)
     adapter = pf.init(model, Case("gpt2", "prefix").config(pf))
