@@ -121,8 +121,7 @@ def tiny_config(model_class: type[transformers.PreTrainedModel]) -> PreTrainedCo
     if callable(override):
         return override()
     made = tiny(model_class.config_class(**(override or {})), Tokens())
-    if getattr(made, "is_decoder", None) is False and re.search(
-        "ForCausalLM|LMHead|GenerationDecoder", model_class.__name__
-    ):
+    writes = re.search("ForCausalLM|LMHead|GenerationDecoder", model_class.__name__)
+    if writes and getattr(made, "is_decoder", None) is False:
         made.is_decoder = not made.is_encoder_decoder  # else a text generator sees what comes after a token
     return made

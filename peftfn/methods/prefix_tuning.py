@@ -91,7 +91,7 @@ def _refuse_without_keys(home: nn.Module) -> None:
 def _refuse_other_keys(model: nn.Module, count: int, shape: Shape) -> None:
     """Refuse a model whose layers keep other keys and values than PEFT's format has: as many of one shape as layers."""
     home = model if prompt_config.is_encoder_decoder(model) else model.get_submodule(homes(model)[0])
-    found = key_shapes(home)
+    found = key_shapes(home, count)
     if found is not None and found != [shape] * count:
         kept = ", ".join(f"{found.count(one)} of {one}" for one in dict.fromkeys(found))
         raise ValueError(
