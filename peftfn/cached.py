@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftfn import transformers_caches as caches
 from peftfn import transformers_names as hf
 from peftfn import transforms
 from peftfn.calls import Added, Call, tokens_of, without_empty_places
@@ -18,7 +19,7 @@ from peftfn.places import Place, check_mask, left_padding, ones
 def settled(call: Call) -> Call:
     """The call whose arguments know of everything that is in its cache."""
     every = (*call.prompts, *call.prefixes)
-    if not call.first and (held := hf.length(call.cache)) is not None:
+    if not call.first and (held := caches.length(call.cache)) is not None:
         call = without_empty_places(call, held - sum(added.places for added in every))
     if every:
         _refuse_cut_cache(call, sum(added.places for added in every))
@@ -30,7 +31,7 @@ def settled(call: Call) -> Call:
         call = _with_cached(call, added, front=False)
     for added in reversed(call.prefixes):
         call = _with_cached(call, added, front=True)
-    size = hf.capacity(call.cache)
+    size = caches.capacity(call.cache)
     return call if size is None else _fitted(call, size)
 
 
@@ -40,7 +41,7 @@ def _fitted(call: Call, size: int) -> Call:
     Raises:
         ValueError: it would.
     """
-    tokens, left = tokens_of(call), size - (hf.length(call.cache) or 0)
+    tokens, left = tokens_of(call), size - (caches.length(call.cache) or 0)
     if tokens is not None and tokens.shape[1] > left:
         raise ValueError(
             f"the call has {tokens.shape[1]} tokens, those of prompts included, and its static cache has room for "
@@ -54,7 +55,7 @@ def _fitted(call: Call, size: int) -> Call:
 
 def _refuse_cut_cache(call: Call, places: int) -> None:
     """Refuse a call whose mask is about more tokens, or fewer, than its cache and its input have beside prompts."""
-    tokens, mask, held = tokens_of(call), call.given.get(hf.MASK), hf.length(call.cache)
+    tokens, mask, held = tokens_of(call), call.given.get(hf.MASK), caches.length(call.cache)
     is_decoder = hf.DECODER_IDS not in call.given
     if tokens is None or held is None or not isinstance(mask, Tensor) or mask.dim() != 2 or not is_decoder:
         return
@@ -72,25 +73,28 @@ def _explicit(call: Call, added: Sequence[Added]) -> Call:
     tokens = tokens_of(call)
     if tokens is None:
         return call
-    held = hf.length(call.cache)
+    held = caches.length(call.cache)
     if held is None:
         return call  # states of a model that knows neither masks nor positions of what it has seen
     past = held - sum(one.places for one in added)
     changes: dict[str, Any] = {}
     if call.given.get(hf.MASK) is None:
         changes[hf.MASK] = ones(tokens, past + tokens.shape[1])
-    if call.given.get(hf.POSITIONS) is None and any(one.counted for one in added):
-        at = past + torch.arange(tokens.shape[1], device=tokens.device)
+    start = next((one.start for one in added if one.start is not None), None)
+    if call.given.get(hf.POSITIONS) is None and start is not None:
+        at = start + past + torch.arange(tokens.shape[1], device=tokens.device)
         changes[hf.POSITIONS] = at.expand(tokens.shape[0], -1)
     return call.having(**changes)
 
 
 def _refuse_far_prefix(call: Call) -> None:
     """Refuse a prefix that a window does not reach over a row's padding, as it does in a row without any."""
-    tokens, mask, window = tokens_of(call), call.given.get(hf.MASK), hf.window(call.cache)
-    if tokens is None or window is None or not isinstance(mask, Tensor):
+    tokens, mask = tokens_of(call), call.given.get(hf.MASK)
+    windows = [one for one in (caches.window(call.cache), call.takes.window) if one is not None]
+    if tokens is None or not windows or not isinstance(mask, Tensor):
         return
-    if (hf.length(call.cache) or 0) + tokens.shape[1] <= window:
+    window = min(windows)
+    if (caches.length(call.cache) or 0) + tokens.shape[1] <= window:
         return
     is_asked = torch.compiler.is_compiling() or transforms.is_mapped(mask)  # then nobody knows what is in the mask
     if is_asked or bool((left_padding(mask) > 0).any()):

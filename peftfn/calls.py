@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn import signatures
+from peftfn import transformers_caches as caches
 from peftfn import transformers_names as hf
 
 Step = Callable[["Call"], "Call"]
@@ -22,13 +23,14 @@ class Added(NamedTuple):
         own: (rows,), how many of these each row really has, or `None` where every row has all of them. The places of
             the others are masked: before everything else in the row, or after it.
         at_end: whether they are after it.
-        counted: whether the model counts positions itself, so that it has to be told them where rows have unlike ones.
+        start: the position of a row's first token in a model that counts positions itself, so that it has to be told
+            them where rows have unlike ones; `None` in one that cannot be told.
     """
 
     places: int
     own: Tensor | None = None
     at_end: bool = False
-    counted: bool = False
+    start: int | None = None
 
 
 class Takes(NamedTuple):
@@ -38,21 +40,24 @@ class Takes(NamedTuple):
         arguments: the names of its positional arguments.
         cache: the one of them that holds what earlier calls left, if it has one.
         whole_mask: whether its mask has a number for each place of a static cache.
+        window: how many tokens back some of its layers see, whatever its cache says.
     """
 
     arguments: tuple[str, ...]
     cache: str | None
     whole_mask: bool
+    window: int | None
 
     @classmethod
     def of(cls, module: nn.Module) -> Takes:
         """What this module's takes."""
         kind = type(module)
-        return cls(signatures.argument_names(kind), hf.cache_argument(module), hf.wants_whole_mask(kind))
+        whole, window = hf.wants_whole_mask(kind), hf.local_window(module)
+        return cls(signatures.argument_names(kind), hf.cache_argument(module), whole, window)
 
     def cache_in(self, given: Mapping[str, Any]) -> Any:
         """What of the arguments is the model's cache, or `None`."""
-        return hf.cache_in(given, self.cache, self.arguments)
+        return caches.cache_in(given, self.cache, self.arguments)
 
 
 class Call(NamedTuple):
@@ -85,7 +90,7 @@ class Call(NamedTuple):
     def with_cache(self, cache: Any) -> Call:
         """This call with another cache."""
         assert self.takes.cache is not None
-        return self._replace(given=hf.with_cache(self.given, self.takes.cache, cache))
+        return self._replace(given=caches.with_cache(self.given, self.takes.cache, cache))
 
     def having(self, **changes: Any) -> Call:
         """This call with other arguments; `None` leaves one out."""
@@ -119,14 +124,14 @@ def run(
     named = {**dict(zip(takes.arguments, args, strict=False)), **kwargs}
     given = {name: value for name, value in named.items() if value is not None}
     cache = takes.cache_in(given)
-    call = Call(given, takes, hf.is_empty(cache), whole_mask=takes.whole_mask)
+    call = Call(given, takes, caches.is_empty(cache), whole_mask=takes.whole_mask)
     if call.first:
         call = without_empty_places(call, held=0)
     for step in reversed(steps):
         call = step(call)
     output = forward(**settle(call).given)
     # A generation without a cache would go on from one that nobody asked for.
-    return hf.without_caches(output) if given.get(hf.USE_CACHE) is False and cache is None else output
+    return caches.without_caches(output) if given.get(hf.USE_CACHE) is False and cache is None else output
 
 
 def expecting(forward: Callable[..., Any], homes: Sequence[str], noted: list[int], *args: Any, **kwargs: Any) -> Any:
@@ -151,7 +156,7 @@ def without_empty_places(call: Call, held: int) -> Call:
         held: how many tokens of the text are in the cache.
     """
     tokens, mask = tokens_of(call), call.given.get(hf.MASK)
-    if tokens is None or not isinstance(mask, Tensor) or mask.dim() != 2 or hf.capacity(call.cache) is None:
+    if tokens is None or not isinstance(mask, Tensor) or mask.dim() != 2 or caches.capacity(call.cache) is None:
         return call
     text = held + tokens.shape[1]
     return call.having(**{hf.MASK: mask[:, :text]})._replace(whole_mask=True) if mask.shape[1] > text else call

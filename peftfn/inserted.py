@@ -83,8 +83,8 @@ def _beside(call: Call, place: Place, embeds: Tensor, task: str | None) -> dict[
     positions = call.given.get(hf.POSITIONS)
     if positions is not None:
         changes[hf.POSITIONS] = place.positions(positions)
-    elif added.counted and added.own is not None:
-        changes[hf.POSITIONS] = place.default_positions(embeds.shape[1])
+    elif added.start is not None and added.own is not None:
+        changes[hf.POSITIONS] = place.default_positions(embeds.shape[1], added.start)
     for name in hf.ANSWERS:
         if (given := call.given.get(name)) is not None:
             changes[name] = given + place.moved()  # the answer's tokens have moved

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftfn import transformers_caches as caches
 from peftfn import transformers_names as hf
 from peftfn import transforms
 
@@ -30,25 +31,39 @@ class Shape(NamedTuple):
         return f"{self.heads} x {width}"
 
 
-def key_shapes(model: nn.Module) -> list[Shape] | None:
+def key_shapes(model: nn.Module, count: int) -> list[Shape] | None:
     """What each layer of a model keeps; `None` where it cannot be found out.
 
     A config says it in many ways, and not always what its model does: latent attention keeps one head of keys, of
     another width than its values; layers share keys. So a model of the same class and config, whose tensors have no
-    numbers, is run on one token.
+    numbers, is run on one token. Where that ends half way (experts ask how many tokens each of them has), the other
+    layers are taken to be like the last one that it came to.
+
+    Args:
+        model: one that takes a cache of keys and values.
+        count: how many layers it has.
     """
-    config: Any = copy.deepcopy(getattr(model, "config", None))
-    given = {hf.IDS: 1, **({hf.DECODER_IDS: 1} if getattr(config, "is_encoder_decoder", False) else {})}
+    part = _of_words(model)
+    config: Any = copy.deepcopy(getattr(part, "config", None))
+    names = (hf.IDS, hf.DECODER_IDS) if getattr(config, "is_encoder_decoder", False) else (hf.IDS,)
+    cache, is_whole = caches.new_cache(config), True
     try:
         with torch.random.fork_rng(devices=[]), transforms.without_numbers(), torch.no_grad():
-            empty = type(model)(config).eval()
-            output: Any = empty(**{name: torch.zeros(1, 1, dtype=torch.long) for name in given}, use_cache=True)
+            given: dict[str, Any] = {name: torch.zeros(1, 1, dtype=torch.long) for name in names}
+            type(part)(config).eval()(**given, **{hf.cache_argument(part) or "": cache}, use_cache=True)
     except Exception:  # noqa: BLE001  # another's constructor, or a forward that looks at values: then nothing is known
-        return None
-    cache = next((one for one in getattr(output, "values", tuple)() if hf.is_cache(one)), None)
-    kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in hf.layers_of(cache) or ()]
+        is_whole = False
+    kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in caches.layers_of(cache) or ()]
     shapes = [_shape(key, value) for key, value in kept if isinstance(key, Tensor) and isinstance(value, Tensor)]
-    return shapes or None
+    return (shapes if is_whole else shapes + shapes[-1:] * (count - len(shapes))) or None
+
+
+def _of_words(model: nn.Module) -> nn.Module:
+    """Of a model of pictures and words the part that has the keys: others' constructors may look at values."""
+    find: Any = getattr(model, "get_decoder", None)
+    is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    found = find() if callable(find) and not is_pair else None
+    return found if isinstance(found, nn.Module) and hf.keeps_keys(found) else model
 
 
 def _shape(key: Tensor, value: Tensor) -> Shape:

@@ -123,10 +123,10 @@ class Place(NamedTuple):
         joined = torch.cat([first + steps, old + own], 1)
         return joined if self.order is None else joined.gather(1, self.order)
 
-    def default_positions(self, length: int) -> Tensor:
-        """Position ids as a model counts them in the row alone: from 0, padding included."""
+    def default_positions(self, length: int, start: int) -> Tensor:
+        """Position ids as a model counts them in the row alone: from its first one, padding included."""
         assert self.lead is not None
-        return _inside(self.added, length, self.lead.device).clamp(min=0).expand(self.rows, -1)
+        return start + _inside(self.added, length, self.lead.device).clamp(min=0).expand(self.rows, -1)
 
     def moved(self) -> Tensor | int:
         """By how much a row's text has moved."""

@@ -11,13 +11,13 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from peftfn import signatures, transforms
 
+HIDDEN = "hidden_states"
 IDS = "input_ids"
 DECODER_IDS = "decoder_input_ids"
 EMBEDS = "inputs_embeds"
@@ -48,6 +48,8 @@ GENERATION_MASKS = "create_masks_for_generate"
 """The attribute of a model by which `generate` makes whole masks for a static cache, before it calls the model."""
 
 _KEY_CACHES = ("cache", "past_key_values", "layer_past")
+_KEY_CACHE_TYPES = ("Cache", "DynamicCache", "EncoderDecoderCache")
+_PER_LAYER_GATE = "per_layer_input_gate"
 _STATES = ("cache_params", "mems", "state", "past_buckets_states")
 
 
@@ -68,9 +70,12 @@ def cache_argument(module: nn.Module) -> str | None:
 
 
 def keeps_keys(module: nn.Module) -> bool:
-    """Whether what the module's forward takes from earlier calls is a cache of keys and values, by its name."""
-    name = cache_argument(module)
-    return name is not None and not holds_states(name)
+    """Whether what the module's forward takes from earlier calls is a cache of keys and values, for any model.
+
+    The argument's name and annotation say it: Jamba's of transformers 4 is a HybridMambaAttentionDynamicCache.
+    """
+    name, kinds = cache_argument(module), set(_annotation(type(module))[1])
+    return name is not None and not holds_states(name) and (not kinds or bool(kinds & set(_KEY_CACHE_TYPES)))
 
 
 def holds_states(name: str | None) -> bool:
@@ -81,168 +86,46 @@ def holds_states(name: str | None) -> bool:
 @transforms.constant_result
 def annotated_cache(cls: type[nn.Module]) -> str | None:
     """The name of the first argument of a class's `forward` that is annotated as a cache of transformers."""
-    return _annotated_cache(cls)
+    return _annotation(cls)[0]
 
 
 @functools.cache
-def _annotated_cache(cls: type[nn.Module]) -> str | None:
+def _annotation(cls: type[nn.Module]) -> tuple[str | None, tuple[str, ...]]:
+    """The name of that argument, and the classes in its annotation."""
     for one in cls.__mro__:
         if "forward" in vars(one):
             forward: Any = vars(one)["forward"]
-            parameters = inspect.signature(inspect.unwrap(forward)).parameters.values()
-            for pattern in (r"\bCache\b", r"Cache\b"):
-                found = (given.name for given in parameters if re.search(pattern, str(given.annotation)))
-                if (name := next(found, None)) is not None:
-                    return name
+            said = {
+                given.name: tuple(re.findall(r"\w*Cache\b", str(given.annotation)))
+                for given in inspect.signature(inspect.unwrap(forward)).parameters.values()
+            }
+            for wanted in (_KEY_CACHE_TYPES, tuple(kind for kinds in said.values() for kind in kinds)):
+                found = ((name, kinds) for name, kinds in said.items() if set(kinds) & set(wanted))
+                if (first := next(found, None)) is not None:
+                    return first
+    return None, ()
+
+
+def layer_that_reads_ids(model: nn.Module) -> str | None:
+    """The class of a layer that is given token ids, or what was made of them, beside what comes out of other layers.
+
+    A prompt's tokens have no ids: Gemma 3n embeds them once more in each layer, and DeepSeek V4 routes by them.
+    """
+    for module in model.modules():
+        by_id = signatures.takes(module, HIDDEN) and signatures.takes(module, IDS)
+        if by_id or hasattr(module, _PER_LAYER_GATE):
+            return type(module).__name__
     return None
 
 
-# --- what is in a call and its output ---------------------------------------------------------------------------------
+def local_window(module: nn.Module) -> int | None:
+    """How many tokens back layers see whose window is their own business and not that of the cache, as GPT-Neo's."""
+    config: Any = getattr(module, "config", None)
+    kinds: Any = getattr(config, "attention_layers", None)
+    return config.window_size if isinstance(kinds, list) and "local" in kinds else None
 
 
-def is_cache(value: Any) -> bool:
-    """Whether the value is one of transformers' caches, by its type."""
-    return _is_cache_type(cast("type[Any]", type(value)))
-
-
-@transforms.constant_result
-def _is_cache_type(cls: type[Any]) -> bool:
-    return any(one.__module__.startswith("transformers.") and one.__name__.endswith("Cache") for one in cls.__mro__)
-
-
-def cache_in(given: Mapping[str, Any], name: str | None, others: Iterable[str] = ()) -> Any:
-    """The cache among a call's arguments: under its name, or under one that the forward does not have (an old one).
-
-    Args:
-        given: the arguments.
-        name: that of the argument for it, from `cache_argument`.
-        others: the names of the forward's arguments: one of those may hold a cache for something else.
-    """
-    if name is not None and given.get(name) is not None:
-        return given[name]
-    known = set(others)
-    return next((one for key, one in given.items() if key not in known and is_cache(one)), None)
-
-
-def with_cache(given: Mapping[str, Any], name: str, cache: Any) -> dict[str, Any]:
-    """The call's arguments with this cache, and without the one that it replaces, whatever that is called."""
-    old = cache_in(given, name, (name,))
-    return {**{key: one for key, one in given.items() if old is None or one is not old}, name: cache}
-
-
-def without_caches(output: Any) -> Any:
-    """A model's output without its caches."""
-    if isinstance(output, tuple):
-        return tuple(one for one in cast("tuple[Any, ...]", output) if not is_cache(one))
-    if not hasattr(output, "items") or not any(map(is_cache, output.values())):
-        return output
-    kind = cast("type[Any]", type(output))
-    return kind(**{name: value for name, value in output.items() if not is_cache(value)})
-
-
-# --- what is in a cache -----------------------------------------------------------------------------------------------
-
-
-def is_empty(cache: Any) -> bool:
-    """Whether nothing was put into a cache yet."""
-    if cache is None:
-        return True
-    if isinstance(cache, (tuple, list)):
-        return not any(map(_holds, cast("Sequence[Any]", cache)))
-    layers = layers_of(cache)
-    return not any(map(_layer_holds, [cache] if layers is None else layers))
-
-
-def _holds(state: Any) -> bool:
-    if isinstance(state, (tuple, list)):
-        return any(map(_holds, cast("Sequence[Any]", state)))
-    return isinstance(state, Tensor) and state.numel() > 0
-
-
-def layers_of(cache: Any) -> Sequence[Any] | None:
-    """The layers of a cache, of an encoder-decoder's those of the decoder's own tokens; `None` of a class without."""
-    return getattr(self_attention(cache), "layers", None)
-
-
-def _layer_holds(layer: Any) -> bool:
-    """Whether a layer of a cache holds keys or states."""
-    says: Any = getattr(layer, "has_previous_state", False)  # of states: a flag, or one for each of several
-    if any(cast("Mapping[int, bool]", says).values()) if isinstance(says, dict) else says is True:
-        return True
-    count: Any = getattr(layer, "get_seq_length", None)
-    if callable(count):
-        return int(cast("Any", count())) > 0
-    # Mamba's of transformers 4 says nothing of itself; its states start at zero.
-    held = cast("dict[str, Any]", vars(layer)).values()
-    return not hasattr(layer, "has_previous_state") and any(map(_moved, held))
-
-
-def _moved(state: Any) -> bool:
-    if isinstance(state, (tuple, list)):
-        return any(map(_moved, cast("Sequence[Any]", state)))
-    return isinstance(state, Tensor) and bool(state.any())
-
-
-def length(cache: Any) -> int | None:
-    """How many tokens a cache of keys and values holds; `None` where it is one of states, which know no number."""
-    if cache is None:
-        return 0
-    if isinstance(cache, (tuple, list)):  # as it was before there were classes
-        first: Any = next(iter(cast("Sequence[Any]", cache)), None)
-        return int(cast("Sequence[Tensor]", first)[0].shape[-2]) if isinstance(first, (tuple, list)) else None
-    layers = layers_of(cache)
-    if layers is not None and len(layers) == 0:
-        return 0  # they are made when something is put into them
-    counts: Iterable[Any] = (getattr(one, "get_seq_length", None) for one in ([cache] if layers is None else layers))
-    found: Any = next((count for count in counts if count is not None), None)
-    return None if found is None else int(found())
-
-
-def self_attention(cache: Any) -> Any:
-    """The part of an encoder-decoder's cache that is about the decoder's own tokens, or the cache itself."""
-    return getattr(cache, "self_attention_cache", cache)
-
-
-# --- a cache of fixed size --------------------------------------------------------------------------------------------
-
-
-def make_room(cache: Any, places: int, config: Any) -> None:
-    """Let a static cache hold so many tokens more than it was made for: it was not told of a prompt.
-
-    Args:
-        cache: an empty one; one that has its memory already stays as it is.
-        places: how many.
-        config: the model's, which says how far a sliding window reaches.
-    """
-    text = text_config(config)
-    windows = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    window = next((one for one in windows if isinstance(one, int)), None)
-    for layer in _fixed_layers(cache):
-        if getattr(layer, "is_initialized", False):
-            continue
-        wanted = layer.max_cache_len + places
-        if not getattr(layer, "is_sliding", False):
-            layer.max_cache_len = wanted
-        elif window is not None:
-            layer.max_cache_len = min(window, wanted)
-
-
-def _fixed_layers(cache: Any) -> list[Any]:
-    return [layer for layer in layers_of(cache) or () if isinstance(getattr(layer, "max_cache_len", None), int)]
-
-
-def window(cache: Any) -> int | None:
-    """How many tokens back the layers see that see least, themselves included; `None` where all see everything."""
-    sliding = [layer for layer in layers_of(cache) or () if getattr(layer, "is_sliding", False)]
-    sizes = [getattr(layer, "sliding_window", None) or getattr(layer, "max_cache_len", None) for layer in sliding]
-    known = [size for size in sizes if isinstance(size, int)]
-    return min(known) if known else None  # with `default=`, torch.compile stops at min
-
-
-def capacity(cache: Any) -> int | None:
-    """How many tokens a static cache can hold, or `None` where it grows or forgets."""
-    sizes = (layer.max_cache_len for layer in _fixed_layers(cache) if not getattr(layer, "is_sliding", False))
-    return next(sizes, None)
+# --- masks and configs ------------------------------------------------------------------------------------------------
 
 
 def mask_as_given(*_: Any, attention_mask: Any = None, **__: Any) -> Any:
@@ -263,25 +146,12 @@ def wants_whole_mask(cls: type[nn.Module]) -> bool:
     return own is not None and "Tensor" in str(inspect.signature(own).return_annotation)
 
 
-# --- making one -------------------------------------------------------------------------------------------------------
-
-
-def new_cache(config: Any) -> Any:
-    """An empty cache for a model of this config."""
-    from transformers import DynamicCache, EncoderDecoderCache
-
-    cache = DynamicCache(config=config)
-    is_pair = getattr(config, "is_encoder_decoder", False)
-    return EncoderDecoderCache(cache, DynamicCache(config=config)) if is_pair else cache
-
-
-def layers_without_keys(config: Any) -> list[int]:
-    """The numbers of the layers whose part of a new cache is not one of keys and values, or of nothing else."""
-    kinds: Sequence[str] = getattr(text_config(config), "layer_types", None) or ()
-    # transformers 4 makes a cache of keys for these too, which their models do not take
-    of_states = {number for number, kind in enumerate(kinds) if kind == "linear_attention"}
-    made = enumerate(layers_of(new_cache(config)) or ())
-    return sorted(of_states | {number for number, one in made if not hasattr(one, "update")})
+def said(config: Any, name: str) -> Any:
+    """What a config says under a name; `None` where it says nothing, or something else for each layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # noqa: BLE001  # transformers has an error of its own for what differs from layer to layer
+        return None
 
 
 def text_config(config: Any) -> Any:

@@ -37,7 +37,8 @@ def by_hand(model: Any, adapters: pf.Adapter | tuple[pf.Adapter, ...], source: T
         given: dict[str, Any] = {"use_cache": False}
         if prefixes:
             given = {"use_cache": True, cache_name(type(model)): filled(model, prefixes[0])}
-        given |= {"inputs_embeds": embedded(source if is_pair else tokens)}
+        text = source if is_pair else tokens
+        given |= {"inputs_embeds": embedded(text)} if prompts else {"input_ids": text}
         given |= {"decoder_input_ids": tokens} if is_pair else {}
         with torch.no_grad():
             return model(**given).logits[:, -1]

@@ -16,6 +16,7 @@ from prompts import CASES, WRITERS, Case
 from torch import Tensor
 
 import peftfn as pf
+from peftfn import transformers_caches as caches
 from peftfn import transformers_names as hf
 
 GENERATING = [case for case in CASES if case.base in ("llama", "gpt2", "bloom", "mistral", "t5")]
@@ -125,7 +126,7 @@ def test_assisted_generation_says_what_it_says_by_hand(case: Case, assistant: st
 def test_a_cache_that_was_cut_to_the_text_is_refused(method: str) -> None:
     model, adapter = pair(Case("llama", method))
     row = torch.tensor([[5, 6, 7, 5, 6]])
-    kept = hf.new_cache(model.config)
+    kept = caches.new_cache(model.config)
     name = hf.cache_argument(model)
     assert name is not None
     pf.apply(model, adapter, {"input_ids": row, "attention_mask": torch.ones_like(row), name: kept})

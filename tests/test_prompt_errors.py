@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import decoding
+import oracle
 import pytest
 import torch
 import transformers
@@ -53,6 +55,10 @@ def checkpointed(use_reentrant: bool, build: Callable[[], nn.Module] = gpt2) -> 
 
 IDS = {"input_ids": torch.randint(0, 40, (2, 4))}
 
+MAMBA = "Mamba2Model.forward has no argument for a cache of keys and values"
+if decoding.cache_name(transformers.Mamba2Model) == "cache":  # from transformers 5.24 on one class of cache holds both
+    MAMBA = "2 layers of Mamba2ForCausalLM keep something else than keys and values"
+
 INITS: dict[str, tuple[Callable[[], nn.Module], pf.PeftConfig]] = {
     "num_virtual_tokens is None; expected a positive integer": (gpt2, pf.PromptTuningConfig()),
     "adapter_len is None": (gpt2, pf.AdaptionPromptConfig(adapter_layers=1)),
@@ -65,11 +71,11 @@ INITS: dict[str, tuple[Callable[[], nn.Module], pf.PeftConfig]] = {
         pf.AdaptionPromptConfig(adapter_len=2, adapter_layers=1),
     ),
     "ViTModel.forward has no argument for a cache of keys and values": (vit, pf.PrefixTuningConfig(**TOKENS)),
-    "Mamba2Model.forward has no argument for a cache of keys and values": (
+    MAMBA: (
         lambda: of_tiny("Mamba2", head_dim=8, num_heads=4, state_size=8, n_groups=1),
         pf.PrefixTuningConfig(**TOKENS),
     ),
-    "1 layers of Qwen3NextForCausalLM keep something else than keys and values (the first is layer 0)": (
+    f"1 layers of Qwen3Next{'Model' if oracle.IS_OLD else 'ForCausalLM'} keep something else than keys and values": (
         lambda: of_tiny("Qwen3Next", layer_types=["linear_attention", "full_attention"], num_experts=0),
         pf.PrefixTuningConfig(**TOKENS),
     ),
@@ -127,20 +133,6 @@ def test_merge_says_that_there_is_no_weight_to_change(method: str, tmp_path: Pat
     assert not (tmp_path / "nowhere").exists()
     pf.bind(model, adapter).save_pretrained(tmp_path)  # what can be saved is the adapter
     assert_same(pf.load(tmp_path, model), adapter)
-
-
-def test_prefixes_of_unlike_length_and_positions_of_another_kind_are_one_clear_error() -> None:
-    sizes: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    model = transformers.RobertaModel(transformers.RobertaConfig(**sizes, num_attention_heads=2)).eval()
-    one, other = (
-        pf.init(model, pf.PrefixTuningConfig(num_virtual_tokens=count, task_type="FEATURE_EXTRACTION"))
-        for count in (2, 3)
-    )
-    for stacked, index in ((pf.stack([one, other]), [0, 1]), (pf.stack([one, one]), [0, -1])):
-        with pytest.raises(ValueError, match=r"RobertaModel counts positions in a way of its own"):
-            pf.apply(model, stacked, IDS, index=index)
-    both = pf.apply(model, pf.stack([one, one]), IDS, index=[0, 1])
-    torch.testing.assert_close(both[0], pf.apply(model, one, IDS)[0])
 
 
 def test_a_prefix_and_checkpointing_are_one_clear_error() -> None:

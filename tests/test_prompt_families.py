@@ -108,6 +108,20 @@ def test_left_padding_and_the_cache_change_nothing(family: str, kind: str) -> No
     assert bound.generate(**options).equal(bound.generate(**options, use_cache=False))
 
 
+@both_kinds
+@pytest.mark.parametrize("mask", ["none", "ones", "left"])
+def test_positions_that_begin_after_the_padding_token_are_those_by_hand(kind: str, mask: str) -> None:
+    sizes = SIZES | {"intermediate_size": 24, "initializer_range": 0.3}
+    model = transformers.RobertaForCausalLM(transformers.RobertaConfig(**sizes, is_decoder=True, pad_token_id=1)).eval()
+    adapter = oracle.randomised(pf.init(model, config_of(pf, kind, "roberta decoder")), size=0.5)
+    row = torch.tensor([[5, 6, 7, 8]])
+    given = {"input_ids": row if mask != "left" else torch.tensor([[1, 1, 5, 6, 7, 8]])}
+    if mask != "none":
+        given["attention_mask"] = (given["input_ids"] != 1).long()
+    found = pf.apply(model, adapter, given).logits[:, -1]
+    assert distance(found, decoding.by_hand(model, adapter, row)(row)) < 1e-6
+
+
 def test_a_model_that_runs_past_its_own_parts_says_so() -> None:
     class Past(transformers.BertForSequenceClassification):
         def forward(self, input_ids: Any = None, **rest: Any) -> Any:

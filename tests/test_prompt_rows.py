@@ -149,6 +149,10 @@ def families() -> dict[str, Any]:
     return {
         "opt": (transformers.OPTForCausalLM(opt), "CAUSAL_LM"),
         "roberta": (transformers.RobertaModel(transformers.RobertaConfig(**wide)), "FEATURE_EXTRACTION"),
+        "roberta decoder": (
+            transformers.RobertaForCausalLM(transformers.RobertaConfig(**wide, is_decoder=True)),
+            "CAUSAL_LM",
+        ),
         "llama labels": (
             transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**wide, pad_token_id=0)),
             "SEQ_CLS",
@@ -163,18 +167,17 @@ def families() -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:.*not detect padding tokens.*")
-@pytest.mark.parametrize("name", ["opt", "roberta", "llama labels", "gpt2 tokens"])
+@pytest.mark.parametrize("name", ["opt", "roberta", "roberta decoder", "llama labels", "gpt2 tokens"])
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 @pytest.mark.parametrize("padding", ["none", "left"])
 def test_other_families_give_each_row_what_it_gives_alone(name: str, kind: str, padding: str) -> None:
     model, task = families()[name]
     model.eval()
     make = {"prompt": pf.PromptTuningConfig, "prefix": pf.PrefixTuningConfig}[kind]
-    lengths = (2, 2) if (name, kind) == ("roberta", "prefix") else (2, 3)  # unlike ones: test_prompt_errors.py
-    index = (1, 0, 0, 1) if (name, kind) == ("roberta", "prefix") else (1, -1, 0, 1)
+    index = (1, -1, 0, 1)
     adapters = [
         oracle.randomised(pf.init(model, make(num_virtual_tokens=count, task_type=task)), count, size=0.5)
-        for count in lengths
+        for count in (2, 3)
     ]
     batch = batch_of(Case("bert" if name == "roberta" else "gpt2", kind), padding)
     together = result(model, pf.stack(adapters), batch, index=index)

@@ -12,6 +12,7 @@ from bases import BASES, WIDE
 from transformers import masking_utils
 from transformers.generation import GenerationMixin
 
+from peftfn import transformers_caches as caches
 from peftfn import transformers_names as hf
 
 VERSION = f"transformers {transformers.__version__}"
@@ -77,11 +78,11 @@ def test_an_output_is_known_to_hold_a_cache_and_how_many_tokens_it_has(name: str
     batch = {"input_ids": torch.tensor([[5, 6, 7]])}
     batch |= {"decoder_input_ids": batch["input_ids"]} if name == "t5" else {}
     output = model(**batch, use_cache=True)
-    caches = [value for value in output.values() if hf.is_cache(value)]
-    assert len(caches) == 1, f"{VERSION}: the output of {name} has {len(caches)} values whose class is a Cache"
-    assert hf.length(caches[0]) == 3
-    assert not hf.is_empty(caches[0])
-    left = hf.without_caches(output)
+    held = [value for value in output.values() if caches.is_cache(value)]
+    assert len(held) == 1, f"{VERSION}: the output of {name} has {len(held)} values whose class is a Cache"
+    assert caches.length(held[0]) == 3
+    assert not caches.is_empty(held[0])
+    left = caches.without_caches(output)
     assert set(output) - set(left) == {hf.cache_argument(model)}, f"{VERSION} calls the cache otherwise in the output"
 
 
@@ -89,23 +90,25 @@ def test_a_new_cache_is_empty_and_full_after_a_call() -> None:
     for name, sizes in (("Llama", {}), ("Mamba2", {"head_dim": 8, "num_heads": 4, "state_size": 8, "n_groups": 1})):
         config = getattr(transformers, f"{name}Config")(**SIZES | sizes)
         model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-        cache = hf.new_cache(config)
-        assert hf.is_empty(cache)
+        cache = caches.new_cache(config)
+        assert caches.is_empty(cache)
         output = model(torch.tensor([[5, 6, 7]]), use_cache=True)
-        assert not hf.is_empty(output[hf.cache_argument(model)]), f"{VERSION}: nobody sees that {name}'s cache is used"
+        assert not caches.is_empty(output[hf.cache_argument(model)]), (
+            f"{VERSION}: nobody sees that {name}'s cache is used"
+        )
 
 
 def test_a_static_cache_says_how_much_it_holds() -> None:
     config = transformers.LlamaConfig(**SIZES)
     cache = transformers.StaticCache(config=config, max_cache_len=5)
-    assert hf.capacity(cache) == 5, f"{VERSION}: a layer of a static cache does not say its max_cache_len"
-    hf.make_room(cache, 3, config)
-    assert hf.capacity(cache) == 8
+    assert caches.capacity(cache) == 5, f"{VERSION}: a layer of a static cache does not say its max_cache_len"
+    caches.make_room(cache, 3, config)
+    assert caches.capacity(cache) == 8
     model = transformers.LlamaForCausalLM(config).eval()
     model(torch.tensor([[5, 6, 7]]), **{hf.cache_argument(model): cache})
-    hf.make_room(cache, 3, config)
-    assert hf.capacity(cache) == 8, f"{VERSION}: a layer of a static cache does not say that it has its memory"
-    assert hf.length(cache) == 3
+    caches.make_room(cache, 3, config)
+    assert caches.capacity(cache) == 8, f"{VERSION}: a layer of a static cache does not say that it has its memory"
+    assert caches.length(cache) == 3
 
 
 def test_generate_asks_the_model_for_its_masks() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 import peftfn as pf
 from zoo.batches import signature
 from zoo.case import Case, called, output_of
-from zoo.checks_generate import found
+from zoo.checks_generate import decoded, found
 from zoo.verdicts import RIGHT, NotApplicable, judged
 
 TOKENS_BEFORE = 2
@@ -186,6 +186,31 @@ def prefixed_row(case: Case, adapter: pf.Adapter, row: Mapping[str, Any]) -> dic
 
 def greedy(case: Case, adapter: pf.Adapter, batch: Mapping[str, Any], new: int = 5) -> dict[str, Tensor]:
     """Tokens and scores, each step computed from the start."""
+    return _from_start(case, batch, new, lambda given: output_of(lambda: prefixed(case, adapter, given)))
+
+
+def decodes_as_it_reads(case: Case, batch: Mapping[str, Any], new: int = 5) -> bool:
+    """Whether the bare model generates what it says of the whole text at each step.
+
+    Some do not: of RoBERTa `generate` counts positions otherwise, Moshi forgets what is out of its cache's window.
+    """
+    with reference():
+        want = _from_start(case, batch, new, lambda given: called(case.model, given))
+        return judged(decoded(case.model, batch), want, None, case.exact).verdict == RIGHT
+
+
+def continued(case: Case, adapter: pf.Adapter, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tokens and scores of the bare model's own `generate`, which is given a cache that has the prefix in it."""
+    with reference():
+        name, cache = _cache(case, adapter, batch["input_ids"].shape[0])
+        tokens = adapter.config.num_virtual_tokens
+        before = {key: value for key, value in longer(case, batch, tokens).items() if key in batch}
+        before["input_ids"][:, :tokens] = 0
+        return decoded(case.model, before | {name: cache})
+
+
+def _from_start(case: Case, batch: Mapping[str, Any], new: int, run: Callable[[dict[str, Any]], Any]) -> Any:
+    """Tokens and scores, each step computed from the start."""
     encodes = case.model.config.is_encoder_decoder
     rows = batch["input_ids"].shape[0]
     told = case.model.generation_config
@@ -194,8 +219,7 @@ def greedy(case: Case, adapter: pf.Adapter, batch: Mapping[str, Any], new: int =
     scores = []
     for _ in range(new):
         grown = {"decoder_input_ids": tokens} if encodes else _grown(batch, tokens)
-        output = output_of(lambda grown=grown: prefixed(case, adapter, dict(batch) | grown))
-        scores.append(output["logits"][:, -1].float())
+        scores.append(run(dict(batch) | grown)["logits"][:, -1].float())
         tokens = torch.cat([tokens, scores[-1].argmax(-1, keepdim=True)], 1)
     return found(torch.stack(scores, 1), tokens[:, -new:])
 

@@ -120,4 +120,8 @@ def tiny_config(model_class: type[transformers.PreTrainedModel]) -> PreTrainedCo
     override = OVERRIDES.get(model_class.__name__)
     if callable(override):
         return override()
-    return tiny(model_class.config_class(**(override or {})), Tokens())
+    made = tiny(model_class.config_class(**(override or {})), Tokens())
+    writes = re.search("ForCausalLM|LMHead|GenerationDecoder", model_class.__name__)
+    if writes and getattr(made, "is_decoder", None) is False:
+        made.is_decoder = not made.is_encoder_decoder  # else a text generator sees what comes after a token
+    return made

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfn import calls, inserted, places, signatures
+from peftfn import transformers_caches as caches
 from peftfn import transformers_names as hf
 from peftfn.adapter import Leaf
 from peftfn.calls import Added, Call
@@ -81,7 +82,7 @@ def _refuse_without_keys(home: nn.Module) -> None:
             f"{name}.forward has no argument for a cache of keys and values, into which a prefix goes; use prompt "
             "tuning or P-tuning."
         )
-    others = hf.layers_without_keys(getattr(home, "config", None))
+    others = caches.layers_without_keys(getattr(home, "config", None))
     if others:
         raise ValueError(
             f"{len(others)} layers of {name} keep something else than keys and values (the first is layer "
@@ -92,7 +93,7 @@ def _refuse_without_keys(home: nn.Module) -> None:
 def _refuse_other_keys(model: nn.Module, count: int, shape: Shape) -> None:
     """Refuse a model whose layers keep other keys and values than PEFT's format has: as many of one shape as layers."""
     home = model if prompt_config.is_encoder_decoder(model) else model.get_submodule(homes(model)[0])
-    found = key_shapes(home)
+    found = key_shapes(home, count)
     if found is not None and found != [shape] * count:
         kept = ", ".join(f"{found.count(one)} of {one}" for one in dict.fromkeys(found))
         raise ValueError(
@@ -165,11 +166,6 @@ def forward(config: PrefixTuningConfig, leaf: Mapping[str, Tensor], site: Site, 
     prefix = encode(leaf)
     prefix = prefix if prefix.dim() == 3 else prefix.unsqueeze(0)  # (rows or 1, tokens, layers * 2 * dim)
     added = prompt_rows.added(model, prefix.shape[1], {**leaf, "prompt_embeddings": prefix})._replace(at_end=False)
-    if added.own is not None and prompt_rows.padding_counted(model) is not None:
-        raise ValueError(
-            f"prefixes of unlike length, or none (index -1), for the rows of one batch: {type(model).__name__} counts "
-            "positions in a way of its own, which they would move. Use prefixes of one length, or apply them apart."
-        )
     call = call._replace(prefixes=(*call.prefixes, added))
     if not call.first:
         return call
@@ -192,16 +188,31 @@ def _with_positions(call: Call, tokens: Tensor, model: Any, added: Added) -> Cal
     A prefix has no position, so how far a token is from it is the token's own: padding must not count. In a row without
     a prefix it counts, as the base has it.
     """
-    mask = call.given.get(hf.MASK)
-    if call.given.get(hf.POSITIONS) is not None and not call.guessed:
+    mask, padding = call.given.get(hf.MASK), prompt_rows.padding_counted(model)
+    if call.given.get(hf.POSITIONS) is not None and not (call.guessed and padding is None):
         return call
+    if padding is not None:
+        return call.having(**{hf.POSITIONS: _after_padding(call, tokens, padding, added)})
     if not isinstance(mask, Tensor) or mask.dim() != 2 or not _counts(model):
         return call
     lead = places.left_padding(mask)
-    if added.own is not None and added.counted:
+    if added.own is not None and added.start is not None:
         lead = lead * (added.own.view(-1, 1) > 0)
     ids = torch.arange(tokens.shape[1], device=mask.device) - lead
     return call.having(**{hf.POSITIONS: ids.clamp(min=0)})
+
+
+def _after_padding(call: Call, tokens: Tensor, padding: int, added: Added) -> Tensor:
+    """(rows, length): the positions that RoBERTa and its kin count, which find padding in token ids and leave it out.
+
+    Without the prefix, by which `settled` moves all of them: those of padding are not to be moved.
+    """
+    ids, mask = call.given.get(hf.IDS), call.given.get(hf.MASK)
+    is_text = places.ones(tokens, tokens.shape[1]) if ids is None else (ids != padding).long()
+    if ids is None and isinstance(mask, Tensor) and mask.dim() == 2:
+        is_text = mask.long()
+    moved = added.places if added.own is None else added.own.view(-1, 1)
+    return torch.where(is_text == 1, is_text.cumsum(1) + padding, padding - moved)
 
 
 def _counts(model: Any) -> bool:
@@ -232,9 +243,9 @@ def _filled(
     """The call's own empty cache, or a new one, with the prefix in it for each row."""
     cache: Any = call.cache
     if cache is None or isinstance(cache, (tuple, list)):
-        cache = hf.new_cache(model.config)
-    hf.make_room(cache, config.num_virtual_tokens or 0, model.config)
-    own = hf.self_attention(cache)
+        cache = caches.new_cache(model.config)
+    caches.make_room(cache, config.num_virtual_tokens or 0, model.config)
+    own = caches.self_attention(cache)
     for number, (key, value) in enumerate(past):
         own.update(key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1), number)
     return cache

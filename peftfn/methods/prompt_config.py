@@ -57,8 +57,13 @@ class PromptLearningConfig(PeftConfig):
         return (self.num_virtual_tokens or 0) * (self.num_transformer_submodules or 1)
 
 
-def resolve(model: nn.Module, config: Config) -> Config:
+def resolve(model: nn.Module, config: Config, needed: Sequence[str] | None = None) -> Config:
     """The config with what the model decides filled in, by PEFT's rules.
+
+    Args:
+        model: the base.
+        config: what is asked for.
+        needed: the sizes that have to be known; all of them by default.
 
     Raises:
         ValueError: the number of virtual tokens is not given, or the model does not say a size.
@@ -67,7 +72,7 @@ def resolve(model: nn.Module, config: Config) -> Config:
         raise ValueError(f"{type(config).__name__}: num_virtual_tokens is None; expected a positive integer.")
     sizes = {name: getattr(config, name) or size(model, name) for name in _SIZES}
     for name, found in sizes.items():
-        if found is None:
+        if found is None and name in (needed or _SIZES):
             raise ValueError(
                 f"{type(config).__name__}: {name} is None, and {type(model).__name__} has no config that says it "
                 f"({', '.join(_SIZES[name])}); give it."
@@ -87,7 +92,7 @@ _SIZES = {
 def size(model: nn.Module, field: str) -> int | None:
     """What the model's config says of a field, under any of the names that it has there; `None` if it has none."""
     config = text_config(model)
-    found = (getattr(config, name, None) for name in _SIZES[field])
+    found = (hf.said(config, name) for name in _SIZES[field])
     return next((one for one in found if isinstance(one, int)), None)
 
 
@@ -98,10 +103,16 @@ def resolve_input(model: nn.Module, config: Config) -> Config:
             f"{type(model).__name__} takes no inputs_embeds, which is how a prompt gets before its input; use a "
             "method that changes layers."
         )
+    reader = hf.layer_that_reads_ids(model)
+    if reader is not None:
+        raise ValueError(
+            f"{reader} in {type(model).__name__} reads token ids beside what other layers give it, and a prompt's "
+            "tokens have none; use prefix tuning, or a method that changes layers."
+        )
     if config.token_dim is None:
         width = getattr(input_embedding(model), "embedding_dim", None)
         config = dataclasses.replace(config, token_dim=width)
-    return resolve(model, config)
+    return resolve(model, config, needed=("token_dim",))
 
 
 def text_config(model: nn.Module) -> Any:

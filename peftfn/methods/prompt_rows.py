@@ -16,6 +16,7 @@ from peftfn.inserted import LENGTH
 from peftfn.methods import prompt_config
 from peftfn.methods.method import Stacking
 from peftfn.methods.prompt_config import Config
+from peftfn.places import Place, ones
 
 _PADDED = ("prompt_embeddings", "embedding")
 """The tensors that have one row per token."""
@@ -82,7 +83,7 @@ def added(model: nn.Module, count: int, leaf: Mapping[str, Tensor]) -> Added:
     if own is None:
         return Added(count)
     copies = leaf["prompt_embeddings"].shape[-2] // count  # PEFT's, of which the first is used
-    return Added(count, (own // copies).reshape(-1), at_end=not reads_last(model), counted=counts(model))
+    return Added(count, (own // copies).reshape(-1), at_end=not reads_last(model), start=first_position(model))
 
 
 def reads_last(model: nn.Module) -> bool:
@@ -94,34 +95,52 @@ def reads_last(model: nn.Module) -> bool:
     return any(getattr(module, "is_causal", False) is True for module in model.modules())
 
 
-def counts(model: nn.Module) -> bool:
-    """Whether the model counts positions from 0 in each row, masked places included, and can be told others."""
-    if prompt_config.is_encoder_decoder(model) or not signatures.takes(prompt_config.without_head(model), hf.POSITIONS):
-        return False
+def first_position(model: nn.Module) -> int | None:
+    """The position of a row's first token in a model that counts masked places too, and can be told others."""
+    if not _can_be_told(model):
+        return None
     # OPT and its kin count the places that the mask leaves
-    return not any(signatures.takes(module, hf.MASK) for module in model.modules() if isinstance(module, nn.Embedding))
+    if any(signatures.takes(module, hf.MASK) for module in model.modules() if isinstance(module, nn.Embedding)):
+        return None
+    padding = padding_counted(model)
+    return 0 if padding is None else padding + 1
+
+
+def _can_be_told(model: nn.Module) -> bool:
+    """Whether the model takes the position of each token."""
+    if prompt_config.is_encoder_decoder(model):
+        return False
+    return signatures.takes(prompt_config.without_head(model), hf.POSITIONS)
 
 
 def padding_counted(model: nn.Module) -> int | None:
-    """The padding token of a model whose positions start after it and leave it out, as RoBERTa's do; else `None`."""
-    for module in model.modules():
+    """The padding token of a model whose positions start after it and leave it out, as RoBERTa's do; else `None`.
+
+    Of one that can be told others.
+    """
+    for module in model.modules() if _can_be_told(model) else ():
         if hasattr(module, "create_position_ids_from_inputs_embeds"):
             return getattr(module, "padding_idx", None)
     return None
 
 
 def with_positions(model: nn.Module, before: Call, after: Call, added: Added) -> Call:
-    """The call with prompts before its input, told the positions that a row without one has in the model by itself.
+    """The call with prompts before its input, told the positions that RoBERTa and its kin count.
 
-    RoBERTa and its kin find padding in the token ids, and count on through it where they are given embedded tokens.
+    They find padding in the token ids and leave it out, and count it where they are given embedded tokens.
+
+    Args:
+        model: any; another one counts by itself.
+        before: the call without the prompts.
+        after: the call with them.
+        added: the prompts.
     """
-    padding, ids = padding_counted(model), before.given.get(hf.IDS)
-    if padding is None or added.own is None or ids is None or before.given.get(hf.POSITIONS) is not None:
+    padding, text = padding_counted(model), before.given.get(hf.IDS)
+    if padding is None or text is None or not before.first or before.given.get(hf.POSITIONS) is not None:
         return after
-    is_text = ids != padding
-    bare = F.pad(is_text.cumsum(1) * is_text + padding, (0, added.places), value=padding)  # (rows, length + places)
-    prompted = torch.arange(bare.shape[1], device=ids.device) + padding + 1
-    return after.having(**{hf.POSITIONS: torch.where(added.own.view(-1, 1) == 0, bare, prompted)})
+    mask = ones(text, text.shape[1]) if before.given.get(hf.MASK) is None else before.given[hf.MASK]
+    is_counted = Place.of(mask, text, added).fill(1, (text != padding).long())
+    return after.having(**{hf.POSITIONS: is_counted.cumsum(1) * is_counted + padding})._replace(guessed=True)
 
 
 STACKING = Stacking(pad=pad, trim=trimmed, shared=shared)

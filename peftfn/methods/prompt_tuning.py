@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn import cached, inserted
+from peftfn import transformers_caches as caches
 from peftfn import transformers_names as hf
 from peftfn.adapter import Leaf
 from peftfn.calls import Call
@@ -120,7 +121,7 @@ def prompted(config: PromptLearningConfig, leaf: Mapping[str, Tensor], site: Sit
     if prompt_config.is_encoder_decoder(model) and call.given.get(hf.ENCODED) is not None:
         return cached.with_encoded(call, added)
     if call.first:
-        hf.make_room(call.cache, added.places, getattr(model, "config", None))
+        caches.make_room(call.cache, added.places, getattr(model, "config", None))
     after = inserted.with_tokens(call, tokens, added, lambda ids: prompt_config.embed(model, ids), config.task_type)
     return prompt_rows.with_positions(model, call, after, added)
 
