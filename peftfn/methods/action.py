@@ -12,7 +12,8 @@ from peftfn.layers import Site
 Merge = Callable[[Any, Mapping[str, Tensor], str, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
-def _one_by_one(leaf: Mapping[str, Tensor], kind: str) -> bool:
+def one_by_one(leaf: Mapping[str, Tensor], kind: str) -> bool:
+    """Of methods whose forward takes one leaf at a time: `False`."""
     return False
 
 
@@ -35,7 +36,7 @@ class OnWeights(NamedTuple):
     forward: Callable[..., Any]
     merge: Merge
     reads: Sequence[str] = ("weight", "bias")
-    takes_rows: Callable[[Mapping[str, Tensor], str], bool] = _one_by_one
+    takes_rows: Callable[[Mapping[str, Tensor], str], bool] = one_by_one
     takes_parts: bool = False
     by_rows: bool = False
 

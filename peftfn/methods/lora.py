@@ -44,6 +44,10 @@ def _dense_a(config: LoraConfig, weight: WeightShape, r: int) -> Shape | None:
     return (r, weight.inputs * weight.groups, *weight.kernel)
 
 
+def _dense_b(config: LoraConfig, weight: WeightShape, r: int) -> Shape | None:
+    return (weight.outputs, r, *(1 for _ in weight.kernel))
+
+
 def _b(config: LoraConfig, weight: WeightShape, r: int) -> Shape | None:
     if weight.kind == layers.EMBEDDING:
         return None
@@ -60,7 +64,7 @@ def _embedding_b(config: LoraConfig, weight: WeightShape, r: int) -> Shape | Non
 
 SLOTS = {
     "lora_A": Slot(_a, "lora_A.weight", rank=0, inputs=1, also=_dense_a),
-    "lora_B": Slot(_b, "lora_B.weight", rank=1, outputs=0, by_column=True),
+    "lora_B": Slot(_b, "lora_B.weight", rank=1, outputs=0, by_column=True, also=_dense_b),
     "lora_embedding_A": Slot(_embedding_a, rank=0, inputs=1),
     "lora_embedding_B": Slot(_embedding_b, rank=1, outputs=0),
     "scaling": Slot(trained=False, off=0.0),

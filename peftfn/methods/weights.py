@@ -6,6 +6,7 @@ layer computes, also over a packed one, and what merging gives; a faster forward
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,10 +16,9 @@ from torch import Tensor
 from peftfn import layers, layouts
 from peftfn.adapter import Leaf
 from peftfn.layers import Site
-from peftfn.methods import lowrank, running
+from peftfn.methods import adapted, lowrank, running
 from peftfn.methods import slots as slot_table
-from peftfn.methods.action import OnWeights
-from peftfn.methods.adapted import Delta
+from peftfn.methods.action import Merge, OnWeights, one_by_one
 from peftfn.methods.method import ROWS, like_weight
 from peftfn.methods.slots import Slots
 
@@ -27,17 +27,30 @@ LAYERS = (*MATRICES, layers.EMBEDDING, layers.CONVOLUTION)
 EVERYWHERE = (*LAYERS, layers.PARAMETER, layers.EXPERTS_TRANSPOSED)
 
 NewTensor = Callable[[Any, Mapping[str, Tensor], Tensor], Tensor]
+Delta = Callable[[Any, Mapping[str, Tensor], layouts.WeightShape], Tensor]
+Factors = Callable[[Any, Mapping[str, Tensor], str, torch.Size], adapted.Delta]
 Forward = Callable[..., Tensor]
 
 
 def filled(slots: Slots, value: float) -> Callable[..., Leaf]:
     """An `init` that gives every tensor of a method without a rank one value."""
+    return functools.partial(_filled, (slots, value))
 
-    def init(config: Any, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None) -> Leaf:
-        shapes = slot_table.shapes(slots, config, layouts.of_site(site), 0)
-        return {name: like_weight(torch.full(shape, value), site.stored, dtype) for name, shape in shapes.items()}
 
-    return init
+def _filled(
+    what: tuple[Slots, float],
+    config: Any,
+    path: str,
+    site: Site,
+    generator: torch.Generator,
+    dtype: torch.dtype | None,
+) -> Leaf:
+    slots, value = what
+    shapes = slot_table.shapes(slots, config, layouts.of_site(site), 0)
+    return {name: like_weight(torch.full(shape, value), site.stored, dtype) for name, shape in shapes.items()}
+
+
+# What the builders give are partials of functions of this file, and no closures: a bound module can be pickled.
 
 
 def reweighted(
@@ -51,27 +64,35 @@ def reweighted(
         forward: `(config, leaf, site, x, ...) -> y`, where there is a better way than to run the layer with W' and b'.
         kinds: the kinds of layer that it acts on.
     """
-
-    def merge(config: Any, leaf: Mapping[str, Tensor], kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        old = tensors["weight"]
-        changed = {"weight": layouts.stored(kind, weight(config, leaf, layouts.seen(kind, old))).to(old.dtype)}
-        if bias is not None and "bias" in tensors:
-            changed["bias"] = bias(config, leaf, tensors["bias"]).to(tensors["bias"].dtype)
-        return changed
-
-    def plain(config: Any, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        given = {name: one for name, one in site.tensors.items() if one is not None}
-        return site.run_with({**site.tensors, **merge(config, leaf, site.kind, given)}, x, *args, **kwargs)
-
-    return OnWeights(kinds, forward or plain, merge, ("weight",) if bias is None else ("weight", "bias"))
+    merge = functools.partial(_reweighted, weight, bias)
+    run = functools.partial(_run_merged, merge) if forward is None else forward
+    return OnWeights(kinds, run, merge, ("weight",) if bias is None else ("weight", "bias"))
 
 
-def additive(
-    delta: Callable[[Any, Mapping[str, Tensor], layouts.WeightShape], Tensor],
-    *,
-    forward: Forward | None = None,
-    kinds: Sequence[str] = LAYERS,
-) -> OnWeights:
+def _reweighted(
+    weight: NewTensor,
+    bias: NewTensor | None,
+    config: Any,
+    leaf: Mapping[str, Tensor],
+    kind: str,
+    tensors: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    old = tensors["weight"]
+    changed = {"weight": layouts.stored(kind, weight(config, leaf, layouts.seen(kind, old))).to(old.dtype)}
+    if bias is not None and "bias" in tensors:
+        changed["bias"] = bias(config, leaf, tensors["bias"]).to(tensors["bias"].dtype)
+    return changed
+
+
+def _run_merged(
+    merge: Merge, config: Any, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    own = site.tensors
+    given = {name: one for name, one in own.items() if one is not None}
+    return site.run_with({**own, **merge(config, leaf, site.kind, given)}, x, *args, **kwargs)
+
+
+def additive(delta: Delta, *, forward: Forward | None = None, kinds: Sequence[str] = LAYERS) -> OnWeights:
     """A method that adds to a layer's weight, which is never read: any packed base will do.
 
     Args:
@@ -79,18 +100,24 @@ def additive(
         forward: as in `reweighted`; by default what the layer gives, and what it gives with ΔW and no bias.
         kinds: the kinds of layer that it acts on.
     """
+    run = functools.partial(_run_added, delta) if forward is None else forward
+    return OnWeights(kinds, run, functools.partial(_merged_sum, delta), ("weight",))
 
-    def merge(config: Any, leaf: Mapping[str, Tensor], kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        old = tensors["weight"]
-        shape = layouts.of_stored(kind, old.shape)
-        assert shape is not None
-        return {"weight": (old + layouts.stored(kind, delta(config, leaf, shape))).to(old.dtype)}
 
-    def plain(config: Any, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = site(x, *args, **kwargs)
-        return added(site, y, delta(config, leaf, layouts.of_site(site)), x, *args, **kwargs)
+def _merged_sum(
+    delta: Delta, config: Any, leaf: Mapping[str, Tensor], kind: str, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    old = tensors["weight"]
+    shape = layouts.of_stored(kind, old.shape)
+    assert shape is not None
+    return {"weight": (old + layouts.stored(kind, delta(config, leaf, shape))).to(old.dtype)}
 
-    return OnWeights(kinds, forward or plain, merge, ("weight",))
+
+def _run_added(
+    delta: Delta, config: Any, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    y = site(x, *args, **kwargs)
+    return added(site, y, delta(config, leaf, layouts.of_site(site)), x, *args, **kwargs)
 
 
 def added(site: Site, y: Tensor, change: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -100,7 +127,7 @@ def added(site: Site, y: Tensor, change: Tensor, x: Tensor, *args: Any, **kwargs
 
 
 def low_rank(
-    factors: Callable[[Any, Mapping[str, Tensor], str, torch.Size], Delta],
+    factors: Factors,
     *,
     kinds: Sequence[str] = EVERYWHERE,
     takes_rows: bool = False,
@@ -114,27 +141,41 @@ def low_rank(
         takes_rows: whether linear layers take a leaf for each row.
         takes_parts: whether parts of fused projections can be adapted.
     """
+    return OnWeights(
+        kinds,
+        functools.partial(_run_low_rank, factors),
+        functools.partial(_merged_low_rank, factors),
+        ("weight",),
+        _is_whole_matrix if takes_rows else one_by_one,
+        takes_parts,
+        by_rows=True,
+    )
 
-    def forward(config: Any, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        shape = site.shape if site.kind == layers.CONVOLUTION else torch.Size()
-        delta = factors(config, leaf, site.kind, shape)
-        if not delta.a.numel():  # no rank is left, and torch has no convolution with no channels
-            return site(x, *args, **kwargs)
-        if ROWS not in leaf:
-            return running.forward(site, delta, config.lora_dropout, x, *args, **kwargs)
-        rows, y = leaf[ROWS], site(x, *args, **kwargs)
-        return y.index_copy(-1, rows, running.add(site, delta, config.lora_dropout, x, y.index_select(-1, rows)))
 
-    def merge(config: Any, leaf: Mapping[str, Tensor], kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        rows, weight = leaf.get(ROWS), tensors["weight"]
-        a, b, scaling = factors(config, leaf, kind, weight.shape)
-        if rows is None:
-            return {"weight": lowrank.merged(kind, a, b, scaling, weight)}
-        axis = layouts.output_axis(kind)
-        part = lowrank.merged(kind, a, b, scaling, weight.index_select(axis, rows))
-        return {"weight": weight.index_copy(axis, rows, part)}
+def _run_low_rank(
+    factors: Factors, config: Any, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    shape = site.shape if site.kind == layers.CONVOLUTION else torch.Size()
+    delta = factors(config, leaf, site.kind, shape)
+    if not delta.a.numel():  # no rank is left, and torch has no convolution with no channels
+        return site(x, *args, **kwargs)
+    if ROWS not in leaf:
+        return running.forward(site, delta, config.lora_dropout, x, *args, **kwargs)
+    rows, y = leaf[ROWS], site(x, *args, **kwargs)
+    return y.index_copy(-1, rows, running.add(site, delta, config.lora_dropout, x, y.index_select(-1, rows)))
 
-    def rows_at_once(leaf: Mapping[str, Tensor], kind: str) -> bool:
-        return takes_rows and kind in MATRICES and ROWS not in leaf
 
-    return OnWeights(kinds, forward, merge, ("weight",), rows_at_once, takes_parts, by_rows=True)
+def _merged_low_rank(
+    factors: Factors, config: Any, leaf: Mapping[str, Tensor], kind: str, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    rows, weight = leaf.get(ROWS), tensors["weight"]
+    a, b, scaling = factors(config, leaf, kind, weight.shape)
+    if rows is None:
+        return {"weight": lowrank.merged(kind, a, b, scaling, weight)}
+    axis = layouts.output_axis(kind)
+    part = lowrank.merged(kind, a, b, scaling, weight.index_select(axis, rows))
+    return {"weight": weight.index_copy(axis, rows, part)}
+
+
+def _is_whole_matrix(leaf: Mapping[str, Tensor], kind: str) -> bool:
+    return kind in MATRICES and ROWS not in leaf
