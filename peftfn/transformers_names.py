@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -44,12 +44,25 @@ ATTENTIONS = "ALL_ATTENTION_FUNCTIONS"
 KNOWS_SDPA = "_supports_sdpa"
 """What classes of models say of themselves, by which a module is known to be one of transformers' models."""
 
+GENERATE = "generate"
+
 GENERATION_MASKS = "create_masks_for_generate"
 """The attribute of a model by which `generate` makes whole masks for a static cache, before it calls the model."""
 
 _KEY_CACHES = ("cache", "past_key_values", "layer_past")
 _KEY_CACHE_TYPES = ("Cache", "DynamicCache", "EncoderDecoderCache")
 _PER_LAYER_GATE = "per_layer_input_gate"
+_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+_MIXING = (
+    "trigram_input",  # MobileBERT reads each token with its neighbours
+    "head_ratio",  # ConvBERT has convolutions in place of some heads
+    "conv1d_width",  # RecurrentGemma's, before its recurrence
+    "pooling_type",  # Funnel's layers shorten the row
+    "num_landmarks",  # Nyströmformer's, of equal parts of the row
+    "block_per_row",  # MRA's blocks
+    "num_hash",  # YOSO's hashes
+    "rescale_every",  # RWKV's recurrence
+)
 _STATES = ("cache_params", "mems", "state", "past_buckets_states")
 
 
@@ -125,7 +138,53 @@ def local_window(module: nn.Module) -> int | None:
     return config.window_size if isinstance(kinds, list) and "local" in kinds else None
 
 
+# --- positions --------------------------------------------------------------------------------------------------------
+
+
+def counts_by_mask(model: nn.Module) -> bool:
+    """Whether the positions of a model are those of the places that its mask leaves, as OPT's are."""
+    return any(
+        isinstance(table, nn.Embedding) and signatures.takes(table, MASK) and "cumsum" in _names_in(type(owner))
+        for owner in model.modules()
+        for table in owner.children()
+    )
+
+
+def _names_in(cls: type[nn.Module]) -> tuple[str, ...]:
+    """The names of what a class's own forward calls, its own code alone."""
+    forward: Any = inspect.unwrap(cast("Any", cls.forward))
+    return getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
+def position_table(model: nn.Module, *, rotary: bool = False) -> str | None:
+    """The class of what gives a model's words their positions; `None` where only distances count.
+
+    Args:
+        model: any.
+        rotary: whether rotary ones are meant too: they make distances of all but a prefix, whose keys are not turned.
+    """
+    find: Any = getattr(model, "get_decoder", None)
+    inner = find() if callable(find) else None
+    classes = "PositionalEmbedding|Rotary" if rotary else "PositionalEmbedding"
+    for path, module in (inner if isinstance(inner, nn.Module) else model).named_modules():
+        if path.rpartition(".")[2] in _TABLES or re.search(classes, type(module).__name__):
+            return type(module).__name__
+    return None
+
+
+def reads_masked(config: Any) -> str | None:
+    """The field of a config that says that its model mixes tokens whatever their mask says; `None` if none does."""
+    return next((name for name in _MIXING if getattr(config, name, None)), None)
+
+
 # --- masks and configs ------------------------------------------------------------------------------------------------
+
+
+@transforms.constant_result
+def generates_by_itself(cls: type[nn.Module]) -> bool:
+    """Whether a class has a `generate` of its own, which may run another way than through the model's forward."""
+    own = getattr(cls, GENERATE, None)
+    return callable(own) and not own.__module__.startswith("transformers.generation.")
 
 
 def mask_as_given(*_: Any, attention_mask: Any = None, **__: Any) -> Any:

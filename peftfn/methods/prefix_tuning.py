@@ -163,7 +163,8 @@ def forward(config: PrefixTuningConfig, leaf: Mapping[str, Tensor], site: Site, 
     model: Any = site.layer
     prefix = encode(leaf)
     prefix = prefix if prefix.dim() == 3 else prefix.unsqueeze(0)  # (rows or 1, tokens, layers * 2 * dim)
-    added = prompt_rows.added(model, prefix.shape[1], {**leaf, "prompt_embeddings": prefix})._replace(at_end=False)
+    part = prompt_config.decoder_of(model) if prompt_config.is_encoder_decoder(model) else model
+    added = prompt_rows.added(part, prefix.shape[1], {**leaf, "prompt_embeddings": prefix}, in_cache=True)
     call = call._replace(prefixes=(*call.prefixes, added))
     if not call.first:
         return call

@@ -103,6 +103,11 @@ def resolve_input(model: nn.Module, config: Config) -> Config:
             f"{type(model).__name__} takes no inputs_embeds, which is how a prompt gets before its input; use a "
             "method that changes layers."
         )
+    if is_encoder_decoder(model) and not signatures.takes(decoder_of(model), hf.ENCODED_MASK):
+        raise ValueError(
+            f"{type(decoder_of(model)).__name__}.forward takes no {hf.ENCODED_MASK}, by which a decoder is told of a "
+            "prompt before its encoder's input; use prefix tuning, or a method that changes layers."
+        )
     reader = hf.layer_that_reads_ids(model)
     if reader is not None:
         raise ValueError(
@@ -151,11 +156,18 @@ def writes(model: nn.Module) -> bool:
 
 
 def _half(model: nn.Module, name: str) -> nn.Module:
-    find: Any = getattr(model, f"get_{name}", None)
-    found = find() if callable(find) else None
-    if not isinstance(found, nn.Module):
+    found = _found(model, name)
+    if found is not None and is_encoder_decoder(found):
+        found = _found(found, name) or found  # Florence's is a whole BART
+    if found is None:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder without a get_{name}(); prompts need it.")
     return found
+
+
+def _found(model: nn.Module, name: str) -> nn.Module | None:
+    find: Any = getattr(model, f"get_{name}", None)
+    found = find() if callable(find) else None
+    return found if isinstance(found, nn.Module) else None
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
