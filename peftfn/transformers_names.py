@@ -11,9 +11,10 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftfn import signatures, transforms
 
@@ -131,6 +132,16 @@ def layer_that_reads_ids(model: nn.Module) -> str | None:
     return None
 
 
+def ids_in_embedding(config: Any) -> str | None:
+    """The field of a config that says that tokens are embedded by more than their row of the table: as ESM's are."""
+    return "token_dropout" if getattr(config, "token_dropout", False) else None
+
+
+def reads_one_by_one(model: nn.Module) -> bool:
+    """Whether a model goes on from a cache a single token at a time (ProphetNet), or by lengths of its own (XLM)."""
+    return hasattr(getattr(model, "config", None), "ngram") or signatures.takes(model, "lengths")
+
+
 def local_window(module: nn.Module) -> int | None:
     """How many tokens back layers see whose window is their own business and not that of the cache, as GPT-Neo's."""
     config: Any = getattr(module, "config", None)
@@ -156,6 +167,37 @@ def _names_in(cls: type[nn.Module]) -> tuple[str, ...]:
     return getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
+def first_position(config: Any) -> int:
+    """The position of a row's first token in a model that counts masked places too: in PaliGemma it is 1."""
+    return 1 if getattr(config, "model_type", None) == "paligemma" else 0
+
+
+def counted_from_pictures(model: nn.Module, given: Mapping[str, Any]) -> str | None:
+    """The argument by which a model with rotary positions in space counts those of its tokens, if there is one.
+
+    It finds a picture's place in the ids, of which a prompt has none, and only while its cache is empty.
+    """
+    if not any(hasattr(module, "get_rope_index") for module in model.modules()):
+        return None
+    return next((name for name in (*_numbers(given), *given) if name.endswith("_thw") or name in _numbers(given)), None)
+
+
+def mask_with_pictures(model: nn.Module, given: Mapping[str, Any]) -> str | None:
+    """The argument by which a model's mask has other places than tokens have, if there is one.
+
+    Token types of pictures (Gemma 3, PaliGemma) count from the text's start, GIT puts its pictures before the mask.
+    """
+    pictures = next(iter(_numbers(given)), None)
+    is_other = TOKEN_TYPES in given or getattr(getattr(model, "config", None), "model_type", None) == "git"
+    return pictures if is_other else None
+
+
+def _numbers(given: Mapping[str, Any]) -> list[str]:
+    """The names of pictures and sounds in a call."""
+    numbers = [name for name, value in given.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    return [name for name in numbers if name != EMBEDS and not name.startswith(OTHER_HALF)]
+
+
 def position_table(model: nn.Module, *, rotary: bool = False) -> str | None:
     """The class of what gives a model's words their positions; `None` where only distances count.
 
@@ -164,9 +206,11 @@ def position_table(model: nn.Module, *, rotary: bool = False) -> str | None:
         rotary: whether rotary ones are meant too: they make distances of all but a prefix, whose keys are not turned.
     """
     find: Any = getattr(model, "get_decoder", None)
-    inner = find() if callable(find) else None
+    inner: Any = cast("Any", find)() if callable(find) else None
+    part: Any = inner if isinstance(inner, nn.Module) else model
     classes = "PositionalEmbedding|Rotary" if rotary else "PositionalEmbedding"
-    for path, module in (inner if isinstance(inner, nn.Module) else model).named_modules():
+    named: Iterable[tuple[str, nn.Module]] = part.named_modules()
+    for path, module in named:
         if path.rpartition(".")[2] in _TABLES or re.search(classes, type(module).__name__):
             return type(module).__name__
     return None

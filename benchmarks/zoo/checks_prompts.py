@@ -116,7 +116,8 @@ def prefix(case: Case) -> Verdict:
 def prefix_generate(case: Case) -> Verdict:
     """Against greedy decoding by hand: every step from the start, with a new cache that has the prefix alone."""
     adapter, batch = prefix_of(case), prepared(case)
-    got = decoded(pf.bind(case.model, adapter), batch)
+    with as_bare(lambda: decoded(case.model, batch)):
+        got = decoded(pf.bind(case.model, adapter), batch)
     verdict = judged(got, hand.greedy(case, adapter, batch), None, case.exact)
     if verdict.verdict == WRONG and not hand.decodes_as_it_reads(case, batch):
         return judged(got, hand.continued(case, adapter, batch), None, case.exact)

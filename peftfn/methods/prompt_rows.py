@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +121,8 @@ def reads_last(model: nn.Module) -> bool:
     """Whether a row's end is what the model's heads look at, as a decoder's do; an encoder's look at its start."""
     if prompt_config.is_encoder_decoder(model):
         return False
-    if prompt_config.writes(model) or hasattr(model, "score"):
+    config: Any = getattr(model, "config", None)
+    if prompt_config.writes(model) or hasattr(model, "score") or getattr(config, "summary_type", None) == "last":
         return True
     return any(getattr(module, "is_causal", False) is True for module in model.modules())
 
@@ -130,7 +132,7 @@ def first_position(model: nn.Module) -> int | None:
     if not _can_be_told(model) or hf.counts_by_mask(model):
         return None
     padding = padding_counted(model)
-    return 0 if padding is None else padding + 1
+    return hf.first_position(getattr(model, "config", None)) if padding is None else padding + 1
 
 
 def _can_be_told(model: nn.Module) -> bool:

@@ -119,6 +119,7 @@ def prompted(config: PromptLearningConfig, leaf: Mapping[str, Tensor], site: Sit
     if prompt_config.is_encoder_decoder(model) and call.given.get(hf.ENCODED) is not None:
         return cached.with_encoded(call, added)
     if call.first:
+        prompt_config.refuse_pictures(model, call.given)
         caches.make_room(call.cache, added.places, getattr(model, "config", None))
     after = inserted.with_tokens(call, tokens, added, lambda ids: prompt_config.embed(model, ids), config.task_type)
     return prompt_rows.with_positions(model, call, after, added)
