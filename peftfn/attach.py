@@ -98,6 +98,8 @@ def _adapt_model(root: nn.Module, by_path: Mapping[str, nn.Module], here: Sequen
         graft.set_forward(
             twin, run if how.armed is None else functools.partial(_watched, run, how.armed, home, tensors)
         )
+    if steps and how.armed is not None and hf.generates_by_itself(type(root)):
+        root.__dict__[hf.GENERATE] = functools.partial(calls.generating, root, noted)
 
 
 def _one_of(part: Part) -> Mapping[str, Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,12 +39,14 @@ class Takes(NamedTuple):
 
     Attributes:
         arguments: the names of its positional arguments.
+        required: those of them that have to be given, if only as `None`.
         cache: the one of them that holds what earlier calls left, if it has one.
         whole_mask: whether its mask has a number for each place of a static cache.
         window: how many tokens back some of its layers see, whatever its cache says.
     """
 
     arguments: tuple[str, ...]
+    required: tuple[str, ...]
     cache: str | None
     whole_mask: bool
     window: int | None
@@ -53,7 +56,8 @@ class Takes(NamedTuple):
         """What this module's takes."""
         kind = type(module)
         whole, window = hf.wants_whole_mask(kind), hf.local_window(module)
-        return cls(signatures.argument_names(kind), hf.cache_argument(module), whole, window)
+        names = signatures.argument_names(kind), signatures.required_names(kind)
+        return cls(*names, hf.cache_argument(module), whole, window)
 
     def cache_in(self, given: Mapping[str, Any]) -> Any:
         """What of the arguments is the model's cache, or `None`."""
@@ -129,7 +133,8 @@ def run(
         call = without_empty_places(call, held=0)
     for step in reversed(steps):
         call = step(call)
-    output = forward(**settle(call).given)
+    required = {name: None for name in takes.required if name in named}  # of BLIP-2 the ids, beside embedded tokens
+    output = forward(**{**required, **settle(call).given})
     # A generation without a cache would go on from one that nobody asked for.
     return caches.without_caches(output) if given.get(hf.USE_CACHE) is False and cache is None else output
 
@@ -139,9 +144,25 @@ def expecting(forward: Callable[..., Any], homes: Sequence[str], noted: list[int
     before = noted[0]
     output = forward(*args, **kwargs)
     if noted[0] == before:
-        raise RuntimeError(
+        raise NotImplementedError(
             f"the model did not call {' or '.join(homes)}, where this adapter changes what is given: it would be lost. "
             "Its forward goes another way than those of transformers; use a method that changes layers."
+        )
+    return output
+
+
+def generating(model: nn.Module, noted: list[int], *args: Any, **kwargs: Any) -> Any:
+    """What a bound module's own `generate` returns, unless it ran past the module's forward, which an adapter changes.
+
+    That of BLIP-2 calls `generate` of the language model inside.
+    """
+    before, kind = noted[0], type(model)
+    output = cast("Any", kind).generate(model, *args, **kwargs)
+    is_ours = isinstance(model.__dict__["forward"], functools.partial) and model._compiled_call_impl is None  # noqa: SLF001
+    if noted[0] == before and is_ours:
+        raise NotImplementedError(
+            f"generate() of {kind.__name__} ran a part of the model past the model's forward, where this adapter "
+            "changes what is given: it would be lost. Call the module itself, or use a method that changes layers."
         )
     return output
 

@@ -16,6 +16,13 @@ def argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
     return _argument_names(cls)
 
 
+@transforms.constant_result
+def required_names(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Those of them that have no default."""
+    parameters = inspect.signature(cls.forward).parameters
+    return tuple(name for name in _argument_names(cls) if parameters[name].default is inspect.Parameter.empty)
+
+
 def takes(module: nn.Module, name: str) -> bool:
     """Whether the module's forward, or one that it may pass its arguments on to, names this argument."""
     return _takes(type(module), name)

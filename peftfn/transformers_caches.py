@@ -86,9 +86,9 @@ def _layer_holds(layer: Any) -> bool:
     if any(cast("Mapping[int, bool]", says).values()) if isinstance(says, dict) else says is True:
         return True
     count: Any = getattr(layer, "get_seq_length", None)
-    if callable(count):
-        return int(cast("Any", count())) > 0
-    # Mamba's of transformers 4 says nothing of itself; its states start at zero.
+    if callable(count) and (found := cast("Any", count())) is not None:
+        return int(found) > 0
+    # Mamba's of transformers 4 and Reformer's say nothing of themselves; states start at zero.
     held = cast("dict[str, Any]", vars(layer)).values()
     return not hasattr(layer, "has_previous_state") and any(map(_moved, held))
 
@@ -111,7 +111,8 @@ def length(cache: Any) -> int | None:
         return 0  # they are made when something is put into them
     counts: Iterable[Any] = (getattr(one, "get_seq_length", None) for one in ([cache] if layers is None else layers))
     found: Any = next((count for count in counts if count is not None), None)
-    return None if found is None else int(found())
+    held: Any = None if found is None else found()
+    return None if held is None else int(held)
 
 
 def self_attention(cache: Any) -> Any:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftfn import signatures, transforms
 
@@ -44,12 +45,25 @@ ATTENTIONS = "ALL_ATTENTION_FUNCTIONS"
 KNOWS_SDPA = "_supports_sdpa"
 """What classes of models say of themselves, by which a module is known to be one of transformers' models."""
 
+GENERATE = "generate"
+
 GENERATION_MASKS = "create_masks_for_generate"
 """The attribute of a model by which `generate` makes whole masks for a static cache, before it calls the model."""
 
 _KEY_CACHES = ("cache", "past_key_values", "layer_past")
 _KEY_CACHE_TYPES = ("Cache", "DynamicCache", "EncoderDecoderCache")
 _PER_LAYER_GATE = "per_layer_input_gate"
+_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+_MIXING = (
+    "trigram_input",  # MobileBERT reads each token with its neighbours
+    "head_ratio",  # ConvBERT has convolutions in place of some heads
+    "conv1d_width",  # RecurrentGemma's, before its recurrence
+    "pooling_type",  # Funnel's layers shorten the row
+    "num_landmarks",  # Nyströmformer's, of equal parts of the row
+    "block_per_row",  # MRA's blocks
+    "num_hash",  # YOSO's hashes
+    "rescale_every",  # RWKV's recurrence
+)
 _STATES = ("cache_params", "mems", "state", "past_buckets_states")
 
 
@@ -118,6 +132,16 @@ def layer_that_reads_ids(model: nn.Module) -> str | None:
     return None
 
 
+def ids_in_embedding(config: Any) -> str | None:
+    """The field of a config that says that tokens are embedded by more than their row of the table: as ESM's are."""
+    return "token_dropout" if getattr(config, "token_dropout", False) else None
+
+
+def reads_one_by_one(model: nn.Module) -> bool:
+    """Whether a model goes on from a cache a single token at a time (ProphetNet), or by lengths of its own (XLM)."""
+    return hasattr(getattr(model, "config", None), "ngram") or signatures.takes(model, "lengths")
+
+
 def local_window(module: nn.Module) -> int | None:
     """How many tokens back layers see whose window is their own business and not that of the cache, as GPT-Neo's."""
     config: Any = getattr(module, "config", None)
@@ -125,7 +149,86 @@ def local_window(module: nn.Module) -> int | None:
     return config.window_size if isinstance(kinds, list) and "local" in kinds else None
 
 
+# --- positions --------------------------------------------------------------------------------------------------------
+
+
+def counts_by_mask(model: nn.Module) -> bool:
+    """Whether the positions of a model are those of the places that its mask leaves, as OPT's are."""
+    return any(
+        isinstance(table, nn.Embedding) and signatures.takes(table, MASK) and "cumsum" in _names_in(type(owner))
+        for owner in model.modules()
+        for table in owner.children()
+    )
+
+
+def _names_in(cls: type[nn.Module]) -> tuple[str, ...]:
+    """The names of what a class's own forward calls, its own code alone."""
+    forward: Any = inspect.unwrap(cast("Any", cls.forward))
+    return getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
+def first_position(config: Any) -> int:
+    """The position of a row's first token in a model that counts masked places too: in PaliGemma it is 1."""
+    return 1 if getattr(config, "model_type", None) == "paligemma" else 0
+
+
+def counted_from_pictures(model: nn.Module, given: Mapping[str, Any]) -> str | None:
+    """The argument by which a model with rotary positions in space counts those of its tokens, if there is one.
+
+    It finds a picture's place in the ids, of which a prompt has none, and only while its cache is empty.
+    """
+    if not any(hasattr(module, "get_rope_index") for module in model.modules()):
+        return None
+    return next((name for name in (*_numbers(given), *given) if name.endswith("_thw") or name in _numbers(given)), None)
+
+
+def mask_with_pictures(model: nn.Module, given: Mapping[str, Any]) -> str | None:
+    """The argument by which a model's mask has other places than tokens have, if there is one.
+
+    Token types of pictures (Gemma 3, PaliGemma) count from the text's start, GIT puts its pictures before the mask.
+    """
+    pictures = next(iter(_numbers(given)), None)
+    is_other = TOKEN_TYPES in given or getattr(getattr(model, "config", None), "model_type", None) == "git"
+    return pictures if is_other else None
+
+
+def _numbers(given: Mapping[str, Any]) -> list[str]:
+    """The names of pictures and sounds in a call."""
+    numbers = [name for name, value in given.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    return [name for name in numbers if name != EMBEDS and not name.startswith(OTHER_HALF)]
+
+
+def position_table(model: nn.Module, *, rotary: bool = False) -> str | None:
+    """The class of what gives a model's words their positions; `None` where only distances count.
+
+    Args:
+        model: any.
+        rotary: whether rotary ones are meant too: they make distances of all but a prefix, whose keys are not turned.
+    """
+    find: Any = getattr(model, "get_decoder", None)
+    inner: Any = cast("Any", find)() if callable(find) else None
+    part: Any = inner if isinstance(inner, nn.Module) else model
+    classes = "PositionalEmbedding|Rotary" if rotary else "PositionalEmbedding"
+    named: Iterable[tuple[str, nn.Module]] = part.named_modules()
+    for path, module in named:
+        if path.rpartition(".")[2] in _TABLES or re.search(classes, type(module).__name__):
+            return type(module).__name__
+    return None
+
+
+def reads_masked(config: Any) -> str | None:
+    """The field of a config that says that its model mixes tokens whatever their mask says; `None` if none does."""
+    return next((name for name in _MIXING if getattr(config, name, None)), None)
+
+
 # --- masks and configs ------------------------------------------------------------------------------------------------
+
+
+@transforms.constant_result
+def generates_by_itself(cls: type[nn.Module]) -> bool:
+    """Whether a class has a `generate` of its own, which may run another way than through the model's forward."""
+    own = getattr(cls, GENERATE, None)
+    return callable(own) and not own.__module__.startswith("transformers.generation.")
 
 
 def mask_as_given(*_: Any, attention_mask: Any = None, **__: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,72 @@ def test_merge_says_that_there_is_no_weight_to_change(method: str, tmp_path: Pat
     assert not (tmp_path / "nowhere").exists()
     pf.bind(model, adapter).save_pretrained(tmp_path)  # what can be saved is the adapter
     assert_same(pf.load(tmp_path, model), adapter)
+
+
+UNLIKE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "BartForCausalLM counts them in its positions (BartLearnedPositionalEmbedding)": (
+        "prompt",
+        "Bart",
+        {"d_model": 16},
+    ),
+    "BartDecoder counts them in its positions (BartLearnedPositionalEmbedding)": (
+        "prefix",
+        "BartPair",
+        {"d_model": 16},
+    ),
+    "ConvBertModel reads them all the same (its config has head_ratio)": ("prompt", "ConvBert", {}),
+    "FNetModel takes no attention_mask": ("prompt", "FNet", {}),
+}
+"""What is said of rows of unlike length: the method, the model, its sizes."""
+
+
+@pytest.mark.parametrize("said", UNLIKE)
+def test_rows_of_unlike_length_are_refused_where_masked_places_count(said: str) -> None:
+    method, name, sizes = UNLIKE[said]
+    sizes |= {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    halves = {f"{half}_{what}": 2 for half in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    config = getattr(transformers, f"{name.removesuffix('Pair')}Config")
+    if "Bart" in name:
+        sizes = {"vocab_size": 40, "d_model": 16, **halves}
+    kind = {"Bart": "BartForCausalLM", "BartPair": "BartForConditionalGeneration"}.get(name, f"{name}Model")
+    model = getattr(transformers, kind)(config(**sizes)).eval()
+    make = {"prompt": pf.PromptTuningConfig, "prefix": pf.PrefixTuningConfig}[method]
+    one, other = (pf.init(model, make(num_virtual_tokens=count)) for count in (2, 3))
+    batch = IDS | ({"decoder_input_ids": IDS["input_ids"]} if name == "BartPair" else {})
+    for stacked, index in ((pf.stack([one, other]), [0, 1]), (pf.stack([one, one]), [0, -1])):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            pf.apply(model, stacked, batch, index=index)
+    both = pf.apply(model, pf.stack([one, one]), batch, index=[0, 1])
+    torch.testing.assert_close(both[0], pf.apply(model, one, batch)[0])
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_a_generate_that_runs_past_the_forward_is_one_clear_error(method: str) -> None:
+    class Past(transformers.GPT2LMHeadModel):
+        def generate(self, inputs: Any = None, **rest: Any) -> Any:
+            return self.transformer(inputs).last_hidden_state.argmax(-1)  # as BLIP-2 calls the model inside
+
+    model = Past(gpt2().config).eval()
+    make = {"prompt": pf.PromptTuningConfig, "prefix": pf.PrefixTuningConfig}[method]
+    bound = pf.bind(model, pf.init(model, make(**TOKENS)))
+    with pytest.raises(
+        NotImplementedError, match=r"generate\(\) of Past ran a part of the model past the model's forward"
+    ):
+        bound.generate(IDS["input_ids"])
+    assert bound(**IDS).logits.shape[1] == (7 if method == "prompt" else 4)
+
+
+def test_an_argument_that_has_to_be_given_is_given_as_none() -> None:
+    class Needs(transformers.GPT2LMHeadModel):
+        def forward(self, input_ids: Any, attention_mask: Any = None, inputs_embeds: Any = None, **rest: Any) -> Any:
+            return super().forward(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **rest)
+
+    model = Needs(gpt2().config).eval()
+    adapter = pf.init(model, PROMPT)
+    plain = transformers.GPT2LMHeadModel(model.config).eval()
+    plain.load_state_dict(model.state_dict())
+    expected = pf.apply(plain, adapter, IDS)
+    torch.testing.assert_close(pf.apply(model, adapter, IDS).logits, expected.logits)
 
 
 def test_a_prefix_and_checkpointing_are_one_clear_error() -> None:

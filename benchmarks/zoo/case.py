@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -58,6 +59,13 @@ class Case:
         self.entry = entry
         self.model, self.batch = model_and_batch(entry.model_class)
         self.exact = next(p for p in self.model.parameters() if p.is_floating_point()).dtype == torch.float64
+
+    def rounded(self) -> Case:
+        """The same in float32."""
+        made = object.__new__(Case)
+        made.entry, made.model, made.exact = self.entry, copy.deepcopy(self.model).float(), False
+        made.batch = batch_of(made.model)
+        return made
 
     @property
     def task(self) -> str | None:

@@ -58,6 +58,7 @@ OVERRIDES: dict[str, Any] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "zamba": {"layers_block_type": ["mamba", "hybrid", "hybrid"], "num_hidden_layers": 3},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "num_hidden_layers": 2, "n_mamba_heads": 4},
+    "ovis2": {"visual_indicator_token_ids": [91, 92, 93, 94, 95]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},

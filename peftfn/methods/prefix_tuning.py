@@ -12,16 +12,15 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftfn import calls, inserted, places, signatures
 from peftfn import transformers_caches as caches
 from peftfn import transformers_names as hf
 from peftfn.adapter import Leaf
 from peftfn.calls import Added, Call
-from peftfn.key_shapes import Shape, key_shapes
 from peftfn.layers import Site
-from peftfn.methods import prompt_config, prompt_rows
+from peftfn.methods import prefix_keys, prompt_config, prompt_rows
 from peftfn.methods.action import OnCall
 from peftfn.methods.method import Files, Method, Targets, like_weight
 from peftfn.methods.prompt_config import PromptLearningConfig
@@ -54,70 +53,6 @@ class PrefixTuningConfig(PromptLearningConfig):
         super().__post_init__()
         if self.init_weights not in (None, "zero"):
             raise ValueError(f"init_weights={self.init_weights!r}; expected None or 'zero'.")
-
-
-def resolve(model: nn.Module, config: PrefixTuningConfig) -> PrefixTuningConfig:
-    """The config with the model's sizes: `token_dim` is all heads' keys together, where heads share keys too.
-
-    Raises:
-        ValueError: the layers' keys are of unlike shapes, or the model keeps no cache.
-    """
-    home = model.get_submodule(homes(model)[0])
-    _refuse_without_keys(home)
-    found: Any = prompt_config.text_config(model)
-    if any(found.to_dict().get(name) for name in ("per_layer_config", "global_head_dim")):
-        raise ValueError(f"{type(model).__name__} has layers with keys of unlike shapes; one prefix does not fit them.")
-    config = prompt_config.resolve(model, config)
-    heads, width = _key_sizes(found, config.num_attention_heads or 1, config.token_dim or 0)
-    _refuse_other_keys(model, config.num_layers or 0, Shape(heads, width, width))
-    hidden = config.encoder_hidden_size or heads * width
-    return dataclasses.replace(config, num_attention_heads=heads, token_dim=heads * width, encoder_hidden_size=hidden)
-
-
-def _refuse_without_keys(home: nn.Module) -> None:
-    """Refuse a model that has no cache of keys and values, or has it in some of its layers only."""
-    name = type(home).__name__
-    if not hf.keeps_keys(home):
-        raise ValueError(
-            f"{name}.forward has no argument for a cache of keys and values, into which a prefix goes; use prompt "
-            "tuning or P-tuning."
-        )
-    others = caches.layers_without_keys(getattr(home, "config", None))
-    if others:
-        raise ValueError(
-            f"{len(others)} layers of {name} keep something else than keys and values (the first is layer "
-            f"{others[0]}), and a prefix is keys and values for each layer; use prompt tuning or P-tuning."
-        )
-
-
-def _refuse_other_keys(model: nn.Module, count: int, shape: Shape) -> None:
-    """Refuse a model whose layers keep other keys and values than PEFT's format has: as many of one shape as layers."""
-    home = model if prompt_config.is_encoder_decoder(model) else model.get_submodule(homes(model)[0])
-    found = key_shapes(home, count)
-    if found is not None and found != [shape] * count:
-        kept = ", ".join(f"{found.count(one)} of {one}" for one in dict.fromkeys(found))
-        raise ValueError(
-            f"layers of {type(home).__name__} keep keys of {kept} (heads x width), and a prefix has those of {shape} "
-            f"for each of {count} layers; use prompt tuning or P-tuning."
-        )
-
-
-def _key_sizes(config: Any, heads: int, dim: int) -> tuple[int, int]:
-    """How many heads have keys of their own, and how wide one is, by a model's config."""
-    own = getattr(config, "num_key_value_heads", None)
-    if getattr(config, "new_decoder_architecture", None) is False and getattr(config, "multi_query", False):
-        own = 1  # Falcon
-    if own is not None:
-        return own, getattr(config, "head_dim", None) or dim // heads
-    return heads, getattr(config, "d_kv", None) or dim // heads  # T5 and its kin: heads * d_kv need not be d_model
-
-
-def homes(model: nn.Module) -> Sequence[str]:
-    """The module that is given the cache: the model, or what is in it where its head knows none, or its decoder."""
-    if prompt_config.is_encoder_decoder(model):
-        return (prompt_config.path_of(model, prompt_config.decoder_of(model)),)
-    inner = prompt_config.without_head(model)
-    return ("",) if inner is model or hf.keeps_keys(model) else (prompt_config.path_of(model, inner),)
 
 
 def _width(config: PrefixTuningConfig) -> int:
@@ -165,10 +100,18 @@ def forward(config: PrefixTuningConfig, leaf: Mapping[str, Tensor], site: Site, 
     model: Any = site.layer
     prefix = encode(leaf)
     prefix = prefix if prefix.dim() == 3 else prefix.unsqueeze(0)  # (rows or 1, tokens, layers * 2 * dim)
-    added = prompt_rows.added(model, prefix.shape[1], {**leaf, "prompt_embeddings": prefix})._replace(at_end=False)
+    part = prompt_config.decoder_of(model) if prompt_config.is_encoder_decoder(model) else model
+    added = prompt_rows.added(part, prefix.shape[1], {**leaf, "prompt_embeddings": prefix}, in_cache=True)
+    pictures = hf.mask_with_pictures(model, call.given)
+    if added.own is not None and pictures is not None:
+        raise ValueError(
+            f"prefixes of unlike length, or none (index -1), for the rows of one batch with {pictures}: the mask that "
+            f"{type(model).__name__} makes of its pictures does not know of them. Use ones of one length."
+        )
     call = call._replace(prefixes=(*call.prefixes, added))
     if not call.first:
         return call
+    prompt_config.refuse_pictures(model, call.given)
     if site.training and any(getattr(one, "gradient_checkpointing", False) for one in site.layer.modules()):
         raise ValueError(
             "prefix tuning and activation checkpointing do not go together: checkpointed layers get no cache, and so "
@@ -199,7 +142,7 @@ def _with_positions(call: Call, tokens: Tensor, model: Any, added: Added) -> Cal
     if added.own is not None and added.start is not None:
         lead = lead * (added.own.view(-1, 1) > 0)
     ids = torch.arange(tokens.shape[1], device=mask.device) - lead
-    return call.having(**{hf.POSITIONS: ids.clamp(min=0)})
+    return call.having(**{hf.POSITIONS: ids.clamp(min=0) + hf.first_position(getattr(model, "config", None))})
 
 
 def _after_padding(call: Call, tokens: Tensor, padding: int, added: Added) -> Tensor:
@@ -220,7 +163,7 @@ def _counts(model: Any) -> bool:
     if prompt_config.is_encoder_decoder(model):
         return False
     is_decoder = prompt_config.writes(model) or hasattr(prompt_config.without_head(model), "rotary_emb")
-    return is_decoder and signatures.takes(model.get_submodule(homes(model)[0]), hf.POSITIONS)
+    return is_decoder and signatures.takes(model.get_submodule(prefix_keys.homes(model)[0]), hf.POSITIONS)
 
 
 def _past(prefix: Tensor, config: PrefixTuningConfig, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -258,7 +201,7 @@ def check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
         return f"has {sorted(leaf)}, expected prompt_embeddings"
     count = prompt_config.size(site.layer, "num_layers")
     heads, dim = (prompt_config.size(site.layer, name) or 1 for name in ("num_attention_heads", "token_dim"))
-    heads, width = _key_sizes(prompt_config.text_config(site.layer), heads, dim)
+    heads, width = prefix_keys.key_sizes(prompt_config.text_config(site.layer), heads, dim)
     expected, found = (count or 0) * 2 * heads * width, leaf[name].shape[1 if name == "prompt_embeddings" else 0]
     return None if found == expected else f"has a prefix of width {found}, expected {expected} (layers * 2 * keys)"
 
@@ -281,8 +224,8 @@ METHOD = Method(
         inserted.LENGTH: Slot(trained=False),
     },
     init=init,
-    action=OnCall(forward, check, prompt_rows.silence, homes, encoded),
-    targets=Targets(resolve, prompt_config.sites),
+    action=OnCall(forward, check, prompt_rows.silence, prefix_keys.homes, encoded),
+    targets=Targets(prefix_keys.resolve, prompt_config.sites),
     stacking=prompt_rows.STACKING._replace(trim=_trim),
     files=Files(prompt_config.check_rows, write=to_file),
 )

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from peftfn import layers, matching, signatures
+from peftfn import layers, matching, signatures, transforms
 from peftfn import transformers_names as hf
 from peftfn.adapter import Leaf
 from peftfn.config import PeftConfig
@@ -103,6 +103,12 @@ def resolve_input(model: nn.Module, config: Config) -> Config:
             f"{type(model).__name__} takes no inputs_embeds, which is how a prompt gets before its input; use a "
             "method that changes layers."
         )
+    if is_encoder_decoder(model) and not signatures.takes(decoder_of(model), hf.ENCODED_MASK):
+        raise ValueError(
+            f"{type(decoder_of(model)).__name__}.forward takes no {hf.ENCODED_MASK}, by which a decoder is told of a "
+            "prompt before its encoder's input; use prefix tuning, or a method that changes layers."
+        )
+    _refuse_other_embeddings(model)
     reader = hf.layer_that_reads_ids(model)
     if reader is not None:
         raise ValueError(
@@ -113,6 +119,42 @@ def resolve_input(model: nn.Module, config: Config) -> Config:
         width = getattr(input_embedding(model), "embedding_dim", None)
         config = dataclasses.replace(config, token_dim=width)
     return resolve(model, config, needed=("token_dim",))
+
+
+def _refuse_other_embeddings(model: nn.Module) -> None:
+    """Refuse a model that makes more of a token than its row in one table, of which a prompt's tokens have none."""
+    field = hf.ids_in_embedding(getattr(model, "config", None))
+    if field is not None:
+        raise ValueError(
+            f"{type(model).__name__} embeds a token by more than its row (its config has {field}), and a prompt is "
+            "rows alone; use a method that changes layers."
+        )
+    refuse_many_vocabularies(model)
+    input_embedding(model)
+
+
+def refuse_many_vocabularies(model: nn.Module) -> None:
+    """Refuse a model whose input has several rows for each row of the batch, one of each vocabulary."""
+    found = _embedding_of(model)
+    if isinstance(found, nn.ModuleList):
+        raise ValueError(
+            f"{type(model).__name__} has {len(found)} input embeddings, one for each of its vocabularies, and a prompt "
+            "or a prefix is of one; use a method that changes layers."
+        )
+
+
+def refuse_pictures(model: nn.Module, given: Mapping[str, Any]) -> None:
+    """Refuse a call whose positions a model counts from its pictures: it does not where tokens are put before them."""
+    name = hf.counted_from_pictures(model, given)
+    positions = given.get(hf.POSITIONS)
+    if name is None and isinstance(positions, Tensor) and positions.dim() > 2:
+        is_known = not torch.compiler.is_compiling() and not transforms.is_mapped(positions)
+        name = hf.POSITIONS if is_known and bool((positions != positions[-1:]).any()) else None
+    if name is not None:
+        raise ValueError(
+            f"the batch has {name}, and {type(model).__name__} counts positions in space, of pictures and of the token "
+            "ids, where a prompt or a prefix has none. Leave it out, or use a method that changes layers."
+        )
 
 
 def text_config(model: nn.Module) -> Any:
@@ -151,11 +193,18 @@ def writes(model: nn.Module) -> bool:
 
 
 def _half(model: nn.Module, name: str) -> nn.Module:
-    find: Any = getattr(model, f"get_{name}", None)
-    found = find() if callable(find) else None
-    if not isinstance(found, nn.Module):
+    found = _found(model, name)
+    if found is not None and is_encoder_decoder(found):
+        found = _found(found, name) or found  # Florence's is a whole BART
+    if found is None:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder without a get_{name}(); prompts need it.")
     return found
+
+
+def _found(model: nn.Module, name: str) -> nn.Module | None:
+    find: Any = getattr(model, f"get_{name}", None)
+    found = find() if callable(find) else None
+    return found if isinstance(found, nn.Module) else None
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -170,7 +219,13 @@ def path_of(model: nn.Module, module: nn.Module) -> str:
 
 def embed(model: nn.Module, ids: Tensor) -> Tensor:
     """(rows, length, dim), as the model itself embeds its tokens."""
-    return input_embedding(model)(ids)
+    found = input_embedding(model)(ids)
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"the input embedding of {type(model).__name__} gives a {type(found).__name__}; expected a tensor, before "
+            "which a prompt's tokens go. Use a method that changes layers."
+        )
+    return found
 
 
 def input_embedding(model: nn.Module) -> nn.Module:
@@ -179,9 +234,8 @@ def input_embedding(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: it has none, or does not say which it is.
     """
-    find: Any = getattr(model, "get_input_embeddings", None)
-    found = find() if callable(find) else None
-    if not isinstance(found, nn.Module):
+    found = _embedding_of(model)
+    if found is None:
         raise ValueError(
             f"{type(model).__name__} has no get_input_embeddings() that gives a module; a prompt goes before embedded "
             "tokens. Give the model that method, and a forward that takes inputs_embeds."
@@ -189,9 +243,18 @@ def input_embedding(model: nn.Module) -> nn.Module:
     return found
 
 
+def _embedding_of(model: nn.Module) -> nn.Module | None:
+    find: Any = getattr(model, "get_input_embeddings", None)
+    try:
+        found = find() if callable(find) else None
+    except NotImplementedError:  # transformers' own, where a model does not say which it is
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
 def table(model: nn.Module) -> Tensor:
     """The input embedding's weight, or else the model's first one: new tensors go where it is."""
-    weight = getattr(input_embedding(model), "weight", None)
+    weight = getattr(_embedding_of(model), "weight", None)
     return weight if isinstance(weight, Tensor) else next(model.parameters())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,40 +78,69 @@ def silence(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
     return {**leaf, LENGTH: torch.where(keep, leaf.get(LENGTH, torch.tensor(prompt.shape[-2], device=keep.device)), 0)}
 
 
-def added(model: nn.Module, count: int, leaf: Mapping[str, Tensor]) -> Added:
-    """What a prompt of `count` tokens, of which each row may have fewer, adds to a call of the model."""
+def added(
+    model: nn.Module, count: int, leaf: Mapping[str, Tensor], *, at_end: bool = False, in_cache: bool = False
+) -> Added:
+    """What a prompt of `count` tokens, of which each row may have fewer, adds to a call of the model.
+
+    Args:
+        model: the model, or the part of it that is given the prompt.
+        count: how many places there are in a row.
+        leaf: the prompt, and of how many tokens, if they differ.
+        at_end: whether places that a row does not use come after its text.
+        in_cache: whether they are a prefix's keys and values.
+
+    Raises:
+        ValueError: rows have unlike ones, and the model does not ignore the places that are not used.
+    """
     own = leaf.get(LENGTH)
     if own is None:
         return Added(count)
+    _refuse_unlike(model, at_end, in_cache)
     copies = leaf["prompt_embeddings"].shape[-2] // count  # PEFT's, of which the first is used
-    return Added(count, (own // copies).reshape(-1), at_end=not reads_last(model), start=first_position(model))
+    return Added(count, (own // copies).reshape(-1), at_end, first_position(model))
+
+
+def _refuse_unlike(model: nn.Module, at_end: bool, in_cache: bool) -> None:
+    """Refuse rows of unlike length on a model for which places before a row, or after it, are not as if not there."""
+    why = None
+    if not signatures.takes(model, hf.MASK):
+        why = f"takes no {hf.MASK}"
+    elif (field := hf.reads_masked(getattr(model, "config", None))) is not None:
+        why = f"reads them all the same (its config has {field})"
+    elif not at_end and not _can_be_told(model) and not hf.counts_by_mask(model):
+        table = hf.position_table(model, rotary=in_cache)
+        why = None if table is None else f"counts them in its positions ({table}), which it cannot be told"
+    if why is not None:
+        raise ValueError(
+            "prompts or prefixes of unlike length, or none (index -1), for the rows of one batch: places that a row "
+            f"does not use are masked, and {type(model).__name__} {why}. Use ones of one length, or apply them apart."
+        )
 
 
 def reads_last(model: nn.Module) -> bool:
     """Whether a row's end is what the model's heads look at, as a decoder's do; an encoder's look at its start."""
     if prompt_config.is_encoder_decoder(model):
         return False
-    if prompt_config.writes(model) or hasattr(model, "score"):
+    config: Any = getattr(model, "config", None)
+    if prompt_config.writes(model) or hasattr(model, "score") or getattr(config, "summary_type", None) == "last":
         return True
     return any(getattr(module, "is_causal", False) is True for module in model.modules())
 
 
 def first_position(model: nn.Module) -> int | None:
     """The position of a row's first token in a model that counts masked places too, and can be told others."""
-    if not _can_be_told(model):
-        return None
-    # OPT and its kin count the places that the mask leaves
-    if any(signatures.takes(module, hf.MASK) for module in model.modules() if isinstance(module, nn.Embedding)):
+    if not _can_be_told(model) or hf.counts_by_mask(model):
         return None
     padding = padding_counted(model)
-    return 0 if padding is None else padding + 1
+    return hf.first_position(getattr(model, "config", None)) if padding is None else padding + 1
 
 
 def _can_be_told(model: nn.Module) -> bool:
     """Whether the model takes the position of each token."""
     if prompt_config.is_encoder_decoder(model):
         return False
-    return signatures.takes(prompt_config.without_head(model), hf.POSITIONS)
+    return any(signatures.takes(one, hf.POSITIONS) for one in (model, prompt_config.without_head(model)))
 
 
 def padding_counted(model: nn.Module) -> int | None:

@@ -117,10 +117,11 @@ def prompted(config: PromptLearningConfig, leaf: Mapping[str, Tensor], site: Sit
     """
     model, prompt = site.layer, leaf["prompt_embeddings"]
     tokens = prompt[..., : config.num_virtual_tokens, :]
-    added = prompt_rows.added(model, tokens.shape[-2], leaf)
+    added = prompt_rows.added(model, tokens.shape[-2], leaf, at_end=not prompt_rows.reads_last(model))
     if prompt_config.is_encoder_decoder(model) and call.given.get(hf.ENCODED) is not None:
         return cached.with_encoded(call, added)
     if call.first:
+        prompt_config.refuse_pictures(model, call.given)
         caches.make_room(call.cache, added.places, getattr(model, "config", None))
     after = inserted.with_tokens(call, tokens, added, lambda ids: prompt_config.embed(model, ids), config.task_type)
     return prompt_rows.with_positions(model, call, after, added)

@@ -70,8 +70,7 @@ def wrong(slots: Slots, config: Any, weight: WeightShape, rank: int, leaf: Mappi
         expected = shapes(slots, config, weight, one)
         # Not `shape in (one, other)`: Dynamo does not compare sizes that are dynamic there.
         if found.keys() == expected.keys() and all(
-            shape == expected[name] or shape == slots[name].also(config, weight, one)  # noqa: PLR1714
-            for name, shape in found.items()
+            shape == expected[name] or shape == slots[name].also(config, weight, one) for name, shape in found.items()
         ):
             return None
     if found.keys() != expected.keys():

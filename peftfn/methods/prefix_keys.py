@@ -1,0 +1,90 @@
+"""Which models take a prefix, where, and what keys and values it has there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+from peftfn import signatures
+from peftfn import transformers_caches as caches
+from peftfn import transformers_names as hf
+from peftfn.key_shapes import Shape, key_shapes
+from peftfn.methods import prompt_config
+
+Config = TypeVar("Config", bound=Any)
+
+
+def resolve(model: nn.Module, config: Config) -> Config:
+    """The config with the model's sizes: `token_dim` is all heads' keys together, where heads share keys too.
+
+    Raises:
+        ValueError: the layers' keys are of unlike shapes, or the model keeps no cache.
+    """
+    home = model.get_submodule(homes(model)[0])
+    _refuse_without_keys(home)
+    found: Any = prompt_config.text_config(model)
+    if any(found.to_dict().get(name) for name in ("per_layer_config", "global_head_dim")):
+        raise ValueError(f"{type(model).__name__} has layers with keys of unlike shapes; one prefix does not fit them.")
+    config = prompt_config.resolve(model, config)
+    heads, width = key_sizes(found, config.num_attention_heads or 1, config.token_dim or 0)
+    _refuse_other_keys(model, config.num_layers or 0, Shape(heads, width, width))
+    hidden = config.encoder_hidden_size or heads * width
+    return dataclasses.replace(config, num_attention_heads=heads, token_dim=heads * width, encoder_hidden_size=hidden)
+
+
+def _refuse_without_keys(home: nn.Module) -> None:
+    """Refuse a model that has no cache of keys and values, or has it in some of its layers only."""
+    name = type(home).__name__
+    if not hf.keeps_keys(home):
+        raise ValueError(
+            f"{name}.forward has no argument for a cache of keys and values, into which a prefix goes; use prompt "
+            "tuning or P-tuning."
+        )
+    prompt_config.refuse_many_vocabularies(home)
+    if hf.reads_one_by_one(home):
+        raise ValueError(
+            f"{name} goes on from a cache a token at a time, or by lengths of its own, and a prefix is in its cache "
+            "from the start; use prompt tuning, or a method that changes layers."
+        )
+    others = caches.layers_without_keys(getattr(home, "config", None))
+    if others:
+        raise ValueError(
+            f"{len(others)} layers of {name} keep something else than keys and values (the first is layer "
+            f"{others[0]}), and a prefix is keys and values for each layer; use prompt tuning or P-tuning."
+        )
+
+
+def _refuse_other_keys(model: nn.Module, count: int, shape: Shape) -> None:
+    """Refuse a model whose layers keep other keys and values than PEFT's format has: as many of one shape as layers."""
+    home = model if prompt_config.is_encoder_decoder(model) else model.get_submodule(homes(model)[0])
+    found = key_shapes(home, count)
+    if found is not None and found != [shape] * count:
+        kept = ", ".join(f"{found.count(one)} of {one}" for one in dict.fromkeys(found))
+        raise ValueError(
+            f"layers of {type(home).__name__} keep keys of {kept} (heads x width), and a prefix has those of {shape} "
+            f"for each of {count} layers; use prompt tuning or P-tuning."
+        )
+
+
+def key_sizes(config: Any, heads: int, dim: int) -> tuple[int, int]:
+    """How many heads have keys of their own, and how wide one is, by a model's config."""
+    own = getattr(config, "num_key_value_heads", None)
+    if getattr(config, "new_decoder_architecture", None) is False and getattr(config, "multi_query", False):
+        own = 1  # Falcon
+    if own is not None:
+        return own, getattr(config, "head_dim", None) or dim // heads
+    return heads, getattr(config, "d_kv", None) or dim // heads  # T5 and its kin: heads * d_kv need not be d_model
+
+
+def homes(model: nn.Module) -> Sequence[str]:
+    """The module that is given the cache: the model, or what is in it where its head knows none, or its decoder."""
+    if prompt_config.is_encoder_decoder(model):
+        return (prompt_config.path_of(model, prompt_config.decoder_of(model)),)
+    inner = prompt_config.without_head(model)
+    # a classifier's forward may drop positions that the model inside takes, as Falcon's does
+    drops = not prompt_config.writes(model) and signatures.takes(inner, hf.POSITIONS)
+    is_whole = hf.keeps_keys(model) and (signatures.takes(model, hf.POSITIONS) or not drops)
+    return ("",) if inner is model or is_whole else (prompt_config.path_of(model, inner),)
