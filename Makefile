@@ -103,7 +103,7 @@ docs: $(VENV)/docs.stamp  ## write the reference to site/, from the docstrings
 notebooks: $(VENV)/dev.stamp  ## run every notebook
 	$(PY) $(PYTEST) --nbmake --nbmake-timeout=600 notebooks
 
-test-machines: $(VENV)/dev.stamp $(NEWEST)/dev.stamp  ## the tests in three orders, with one and two threads, on other CPUs; hours; goes on where it stopped
+test-machines: $(VENV)/dev.stamp $(NEWEST)/dev.stamp  ## the tests in three orders, with one and two threads, on other CPUs; goes on where it stopped
 	@failed=0; $(PY) $(call RECORD,pinned --runs machines) || failed=1; \
 	$(NEWEST)/bin/python $(call RECORD,newest --runs machines) || failed=1; exit $$failed
 

@@ -77,7 +77,7 @@ def of_index(index: Any, adapters: int) -> Rows:
     rows = given.flatten() if tokens else given
     if is_traced(rows) or not rows.shape[0]:
         return Rows(rows.clamp(min=0), rows >= 0, in_order=False, tokens=tokens)
-    values = cast("list[int]", rows.tolist())
+    values = _values(rows)
     low, high = min(values), max(values)
     if not -1 <= low <= high < adapters:
         raise ValueError(
@@ -88,6 +88,14 @@ def of_index(index: Any, adapters: int) -> Rows:
     in_order = known and values == list(range(adapters))
     ways = segments.plans(values, adapters) if known and not in_order else ()
     return Rows(rows.clamp(min=0), keep, in_order, tokens, ways)  # of its own: the caller's may change
+
+
+def _values(rows: Tensor) -> list[int]:
+    """The numbers in a tensor that is not wrapped."""
+    try:
+        return cast("list[int]", rows.tolist())
+    except RuntimeError:  # torch 2.6 has no `tolist` while a transform of torch.func is active, on any tensor
+        return [int(one) for one in rows.unbind()]
 
 
 def of_input(x: Tensor, rows: Rows, path: str) -> Rows:

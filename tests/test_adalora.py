@@ -20,10 +20,10 @@ import peftfn as pf
 from peftfn import adalora, keys
 from peftfn.methods.adalora import NAMES
 
-# Two hundred steps of AdamW, each of which divides by the size of a gradient: rounding grows ten million times along
+# Eighty steps of AdamW, each of which divides by the size of a gradient: rounding grows ten million times along
 # the way. float64 shows that the formulas are the same, float32 that the masks are there too.
 TRAINED = {torch.float64: 1e-9, torch.float32: 1e-2}
-SCHEDULE = {"total_step": 200, "tinit": 20, "tfinal": 50, "deltaT": 3, "beta1": 0.8, "beta2": 0.9}
+SCHEDULE = {"total_step": 80, "tinit": 8, "tfinal": 20, "deltaT": 2, "beta1": 0.8, "beta2": 0.9}
 SMALL = {"init_r": 6, "target_r": 2, "lora_alpha": 33, "target_modules": ["query", "value", "dense"], "bias": "all"}
 OPTIONS = {"kind": "AdaLoraConfig", **SMALL, **SCHEDULE}
 
@@ -78,7 +78,7 @@ def trained_together(
 @pytest.mark.parametrize("dtype", TRAINED, ids=str)
 def test_every_step_of_a_training_is_pefts(dtype: torch.dtype, tmp_path: Path) -> None:
     sizes: set[int] = set()
-    for step, state, adapter, theirs in trained_together(dtype, tmp_path, 204):
+    for step, state, adapter, theirs in trained_together(dtype, tmp_path, 82):
         allocator = theirs.base_model.rankallocator
         assert adalora.budget(adapter, step)[0] == allocator.budget_schedule(step)[0]
         masks = {path: leaf["mask"].tolist() for path, leaf in adapter.buffers.items()}
@@ -98,12 +98,12 @@ def test_every_step_of_a_training_is_pefts(dtype: torch.dtype, tmp_path: Path) -
                 assert oracle.furthest(kept, average) < TRAINED[dtype], step
             else:  # peft forgets them after the last decision
                 assert not any(bool(tensor.any()) for tensor in kept.values())
-    assert len(sizes) > 20
+    assert len(sizes) > 15
     assert min(sizes) == 2 * len(masks)  # target_r for each site
 
 
 def test_a_trained_adapter_goes_through_files_both_ways(tmp_path: Path) -> None:
-    *_, (_, _, adapter, theirs) = trained_together(torch.float64, tmp_path / "start", 152)
+    *_, (_, _, adapter, theirs) = trained_together(torch.float64, tmp_path / "start", 61)
     base, batch = BASES["bert"].make().double(), batch_of(0)
     expected = oracle.outputs(theirs(**batch))
     ours, other = tmp_path / "ours", tmp_path / "theirs"

@@ -83,6 +83,11 @@ def test_a_library_newer_than_what_was_run_is_named() -> None:
     ]
 
 
-def test_each_order_runs_with_one_thread_and_with_two() -> None:
-    runs = [(run.options[0], "--threads=2" in run.options) for run in record.MACHINES]
-    assert sorted(runs) == [(f"--order={order}", two) for order in (1, 2, 3) for two in (False, True)]
+def test_the_three_runs_have_three_orders_one_thread_and_two_other_sums_and_both_lesser_cpus() -> None:
+    words = [run.options for run in record.MACHINES]
+    assert [one[0] for one in words] == ["--order=1", "--order=2", "--order=3"]
+    assert {"--threads=2" in one for one in words} == {False, True}
+    assert any("--sums=1" in one for one in words)
+    assert {run.environment.get("ATEN_CPU_CAPABILITY") for run in record.MACHINES} == {None, "avx2", "default"}
+    names = {"ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA"}
+    assert all(run.environment.keys() in (names, set()) for run in record.MACHINES)

@@ -162,7 +162,12 @@ def test_transforms_compile_whole(graphs: Graphs) -> None:
     assert graphs.count == 2
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.pack], ids=lambda case: case.name)
+# Their encoders and their models compile in other cases.
+BOTH_KNOWN = ("p-tuning-lstm-t5", "p-tuning-mlp-llama")
+KNOWN = [case for case in CASES if not case.pack and case.name not in BOTH_KNOWN]
+
+
+@pytest.mark.parametrize("case", KNOWN, ids=lambda case: case.name)
 def test_every_kind_of_layer_compiles_whole(case: Case, graphs: Graphs) -> None:
     if case.build in DEEP:
         case = dataclasses.replace(case, build=functools.partial(case.build, layers=1))

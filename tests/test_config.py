@@ -42,6 +42,15 @@ SETTINGS: list[dict[str, Any]] = [
 every_setting = pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(settings) or "none")
 
 
+def hashes(tree: Any) -> bool:
+    """Whether torch can hash a tree of this kind; 2.6 cannot where there is a dict in it."""
+    try:
+        hash(_pytree.tree_flatten(tree)[1])
+    except TypeError:
+        return False
+    return True
+
+
 def default_of(field: Any) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
@@ -142,7 +151,8 @@ def test_an_adapters_config_is_part_of_its_tree_and_not_one_of_its_leaves(librar
     same = library.tree_flatten(adapter.replace(config=copy.deepcopy(adapter.config)))[1]
     other = library.tree_flatten(adapter.replace(config=dataclasses.replace(adapter.config, lora_alpha=9)))[1]
     assert same == tree
-    assert hash(same) == hash(tree)
+    if library is optree or hashes({"a": 0}):
+        assert hash(same) == hash(tree)
     assert other != tree
 
 

@@ -37,8 +37,7 @@ FOUR = {
     "storage bfloat16": {"quant_storage": torch.bfloat16},
     "storage float32": {"quant_storage": torch.float32},
 }
-# Before 0.49 it repacks nowhere.
-REPACKS = getattr(bitsandbytes.functional, "has_avx512bf16", bool)()
+REPACKS = bitsandbytes.functional.has_avx512bf16()
 EIGHT = {"8-bit": {}, "outliers": {"threshold": 6.0}}
 EVERY = {**FOUR, **EIGHT}
 # Half the widest gap between two of the format's values, over the largest; 8 bits are made from float16.
