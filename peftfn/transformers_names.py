@@ -88,7 +88,7 @@ def keeps_keys(module: nn.Module) -> bool:
 
     The argument's name and annotation say it: Jamba's of transformers 4 is a HybridMambaAttentionDynamicCache.
     """
-    name, kinds = cache_argument(module), set(_annotation(type(module))[1])
+    name, kinds = cache_argument(module), set(_cache_classes(type(module)))
     return name is not None and not holds_states(name) and (not kinds or bool(kinds & set(_KEY_CACHE_TYPES)))
 
 
@@ -101,6 +101,11 @@ def holds_states(name: str | None) -> bool:
 def annotated_cache(cls: type[nn.Module]) -> str | None:
     """The name of the first argument of a class's `forward` that is annotated as a cache of transformers."""
     return _annotation(cls)[0]
+
+
+@transforms.constant_result
+def _cache_classes(cls: type[nn.Module]) -> tuple[str, ...]:
+    return _annotation(cls)[1]
 
 
 @functools.cache

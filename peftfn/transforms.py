@@ -7,9 +7,9 @@ there. So a name that is gone costs time, never a wrong number, and `import peft
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -140,14 +140,20 @@ def unviewed(tensor: Tensor) -> Tensor:
     return tensor.clone() if _unsafe_view is None else _unsafe_view(tensor, tensor.shape)
 
 
-def without_numbers() -> AbstractContextManager[Any]:
+@contextlib.contextmanager
+def without_numbers() -> Iterator[None]:
     """A context whose new tensors have a shape, a dtype and a device, and no numbers.
 
     With torch's fake tensors the device is the CPU, of which code may ask what it asks of a device (autocast, as rotary
     embeddings of transformers 4 do); where they are gone it is the meta device.
     """
     fake = private("torch._subclasses.fake_tensor", "FakeTensorMode")
-    return torch.device("meta") if fake is None else fake()
+    if fake is None:
+        with torch.device("meta"):
+            yield
+    else:
+        with fake(), torch.device("cpu"):  # whatever the default device is
+            yield
 
 
 def constant_result(function: F) -> F:

@@ -158,6 +158,13 @@ CASES = [
     Case(
         "adalora-conv2d", "conv2d", ADALORA | {"target_modules": ["conv", "lin0"]}, "AdaLoraConfig", versions=ONLY_NEW
     ),
+    Case(
+        "lokr-bert",
+        "bert",
+        {"r": 2, "alpha": 3, "target_modules": ["query", "value"]} | SEQ_CLS,
+        "LoKrConfig",
+        versions=ONLY_NEW,
+    ),
     Case("prompt-tuning-gpt2", "gpt2", PROMPT, "PromptTuningConfig"),
     Case("prompt-tuning-bert", "bert", PROMPT | SEQ_CLS, "PromptTuningConfig"),
     Case("p-tuning-gpt2", "gpt2", P_TUNING, "PromptEncoderConfig"),
