@@ -138,8 +138,11 @@ def layer_that_reads_ids(model: nn.Module) -> str | None:
 
 
 def ids_in_embedding(config: Any) -> str | None:
-    """The field of a config that says that tokens are embedded by more than their row of the table: as ESM's are."""
-    return "token_dropout" if getattr(config, "token_dropout", False) else None
+    """The field of a config that says that tokens are embedded by more than their row of the table: as ESM's are.
+
+    It takes what it is given for embedded tokens with their positions.
+    """
+    return "token_dropout" if hasattr(config, "token_dropout") else None
 
 
 def reads_one_by_one(model: nn.Module) -> bool:

@@ -41,6 +41,22 @@ def of_tiny(name: str, **sizes: Any) -> nn.Module:
         return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
+SMALL: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+GEMMA_3N: dict[str, Any] = {"vocab_size_per_layer_input": 40, "hidden_size_per_layer_input": 4, "laurel_rank": 4}
+GEMMA_3N |= {"num_key_value_heads": 1, "head_dim": 8, "num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2}
+GEMMA_3N |= {"intermediate_size": [24, 24], "activation_sparsity_pattern": [0.0, 0.0]}
+
+
+def gemma3n() -> nn.Module:
+    with torch.device("meta"):
+        return transformers.Gemma3nForCausalLM(transformers.Gemma3nTextConfig(**SMALL | GEMMA_3N))
+
+
+def musicgen() -> nn.Module:
+    sizes = {"vocab_size": 40, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.MusicgenForCausalLM(transformers.MusicgenDecoderConfig(**sizes))
+
+
 LATENT: dict[str, Any] = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
 LATENT |= {"v_head_dim": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1}
 
@@ -84,6 +100,16 @@ INITS: dict[str, tuple[Callable[[], nn.Module], pf.PeftConfig]] = {
         lambda: of_tiny("DeepseekV3", **LATENT),
         pf.PrefixTuningConfig(**TOKENS),
     ),
+    "EsmModel embeds a token by more than its row (its config has token_dropout)": (
+        lambda: transformers.EsmModel(transformers.EsmConfig(**SMALL, pad_token_id=0)),
+        PROMPT,
+    ),
+    "Gemma3nTextDecoderLayer in Gemma3nForCausalLM reads token ids": (gemma3n, PROMPT),
+    "XLMModel goes on from a cache a token at a time, or by lengths of its own": (
+        lambda: transformers.XLMModel(transformers.XLMConfig(n_words=40, emb_dim=16, n_layers=2, n_heads=2)),
+        pf.PrefixTuningConfig(**TOKENS),
+    ),
+    "has 4 input embeddings, one for each of its vocabularies": (musicgen, PROMPT),
     "Sequential takes no inputs_embeds": (BASES["mlp"].make, PROMPT),
     "takes no inputs_embeds": (vit, PROMPT),
     "task_type='SEQ_2_SEQ_LM' is for an encoder-decoder, and GPT2LMHeadModel is none": (

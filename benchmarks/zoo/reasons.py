@@ -38,17 +38,6 @@ RULES: list[Rule] = [
         said=r"experts|adapted parameters of",
     ),
     Rule(
-        "peftfn: a prefix is put into a cache whose layers hold a state and no keys (FAULTS, 8: hybrids)",
-        check="prefix.*",
-        said="LinearAttentionLayer|has no attribute 'update'",
-    ),
-    Rule(
-        "peftfn: the forward argument is called `cache` in transformers 5.24 (FAULTS: newest_prefix_init)",
-        check="prefix.*",
-        said="takes no past_key_values",
-        verdict="refused",
-    ),
-    Rule(
         "peftfn: states are written in place into a cache that nobody asked for (FAULTS: vmap_cache)",
         check="vmap",
         said="runs with use_cache=False",
@@ -94,45 +83,80 @@ RULES: list[Rule] = [
         said="params has no",
     ),
     Rule(
-        "peftfn: in generate the prompt goes in again at every step, where the cache's argument is not called "
-        "past_key_values (FAULTS: newest_prompt_generate)",
-        check="prompt_generate",
-        verdict="wrong",
-    ),
-    Rule(
         "peftfn: peft reads the file's target modules as experts (FAULTS: moe_all_linear)",
         check="save",
         said="missing adapter keys.*experts",
     ),
+    Rule("peft's: (IA)³ acts on no such layer there either", check="ia3", said="in peft neither"),
     Rule(
-        "peftfn: rows of unlike length are made with masked places, which this model counts or reads "
-        "(FAULTS: rows_own_positions)",
+        "refused with its reason: rows of unlike length, on a model that counts or reads masked places",
         check="prompt_rows|prefix_rows",
-        said="does not ignore masked places",
-        verdict="wrong",
+        said="places that a row does not use are masked|the mask that .* makes of its pictures",
+        verdict="refused",
     ),
     Rule(
-        "refused with its reason: rows of unlike length, on a model that counts positions in a way of its own",
-        check="prompt_rows|prefix_rows",
-        said="counts positions in a way of its own",
-    ),
-    Rule(
-        "peftfn: a prefix's keys have the sizes that the configuration names, the layers' keys others",
+        "refused with its reason: layers that keep a state, or something else than keys and values, have no place for "
+        "a prefix",
         check="prefix.*",
-        said="Sizes of tensors must match|size of tensor",
+        said="keep something else than keys and values|has no argument for a cache of keys and values",
+        verdict="refused",
+    ),
+    Rule(
+        "refused with its reason: PEFT's format has one head of keys for each of the configuration's, of one width, "
+        "and the model keeps others (latent attention, shared keys)",
+        check="prefix.*",
+        said="layers of .* keep keys of",
+        verdict="refused",
+    ),
+    Rule(
+        "refused with its reason: the model goes on from a cache a token at a time, or by lengths of its own",
+        check="prefix.*",
+        said="goes on from a cache a token at a time",
+        verdict="refused",
+    ),
+    Rule(
+        "refused with its reason: a prompt's tokens have no ids, which inner layers or the embedding read",
+        check="prompt.*",
+        said="reads token ids beside|embeds a token by more than its row|gives a tuple; expected a tensor",
+        verdict="refused",
+    ),
+    Rule(
+        "refused with its reason: the model has an embedding for each of its codebooks",
+        check="prompt.*|prefix.*",
+        said="input embeddings, one for each of its vocabularies",
+        verdict="refused",
+    ),
+    Rule(
+        "refused with its reason: positions in space, of pictures, where a prompt or a prefix has none",
+        check="prompt.*|prefix.*",
+        said="counts positions in space|have no place in another form",
+        verdict="refused",
+    ),
+    Rule(
+        "refused with its reason: the model's own generate() calls a part inside, past the forward that is changed",
+        check="prompt_generate|prefix_generate",
+        said="ran a part of the model past the model's forward",
+        verdict="refused",
+    ),
+    Rule(
+        "refused with its reason: the decoder cannot be told of an encoder's longer output",
+        check="prompt.*",
+        said="by which a decoder is told of a prompt",
+        verdict="refused",
+    ),
+    Rule(
+        "the model's own: it does not say which its input embedding is",
+        check="prompt.*",
+        said=r"has no get_input_embeddings\(\) that gives a module",
+        verdict="refused",
+    ),
+    Rule(
+        "the model's own: it runs on no embedded tokens without their ids, whatever its signature says",
+        check="prompt.*",
+        classes="(Blt|Longformer|Esmc).*",
+        said="input_ids is required|zeros_like|'indices'",
         verdict="crash",
     ),
-    Rule(
-        "peftfn: a prefix on a decoder that counts positions from its padding token (FAULTS, 3: RoBERTa-like)",
-        check="prefix.*",
-        classes="(XLMRoberta(XL)?|Roberta(PreLayerNorm)?|Camembert|Data2VecText|Xmod|Longformer)ForCausalLM",
-        verdict="wrong",
-    ),
-    Rule(
-        "peftfn: the model has an embedding for each of its codebooks, and a prompt takes them for one",
-        said="ModuleList\\] is missing the required",
-    ),
-    Rule("peft's: (IA)³ acts on no such layer there either", check="ia3", said="in peft neither"),
 ]
 
 
