@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 import torch
@@ -141,7 +141,7 @@ def unviewed(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def without_numbers() -> Iterator[None]:
+def without_numbers() -> Generator[None]:
     """A context whose new tensors have a shape, a dtype and a device, and no numbers.
 
     With torch's fake tensors the device is the CPU, of which code may ask what it asks of a device (autocast, as rotary
