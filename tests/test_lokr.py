@@ -41,6 +41,8 @@ CASES: dict[str, tuple[Build, dict[str, Any]]] = {
     "convolution with groups": (GROUPED, {"r": 1}),
     "pointwise convolution": (POINTWISE, TUCKER),
 }
+if peft.__version__.startswith("0.17."):  # it has no nn.Conv1d, and takes groups for more inputs
+    CASES = {name: case for name, case in CASES.items() if case[0] not in (CONV1D, GROUPED)}
 every_case = pytest.mark.parametrize("name", CASES)
 # peft's forward and its merge raise on this one: "view size is not compatible with input tensor's size and stride".
 every_case_of_peft = pytest.mark.parametrize("name", [name for name in CASES if name != "convolution 1d, Tucker"])
