@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointFunction
 
-from peftfn import cached, calls, codecs, graft, inserted, layers, masks, parts, readers, routing
+from peftfn import cached, calls, codecs, graft, inserted, layers, masks, parts, readers, recompute, routing
 from peftfn import transformers_names as hf
 from peftfn.layers import Place, Site
 from peftfn.parts import How, Part
@@ -77,10 +75,8 @@ def _adapt_model(root: nn.Module, by_path: Mapping[str, nn.Module], here: Sequen
     site = Site("", layers.MODEL, graft.second(root) if how.apart else root, "")
     steps: dict[str, list[calls.Step]] = {}
     tensors: list[Tensor] = []
+    _check_leaves(site, type(root).__name__, here, how)
     for part in here:
-        wrong = part.method.check(part.config, _one_of(part), site) if part.leaf and how.check else None
-        if wrong:
-            raise ValueError(f"{type(root).__name__}: the adapter {wrong}. It was made for a model of another size.")
         on_call = part.method.on_call
         for home in on_call.homes(root) if on_call is not None and part.leaf else ():
             steps.setdefault(home, []).append(_step(part, site))
@@ -96,7 +92,7 @@ def _adapt_model(root: nn.Module, by_path: Mapping[str, nn.Module], here: Sequen
         run = graft.base_forward(graft.second(twin) if how.apart else twin)
         run = functools.partial(calls.run, run, calls.Takes.of(twin), several, cached.settled, noted)
         graft.set_forward(
-            twin, run if how.armed is None else functools.partial(_watched, run, how.armed, home, tensors)
+            twin, run if how.armed is None else functools.partial(recompute.watched, run, how.armed, home, tensors)
         )
     if steps and how.armed is not None and hf.generates_by_itself(type(root)):
         root.__dict__[hf.GENERATE] = functools.partial(calls.generating, root, noted)
@@ -162,7 +158,7 @@ def _watch_replaced(twin: nn.Module, path: str, here: Sequence[Part], how: How) 
     trained = [tensor for part in here for name, tensor in part.replaced.items() if name not in part.fixed]
     if how.armed is not None and path and trained:
         run = graft.base_forward(graft.second(twin) if how.apart else twin)
-        graft.set_forward(twin, functools.partial(_watched, run, how.armed, path, trained))
+        graft.set_forward(twin, functools.partial(recompute.watched, run, how.armed, path, trained))
 
 
 def _shape(twin: nn.Module, name: str) -> torch.Size | None:
@@ -187,8 +183,7 @@ def _check_replacement(old: torch.Size | None, twin: nn.Module, name: str, tenso
 
 
 def _adapt(twin: nn.Module, place: Place, path: str, here: Sequence[Part], how: How) -> None:
-    if how.check:
-        _check_leaves(twin, place, path, here)
+    _check_leaves(Site(path, place.kind, twin, place.weight), path, here, how)
     here = [part for part in here if part.leaf]
     layer = graft.second(twin) if how.apart else twin
     run = graft.base_forward(layer)
@@ -205,8 +200,7 @@ def _adapt(twin: nn.Module, place: Place, path: str, here: Sequence[Part], how: 
 def _adapt_weight(by_path: Mapping[str, nn.Module], place: Place, path: str, here: Sequence[Part], how: How) -> None:
     """Adapt a tensor that the base reads itself."""
     twin = by_path[place.owner]
-    if how.check:
-        _check_leaves(twin, place, path, here)
+    _check_leaves(Site(path, place.kind, twin, place.weight), path, here, how)
     here = [part for part in here if part.leaf]
     how.hold(twin, place.weight, functools.partial(_merged, twin, place, here))
     reader = by_path[_reader(by_path, place)]
@@ -239,8 +233,7 @@ def _adapt_reader(
         )
     read: list[readers.Read] = []
     for site, place, here in sites:
-        if how.check:
-            _check_leaves(by_path[place.owner], place, site, here)
+        _check_leaves(Site(site, place.kind, by_path[place.owner], place.weight), site, here, how)
         relative = place._replace(owner=place.owner.removeprefix(path).removeprefix("."))
         read.append(readers.Read(relative, [part for part in here if part.leaf]))
     run = readers.by_row(graft.second(reader) if how.apart else reader, path, read)
@@ -250,16 +243,17 @@ def _adapt_reader(
 def _with_watch(run: Callable[..., Any], path: str, here: Sequence[Part], how: How) -> Callable[..., Any]:
     if how.armed is None:
         return run
-    return functools.partial(_watched, run, how.armed, path, [tensor for part in here for tensor in part.leaf.values()])
+    return functools.partial(
+        recompute.watched, run, how.armed, path, [tensor for part in here for tensor in part.leaf.values()]
+    )
 
 
-def _check_leaves(twin: nn.Module, place: Place, path: str, here: Sequence[Part]) -> None:
-    site = Site(path, place.kind, twin, place.weight)
+def _check_leaves(site: Site, name: str, here: Sequence[Part], how: How) -> None:
     for part in here:
-        if part.leaf:
+        if part.leaf and (how.check or part.method.on_weights is None):  # the others are few, and never remembered
             wrong = part.method.check(part.config, _one_of(part), site)
             if wrong:
-                raise ValueError(f"{path}: the adapter {wrong}. It was made for a model of another size.")
+                raise ValueError(f"{name}: the adapter {wrong}. It was made for a model of another size.")
 
 
 def _merged(twin: nn.Module, place: Place, here: Sequence[Part]) -> Tensor:
@@ -288,26 +282,3 @@ def _leave_fast_path(by_path: Mapping[str, nn.Module], path: str) -> None:
     parent = by_path.get(path.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer):
         parent.__dict__["activation_relu_or_gelu"] = 0
-
-
-def _watched(
-    run: Callable[..., Any], armed: Callable[[], bool], path: str, tensors: Sequence[Tensor], *args: Any, **kwargs: Any
-) -> Any:
-    """Run the site; refuse the one case in which torch would lose the adapter's gradient without a word.
-
-    Reentrant checkpointing runs a block without gradients first, and again in the backward pass only if one of the
-    block's inputs requires grad. A frozen base gives it none.
-    """
-    if not torch.is_grad_enabled() and armed() and any(tensor.requires_grad for tensor in tensors):
-        frame = inspect.currentframe()
-        while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
-            frame = frame.f_back
-        if frame is not None:
-            inputs = frame.f_locals.get("args", ())
-            if not any(isinstance(one, Tensor) and one.requires_grad for one in inputs):
-                raise RuntimeError(
-                    f"{path}: activation checkpointing with use_reentrant=True, and no input of the checkpointed block "
-                    "requires grad: the adapter would get no gradient. Use use_reentrant=False, or make the block's "
-                    "input require grad."
-                )
-    return run(*args, **kwargs)

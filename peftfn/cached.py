@@ -19,10 +19,11 @@ from peftfn.places import Place, check_mask, left_padding, ones
 def settled(call: Call) -> Call:
     """The call whose arguments know of everything that is in its cache."""
     every = (*call.prompts, *call.prefixes)
+    places = sum(added.places for added in every)
     if not call.first and (held := caches.length(call.cache)) is not None:
-        call = without_empty_places(call, held - sum(added.places for added in every))
+        call = without_empty_places(call, held - places)
     if every:
-        _refuse_cut_cache(call, sum(added.places for added in every))
+        _refuse_cut_cache(call, places)
     if call.prefixes:
         _refuse_far_prefix(call)
     if any(added.own is not None for added in every):

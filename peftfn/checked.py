@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from peftfn import layers, methods
 from peftfn.adapter import Adapter
 from peftfn.config import PeftConfig
+from peftfn.layers import Place
+from peftfn.methods.method import Method
 
 
 class _Layer(NamedTuple):
@@ -60,7 +62,16 @@ def are_known(model: nn.Module, adapters: Sequence[Adapter], twins: Mapping[str,
         twins: its layers by path, as they are now.
     """
     memory = _MEMORIES.get(model)
-    return memory is not None and all(_is_known(memory, adapter, twins) for adapter in adapters)
+    on_weights = [adapter for adapter in adapters if _acts_on_weights(adapter)]
+    return not on_weights or (memory is not None and all(_is_known(memory, one, twins) for one in on_weights))
+
+
+def _acts_on_weights(adapter: Adapter) -> bool:
+    return _method(adapter).on_weights is not None
+
+
+def _method(adapter: Adapter) -> Method:
+    return methods.of(getattr(adapter.config, "configs", (adapter.config,))[0])
 
 
 def _is_known(memory: _Memory, adapter: Adapter, twins: Mapping[str, nn.Module]) -> bool:
@@ -83,22 +94,18 @@ def _is_as_it_was(layer: _Layer, now: nn.Module | None) -> bool:
 
 def remember(model: nn.Module, adapters: Sequence[Adapter], twins: Mapping[str, nn.Module]) -> None:
     """Take it that these adapters fit the model. Those that change no weight have few sites, and are checked anew."""
-    for adapter in adapters:
-        config = adapter.config
-        method = methods.of(getattr(config, "configs", (config,))[0])
-        if method.on_weights is None:
-            continue
+    for adapter in filter(_acts_on_weights, adapters):
+        config, method = adapter.config, _method(adapter)
         sites = [path for path, leaf in adapter.params.items() if not all(map(method.replaces, leaf))]
-        fit = _Fit(config, [_layer(path, twins) for path in sites], _shapes(adapter))
+        fit = _Fit(config, [_layer(layers.find(model, path), twins) for path in sites], _shapes(adapter))
         memory = _MEMORIES.setdefault(model, _Memory())
         memory.fits[adapter] = memory.last = fit
 
 
-def _layer(path: str, twins: Mapping[str, nn.Module]) -> _Layer:
-    owner, name = (path, "weight") if path in twins else path.rpartition(".")[::2]
-    twin = twins[owner]
-    name = "in_proj_weight" if path in twins and isinstance(twin, nn.MultiheadAttention) else name
-    return _Layer(owner, name, type(twin), layers.shape_of(twin, name))
+def _layer(place: Place | None, twins: Mapping[str, nn.Module]) -> _Layer:
+    assert place is not None, "an adapter that fits has no other sites"
+    twin = twins[place.owner]
+    return _Layer(place.owner, place.weight, type(twin), layers.shape_of(twin, place.weight))
 
 
 def _shapes(adapter: Adapter) -> dict[str, torch.Size]:

@@ -49,8 +49,8 @@ def seen(kind: str, weight: Tensor) -> Tensor:
 
 
 def stored(kind: str, weight: Tensor) -> Tensor:
-    """The inverse of `seen`."""
-    return weight.mT if kind in _TURNED else weight
+    """The inverse of `seen`, which is `seen` itself: what is turned twice is as it was."""
+    return seen(kind, weight)
 
 
 def output_axis(kind: str) -> int:

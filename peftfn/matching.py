@@ -86,6 +86,11 @@ def names_part(config: TargetedConfig, path: str) -> bool:
     return ends_with(path, [name for name in names if "." in name]) and in_layers(config, path)
 
 
+def rank(config: Any, path: str) -> int:
+    """The rank of a site, by the config's `r` and `rank_pattern`."""
+    return pattern_value(config.rank_pattern, path, config.r)
+
+
 def pattern_value(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     r"""The value of the first pattern that matches the path (`(.*\.)?pattern$`, as in PEFT), or the default."""
     for pattern, value in (patterns or {}).items():

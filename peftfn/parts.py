@@ -20,8 +20,8 @@ class How(NamedTuple):
 
     Attributes:
         hold: how a weight that the base reads itself is put on its twin: `(twin, name, compute)`.
-        armed: says whether the caller wants gradients, so that a site that runs without them is looked at (`_watched`);
-            `None` where nobody does.
+        armed: says whether the caller wants gradients, so that a site that runs without them is looked at
+            (`recompute.watched`); `None` where nobody does.
         check: whether to hold names and shapes against the layers.
         apart: whether a site runs on a second twin of its layer. A twin that held a forward that held the twin would be
             a cycle, and keep its tensors until the garbage collector comes by.

@@ -1,4 +1,4 @@
-"""What activation checkpointing needs of a bound module, whose frozen base gives its blocks inputs without gradients.
+"""What activation checkpointing needs of an adapted model, whose frozen base gives its blocks inputs without gradients.
 
 torch's reentrant checkpoint runs a block without gradients, and again in the backward pass only if one of the block's
 inputs requires grad: https://pytorch.org/docs/stable/checkpoint.html
@@ -7,10 +7,13 @@ inputs requires grad: https://pytorch.org/docs/stable/checkpoint.html
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 _WANTS = "_peftfn_wants_grad"
 
@@ -61,3 +64,26 @@ def _require_grad(bound: nn.Module, module: nn.Module, inputs: Any, output: Any)
         return output
     checkpointing = any(one.__dict__.get("gradient_checkpointing") for one in bound.modules())
     return output.detach().requires_grad_(True) if checkpointing else output
+
+
+def watched(
+    run: Callable[..., Any], armed: Callable[[], bool], path: str, tensors: Sequence[Tensor], *args: Any, **kwargs: Any
+) -> Any:
+    """Run the site; refuse the one case in which torch would lose the adapter's gradient without a word.
+
+    Reentrant checkpointing runs a block without gradients first, and again in the backward pass only if one of the
+    block's inputs requires grad. A frozen base gives it none.
+    """
+    if not torch.is_grad_enabled() and armed() and any(tensor.requires_grad for tensor in tensors):
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+            frame = frame.f_back
+        if frame is not None:
+            inputs = frame.f_locals.get("args", ())
+            if not any(isinstance(one, Tensor) and one.requires_grad for one in inputs):
+                raise RuntimeError(
+                    f"{path}: activation checkpointing with use_reentrant=True, and no input of the checkpointed block "
+                    "requires grad: the adapter would get no gradient. Use use_reentrant=False, or make the block's "
+                    "input require grad."
+                )
+    return run(*args, **kwargs)

@@ -234,6 +234,11 @@ def adalora(*targets: str, **kwargs: Any) -> pf.AdaLoraConfig:
     return pf.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=6, target_modules=list(targets), **kwargs)
 
 
+def turned_squares() -> nn.Module:
+    """Layers whose shape does not say that their weight is stored (in, out)."""
+    return nn.Sequential(Conv1D(8, 8), nn.ReLU(), Conv1D(8, 8))
+
+
 def lokr(*targets: str, **kwargs: Any) -> pf.LoKrConfig:
     """A small LoKr config, whose second factor is a product."""
     return pf.LoKrConfig(**{"r": 1, "alpha": 2, "target_modules": list(targets), **kwargs})
@@ -301,7 +306,7 @@ CASES = [
     ),
     Case(
         "transposed-square",
-        lambda: nn.Sequential(Conv1D(8, 8), nn.ReLU(), Conv1D(8, 8)),
+        turned_squares,
         lora("0", "2"),
         randn(4, 3, 8),
     ),
@@ -403,7 +408,7 @@ CASES = [
     Case("ia3-head", mlp, ia3("0", modules_to_save=["3"]), randn(4, 8), {**ONES, "sum": REPLACED}),
     Case(
         "ia3-transposed-square",
-        lambda: nn.Sequential(Conv1D(8, 8), nn.ReLU(), Conv1D(8, 8)),
+        turned_squares,
         ia3("0", "2", feedforward=("2",)),
         randn(4, 3, 8),
         ONES,
@@ -451,7 +456,7 @@ CASES = [
     Case("adalora-random", mlp, adalora("0", init_lora_weights=False), randn(4, 8), {"identity": "asked not to be it"}),
     Case(
         "adalora-transposed-square",
-        lambda: nn.Sequential(Conv1D(8, 8), nn.ReLU(), Conv1D(8, 8)),
+        turned_squares,
         adalora("0", "2"),
         randn(4, 3, 8),
     ),
@@ -477,7 +482,7 @@ CASES = [
     Case("lokr-random", mlp, lokr("0", init_weights=False), randn(4, 8), {"identity": "asked not to be it"}),
     Case(
         "lokr-transposed-square",
-        lambda: nn.Sequential(Conv1D(8, 8), nn.ReLU(), Conv1D(8, 8)),
+        turned_squares,
         lokr("0", "2"),
         randn(4, 3, 8),
     ),

@@ -16,6 +16,7 @@ from torch.func import grad
 
 import peftfn as pf
 from peftfn import checked
+from peftfn.methods.method import Method
 
 
 def put(layer: nn.Module) -> Callable[[Any], None]:
@@ -73,6 +74,25 @@ def test_what_is_new_is_checked_once(name: str, monkeypatch: pytest.MonkeyPatch)
     grad(lambda params: _total(pf.apply(model, adapter.replace(params=params), batch)))(adapter.params)
     pf.apply(model, trained(pf.init(model, pf.LoraConfig(r=3, target_modules=adapter.config.target_modules))), batch)
     assert len(counted) == 2
+
+
+def test_a_prompt_beside_it_does_not_have_lora_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = BASES["llama"].make(), BASES["llama"].inputs()
+    lora = trained(pf.init(model, pf.LoraConfig(r=2, target_modules="all-linear")))
+    prompt = pf.init(model, pf.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    held: list[str] = []
+    check = Method.check
+
+    def noting(self: Method, config: Any, leaf: Any, site: Any) -> str | None:
+        held.append(site.path)
+        return check(self, config, leaf, site)
+
+    monkeypatch.setattr(Method, "check", noting)
+    pf.apply(model, (lora, prompt), batch)
+    assert len(held) > 10
+    held.clear()
+    pf.apply(model, (lora, prompt), batch)
+    assert held == [""]  # the prompt's one site, which is the model
 
 
 def _total(output: Any) -> Tensor:

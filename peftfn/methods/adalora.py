@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from peftfn.methods import slots, weights
 from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adalora_targets import TARGETS
 from peftfn.methods.adapted import Delta
-from peftfn.methods.method import Files, Method, Stacking, Targets, like_weight
+from peftfn.methods.method import Files, Method, Stacking, Targets, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
 
 NAMES = ("lora_A", "lora_B", "lora_E")
@@ -99,13 +99,9 @@ def init(config: AdaLoraConfig, path: str, site: Site, generator: torch.Generato
 def constants(config: AdaLoraConfig, path: str, leaf: Leaf) -> Leaf:
     """The two numbers of the scaling, 0-d, and which ranks are left, (r,)."""
     e = leaf["lora_E"]
-    options: dict[str, Any] = {
-        "dtype": torch.float64 if e.dtype == torch.float64 else torch.float32,
-        "device": e.device,
-    }
     return {
-        "scaling": torch.tensor(config.lora_alpha if config.lora_alpha > 0 else config.init_r, **options),
-        "ranknum": torch.tensor(config.init_r, **options),
+        "scaling": constant(config.lora_alpha if config.lora_alpha > 0 else config.init_r, leaf),
+        "ranknum": constant(config.init_r, leaf),
         "mask": torch.ones(e.shape[0], dtype=torch.bool, device=e.device),
     }
 

@@ -17,15 +17,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from peftfn import layouts, matching, targets
+from peftfn import layouts, matching
 from peftfn.adapter import Leaf
 from peftfn.config import LayeredConfig
-from peftfn.layers import Place, Site
+from peftfn.layers import Site
 from peftfn.layouts import WeightShape
-from peftfn.methods import slots, weights
+from peftfn.methods import lora, slots, weights
 from peftfn.methods.lora_config import check_positive, described
-from peftfn.methods.lora_targets import TARGETS
-from peftfn.methods.method import Method, Stacking, Targets, like_weight
+from peftfn.methods.method import Method, Stacking, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
 
 
@@ -137,13 +136,9 @@ def _resized(leaf: Leaf, old: int, new: int) -> Leaf:
 # --- what it does -----------------------------------------------------------------------------------------------------
 
 
-def _rank(config: LoKrConfig, path: str) -> int:
-    return matching.pattern_value(config.rank_pattern, path, config.r)
-
-
 def init(config: LoKrConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None) -> Leaf:
     """The factors of one site: the first of W₁ zero (or the last of W₂), the others uniform as torch's layers."""
-    shapes = slots.shapes(SLOTS, config, layouts.of_site(site), _rank(config, path))
+    shapes = slots.shapes(SLOTS, config, layouts.of_site(site), matching.rank(config, path))
     zero = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b")}.get(config.init_weights, ())
 
     def drawn(name: str, shape: Shape) -> Tensor:
@@ -156,10 +151,8 @@ def init(config: LoKrConfig, path: str, site: Site, generator: torch.Generator, 
 
 def constants(config: LoKrConfig, path: str, leaf: Leaf) -> Leaf:
     """The scaling of one site, a 0-d tensor."""
-    one = next(iter(leaf.values()))
     alpha = matching.pattern_value(config.alpha_pattern, path, config.alpha)
-    dtype = torch.float64 if one.dtype == torch.float64 else torch.float32
-    return {"scaling": torch.tensor(alpha / _rank(config, path), dtype=dtype, device=one.device)}
+    return {"scaling": constant(alpha / matching.rank(config, path), leaf)}
 
 
 def delta(config: LoKrConfig, leaf: Mapping[str, Tensor], weight: WeightShape) -> Tensor:
@@ -182,10 +175,13 @@ def _second(leaf: Mapping[str, Tensor]) -> Tensor:
 
 def forward(config: LoKrConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """What the layer computes, and with s·(W₁ ⊗ W₂) and no bias; in training, what dropout leaves of it."""
-    y = site(x, *args, **kwargs)
-    if not site.training:
-        return weights.added(site, y, delta(config, leaf, layouts.of_site(site)), x, *args, **kwargs)
-    change = delta(config, leaf, layouts.of_site(site))
+    y, change = site(x, *args, **kwargs), delta(config, leaf, layouts.of_site(site))
+    if site.training:
+        change = _dropped(config, change)
+    return weights.added(site, y, change, x, *args, **kwargs)
+
+
+def _dropped(config: LoKrConfig, change: Tensor) -> Tensor:
     if config.rank_dropout:
         kept = torch.rand(change.shape[0], device=change.device, dtype=change.dtype) > config.rank_dropout
         share = kept.to(change.dtype)
@@ -193,20 +189,7 @@ def forward(config: LoKrConfig, leaf: Mapping[str, Tensor], site: Site, x: Tenso
         change = change * share.view(-1, *(1 for _ in change.shape[1:]))
     if config.module_dropout:
         change = change * (torch.rand((), device=change.device) > config.module_dropout).to(change.dtype)
-    return weights.added(site, y, change, x, *args, **kwargs)
-
-
-def resolve(model: Any, config: LoKrConfig) -> LoKrConfig:
-    """The config with the targets that the model decides, and its heads, filled in."""
-    return targets.resolved(model, config, TARGETS)
-
-
-def sites(model: Any, config: LoKrConfig) -> dict[str, Place]:
-    """The config's sites in the model; patterns that match none of them are an error."""
-    found = targets.sites(model, config)
-    for field in ("rank_pattern", "alpha_pattern"):
-        targets.refuse_unused_patterns(field, getattr(config, field), found)
-    return found
+    return change
 
 
 METHOD = Method(
@@ -215,6 +198,6 @@ METHOD = Method(
     init=init,
     constants=constants,
     action=weights.additive(delta, forward=forward),
-    targets=Targets(resolve, sites),
-    stacking=Stacking(_rank, _resized),
+    targets=lora.METHOD.targets,  # as in PEFT
+    stacking=Stacking(matching.rank, _resized),
 )

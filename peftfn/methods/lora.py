@@ -29,7 +29,7 @@ from peftfn.methods import lora_combine, ranks, slots, weights
 from peftfn.methods.adapted import Delta
 from peftfn.methods.lora_config import LoraConfig
 from peftfn.methods.lora_targets import TARGETS
-from peftfn.methods.method import Combining, Files, Method, Stacking, Targets, like_weight
+from peftfn.methods.method import Combining, Files, Method, Stacking, Targets, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
 
 
@@ -84,16 +84,12 @@ def sites(model: nn.Module, config: LoraConfig) -> dict[str, Place]:
     return found
 
 
-def _rank(config: LoraConfig, path: str) -> int:
-    return matching.pattern_value(config.rank_pattern, path, config.r)
-
-
 def init(config: LoraConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None) -> Leaf:
     """A and B for one site, drawn as PEFT draws them.
 
     Without `dtype` they take the weight's, but float32 where it is a half or a packed one.
     """
-    r, weight = _rank(config, path), layouts.of_site(site)
+    r, weight = matching.rank(config, path), layouts.of_site(site)
     if r % weight.groups:
         raise ValueError(
             f"{site.path}: r={r} is not divisible by the convolution's groups={weight.groups}. Choose another r for it "
@@ -146,12 +142,9 @@ def _uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) ->
 
 def constants(config: LoraConfig, path: str, leaf: Leaf) -> Leaf:
     """The scaling of one site, a 0-d tensor."""
-    r = _rank(config, path)
+    r = matching.rank(config, path)
     alpha = matching.pattern_value(config.alpha_pattern, path, config.lora_alpha)
-    one = next(iter(leaf.values()))
-    dtype = torch.float64 if one.dtype == torch.float64 else torch.float32
-    scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-    return {"scaling": torch.tensor(scaling, dtype=dtype, device=one.device)}
+    return {"scaling": constant(alpha / math.sqrt(r) if config.use_rslora else alpha / r, leaf)}
 
 
 def check_file(config: LoraConfig, path: str, leaf: Leaf) -> None:
@@ -160,7 +153,7 @@ def check_file(config: LoraConfig, path: str, leaf: Leaf) -> None:
         other = name[:-1] + ("B" if name.endswith("A") else "A")
         if other not in leaf:
             raise KeyError(f"{sorted(leaf)}, but no {other}")
-    rank, rows = _rank(config, path), next(leaf[name].shape[0] for name in leaf if name.endswith("_A"))
+    rank, rows = matching.rank(config, path), next(leaf[name].shape[0] for name in leaf if name.endswith("_A"))
     # Of experts, the file has rank times their number.
     if rows % rank or (rows != rank and not config.target_parameters):
         raise ValueError(f"rank {rows}, and the config says {rank}")
@@ -178,7 +171,7 @@ METHOD = Method(
     constants=constants,
     action=weights.low_rank(_factors, takes_rows=True, takes_parts=True),
     targets=Targets(resolve, sites),
-    stacking=Stacking(_rank, resize=ranks.resized),
+    stacking=Stacking(matching.rank, resize=ranks.resized),
     files=Files(check_file, write=ranks.to_file, read=ranks.from_file),
     combining=Combining(lora_combine.combine, lora_combine.combined),
 )

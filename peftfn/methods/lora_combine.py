@@ -56,14 +56,14 @@ def combine(
     dtype = torch.float64 if wanted == torch.float64 else torch.float32
     parts: list[_Part] = []
     for number, leaf in zip(there, found, strict=True):
-        a, b = _matrices(leaf[first].to(dtype), leaf[second].to(dtype), _rank(configs[number], path))
+        a, b = _matrices(leaf[first].to(dtype), leaf[second].to(dtype), matching.rank(configs[number], path))
         weight = recipe.weights[number].to(a.device, dtype)
         parts.append(_Part(a, b, weight, leaf["scaling"].to(a.device, dtype)))
     _check_shapes(path, parts)
     if recipe.method == "cat":
         a, b = _concatenated(parts)
     elif recipe.method.endswith("svd"):
-        groups = _rank(configs[there[0]], path) // parts[0].a.shape[1]
+        groups = matching.rank(configs[there[0]], path) // parts[0].a.shape[1]
         is_swapped = first.startswith("lora_embedding") or configs[there[0]].fan_in_fan_out
         a, b = _truncated(recipe, parts, -(-_new_rank(recipe, configs) // groups), is_swapped)
     else:
@@ -80,7 +80,7 @@ def combined(config: LoraConfig, adapters: Sequence[Adapter], params: Tree) -> L
         at = layers.pattern_path(path, params)
         first, second = ranks.pair(leaf)
         one = next(adapter for adapter in adapters if first in adapter.params.get(path, {}))
-        before = _rank(cast("LoraConfig", one.config), layers.pattern_path(path, one.params))
+        before = matching.rank(cast("LoraConfig", one.config), layers.pattern_path(path, one.params))
         old = one.params[path]
         found[at] = before * _rows(leaf[first], leaf[second]) // _rows(old[first], old[second])
     ((r, _),) = collections.Counter(found.values()).most_common(1)
@@ -96,10 +96,6 @@ def combined(config: LoraConfig, adapters: Sequence[Adapter], params: Tree) -> L
         use_rslora=False,  # the scaling is in the factors; PEFT keeps the flag, and so scales by sqrt(r) again
         fan_in_fan_out=any(one.fan_in_fan_out for one in configs),
     )
-
-
-def _rank(config: LoraConfig, path: str) -> int:
-    return matching.pattern_value(config.rank_pattern, path, config.r)
 
 
 def _rows(a: Tensor, b: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,12 @@ def like_weight(tensor: Tensor, weight: Tensor, dtype: torch.dtype | None) -> Te
     """The tensor where the weight is; without `dtype`, as float64 where that is so, else as float32."""
     dtype = dtype or (weight.dtype if weight.dtype == torch.float64 else torch.float32)
     return tensor.to("cpu" if weight.is_meta else weight.device, dtype)
+
+
+def constant(value: float, leaf: Leaf) -> Tensor:
+    """A number of the config as a 0-d tensor where the leaf is, in float64 where that is so, else in float32."""
+    one = next(iter(leaf.values()))
+    return torch.tensor(value, dtype=torch.float64 if one.dtype == torch.float64 else torch.float32, device=one.device)
 
 
 def _resolve(model: nn.Module, config: Any) -> Any:
@@ -154,7 +161,7 @@ class Method:
     files: Files = _FILES
     combining: Combining | None = None
 
-    @property
+    @functools.cached_property
     def names(self) -> dict[str, str]:
         """Name of each trained tensor -> the ending of its key in PEFT's files."""
         return {name: slot.key or name for name, slot in self.slots.items() if slot.trained}

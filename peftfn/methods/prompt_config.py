@@ -135,7 +135,7 @@ def _refuse_other_embeddings(model: nn.Module) -> None:
 
 def refuse_many_vocabularies(model: nn.Module) -> None:
     """Refuse a model whose input has several rows for each row of the batch, one of each vocabulary."""
-    found = _embedding_of(model)
+    found = _found(model, "input_embeddings")
     if isinstance(found, nn.ModuleList):
         raise ValueError(
             f"{type(model).__name__} has {len(found)} input embeddings, one for each of its vocabularies, and a prompt "
@@ -202,8 +202,12 @@ def _half(model: nn.Module, name: str) -> nn.Module:
 
 
 def _found(model: nn.Module, name: str) -> nn.Module | None:
+    """What the model's own `get_...()` gives; `None` where it has none, or does not say."""
     find: Any = getattr(model, f"get_{name}", None)
-    found = find() if callable(find) else None
+    try:
+        found = find() if callable(find) else None
+    except NotImplementedError:  # transformers' own
+        return None
     return found if isinstance(found, nn.Module) else None
 
 
@@ -234,7 +238,7 @@ def input_embedding(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: it has none, or does not say which it is.
     """
-    found = _embedding_of(model)
+    found = _found(model, "input_embeddings")
     if found is None:
         raise ValueError(
             f"{type(model).__name__} has no get_input_embeddings() that gives a module; a prompt goes before embedded "
@@ -243,18 +247,9 @@ def input_embedding(model: nn.Module) -> nn.Module:
     return found
 
 
-def _embedding_of(model: nn.Module) -> nn.Module | None:
-    find: Any = getattr(model, "get_input_embeddings", None)
-    try:
-        found = find() if callable(find) else None
-    except NotImplementedError:  # transformers' own, where a model does not say which it is
-        return None
-    return found if isinstance(found, nn.Module) else None
-
-
 def table(model: nn.Module) -> Tensor:
     """The input embedding's weight, or else the model's first one: new tensors go where it is."""
-    weight = getattr(_embedding_of(model), "weight", None)
+    weight = getattr(_found(model, "input_embeddings"), "weight", None)
     return weight if isinstance(weight, Tensor) else next(model.parameters())
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from peftfn import fused
 from peftfn.adapter import Leaf
+from peftfn.methods import slots
 
 
 def pair(leaf: Leaf) -> tuple[str, str]:
@@ -31,16 +32,8 @@ def resized(leaf: Leaf, old: int, new: int) -> Leaf:
         return leaf
     first, second = pair(leaf)
     a, b = _with_rank_axis(leaf[first], leaf[second], old)
-    a, b = (_sized(one, a.shape[1] * new // old) for one in (a, b))
+    a, b = (slots.sized(one, 1, a.shape[1] * new // old) for one in (a, b))
     return {**leaf, **dict(zip((first, second), _without_rank_axis(a, b, leaf[first].dim()), strict=True))}
-
-
-def _sized(tensor: Tensor, count: int) -> Tensor:
-    """The tensor with so many on axis 1."""
-    missing = count - tensor.shape[1]
-    if missing <= 0:
-        return tensor[:, :count]
-    return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], 1)
 
 
 def _with_rank_axis(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
