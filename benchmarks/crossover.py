@@ -20,7 +20,6 @@ import peftfn as pf
 from peftfn import graft, routing, rows, segments
 from peftfn.layers import LINEAR, Site
 from peftfn.methods import lora
-from peftfn.stacking import Stacked
 
 WIDTH = 512
 ROWS = 32
@@ -56,7 +55,6 @@ def ways_of(case: Case) -> tuple[dict[str, Callable[[], Tensor]], str]:
     found = rows.of_index(index, case.adapters)
     x = torch.randn(ROWS, case.tokens, WIDTH, generator=draw)
     leaf = {**stacked.params["0"], **stacked.buffers["0"]}
-    assert isinstance(stacked.config, Stacked)
     run = graft.base_forward(base[0])
     site = Site("0", LINEAR, base[0], "weight", run)
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from peftfn.adapter import Adapter, Leaf, Tree
 from peftfn.methods.adalora import NAMES
 from peftfn.methods.adalora_config import AdaLoraConfig
-from peftfn.stacking import Stacked, is_whole
+from peftfn.stacking import is_whole
 from peftfn.transforms import is_traced
 
 
@@ -146,13 +146,13 @@ def allocate(
 
 
 def _config(adapter: Adapter) -> AdaLoraConfig:
-    config = adapter.config
-    given = config.configs if isinstance(config, Stacked) else (config,)
+    members = adapter.members
+    given = (adapter.config,) if members is None else members.configs
     if not all(isinstance(one, AdaLoraConfig) for one in given):
         raise TypeError(f"the adapter's config is a {type(given[0]).__name__}; expected an AdaLoraConfig.")
     if is_whole(adapter):
         raise ValueError("the adapter is a stack; map over it with torch.vmap, or take it apart (peftfn.unstack).")
-    if len(set(given)) > 1 or (isinstance(config, Stacked) and len(set(config.paths)) > 1):
+    if len(set(given)) > 1 or (members is not None and len(set(members.paths)) > 1):
         raise ValueError("the adapters of this stack have unlike configs or sites; train them one by one (unstack).")
     return cast("AdaLoraConfig", given[0])
 

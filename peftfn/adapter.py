@@ -4,22 +4,62 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import optree
 import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
+from peftfn.config import FrozenDict, PeftConfig
+from peftfn.runs import Runs
 from peftfn.transforms import OPTREE_GLOBAL
-
-if TYPE_CHECKING:
-    from peftfn.config import PeftConfig
 
 Leaf = dict[str, Tensor]
 """The tensors of one adapter at one site, by name."""
 
 Tree = dict[str, Leaf]
 """Leaves by the path of their site."""
+
+
+class SiteInfo(NamedTuple):
+    """What an adapter knows of one of its sites beside the tensors there.
+
+    Attributes:
+        kind: the kind of layer that it was made for, one of those in `peftfn.layers`; "" where that is not known.
+        rows: the output rows that it acts on, where they are a part of a fused projection (`peftfn.fused`).
+        outputs: how many output rows that projection has; 0 where `rows` is `None`.
+        input_side: whether it acts on what goes in there, of a method that could act on either side.
+    """
+
+    kind: str = ""
+    rows: Runs | None = None
+    outputs: int = 0
+    input_side: bool = False
+
+
+Sites = Mapping[str, SiteInfo]
+"""What is known of sites, by path."""
+
+UNKNOWN = SiteInfo()
+NO_SITES: Sites = FrozenDict({})
+
+
+class Members(NamedTuple):
+    """What a stack knows of its adapters.
+
+    Attributes:
+        configs: their configs, in order.
+        paths: each one's own site paths; elsewhere its slice of the stack does nothing.
+        sites: what each one knows of its sites.
+        axes: how many axes the first parameter of the stack has; under `torch.vmap` it has one less.
+        buffer_axes: the same of the first buffer.
+    """
+
+    configs: Sequence[PeftConfig]
+    paths: Sequence[Sequence[str]]
+    sites: Sequence[Sites]
+    axes: int
+    buffer_axes: int
 
 
 _SHOWN = 12
@@ -36,14 +76,23 @@ class Adapter:
             the base's module (`weight`, `bias`) replaces that parameter: this is how `modules_to_save` and
             trained biases are held.
         buffers: what is not trained, nested the same way (LoRA: `scaling`, a 0-d tensor).
-        config: the frozen config; static for every transform. A stack has a `peftfn.stacking.Stacked` here.
+        config: the frozen config; of a stack, one that says what holds for all of its adapters.
+        sites: what is known of each site beside its tensors: kind of layer, part of a fused projection.
+        members: of a stack, what it knows of its adapters; `None` of a single adapter.
 
-    Both mappings are kept sorted, so that `torch.func` (insertion order) and optree (sorted keys) agree.
+    Params and buffers are kept sorted, so that `torch.func` (insertion order) and optree (sorted keys) agree. The other
+    three are static for every transform.
     """
 
     params: Tree
     buffers: Tree
     config: PeftConfig
+    sites: Sites = NO_SITES
+    members: Members | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sites, FrozenDict):
+            object.__setattr__(self, "sites", FrozenDict(self.sites))
 
     def replace(self, **changes: Any) -> Adapter:
         """This adapter with other `params`, `buffers` or `config`: `adapter.replace(params=new)`."""
@@ -55,9 +104,10 @@ class Adapter:
         if not isinstance(params, dict):
             return f"Adapter({type(self.config).__name__}, params={params!r})"
         sites = cast("Mapping[str, Any]", params)
+        count = f", {len(self.members.configs)} adapters" if self.members else ""
         rows = [f"  {site or '(the model)'}: {_shapes(leaf)}" for site, leaf in list(sites.items())[:_SHOWN]]
         more = [f"  and {len(sites) - _SHOWN:,} more"] if len(sites) > _SHOWN else []
-        return "\n".join([f"Adapter({type(self.config).__name__}, {len(sites):,} sites)", *rows, *more])
+        return "\n".join([f"Adapter({type(self.config).__name__}, {len(sites):,} sites{count})", *rows, *more])
 
 
 def _shapes(leaf: Any) -> str:
@@ -142,26 +192,29 @@ def count(adapter: Adapter | Iterable[Adapter], model: nn.Module | None = None) 
     return Count(trained, trained + rest)
 
 
-def _flatten(adapter: Adapter) -> tuple[tuple[Tree, Tree], PeftConfig]:
-    return (adapter.params, adapter.buffers), adapter.config
+Static = tuple[PeftConfig, Sites, Members | None]
 
 
-def _unflatten(children: Iterable[Any], config: PeftConfig) -> Adapter:
+def _flatten(adapter: Adapter) -> tuple[tuple[Tree, Tree], Static]:
+    return (adapter.params, adapter.buffers), (adapter.config, adapter.sites, adapter.members)
+
+
+def _unflatten(children: Iterable[Any], static: Static) -> Adapter:
     params, buffers = children
-    return Adapter(params, buffers, config)
+    return Adapter(params, buffers, *static)
 
 
-def _flatten_for_optree(adapter: Adapter) -> tuple[tuple[Tree, Tree], PeftConfig, tuple[str, str]]:
-    return (adapter.params, adapter.buffers), adapter.config, ("params", "buffers")
+def _flatten_for_optree(adapter: Adapter) -> tuple[tuple[Tree, Tree], Static, tuple[str, str]]:
+    return *_flatten(adapter), ("params", "buffers")
 
 
-def _unflatten_for_optree(config: PeftConfig, children: Iterable[Any]) -> Adapter:
-    return _unflatten(children, config)
+def _unflatten_for_optree(static: Static, children: Iterable[Any]) -> Adapter:
+    return _unflatten(children, static)
 
 
-def _flatten_with_keys(adapter: Adapter) -> tuple[list[tuple[Any, Any]], PeftConfig]:
-    names = (torch_pytree.GetAttrKey("params"), torch_pytree.GetAttrKey("buffers"))
-    return [(names[0], adapter.params), (names[1], adapter.buffers)], adapter.config
+def _flatten_with_keys(adapter: Adapter) -> tuple[list[tuple[Any, Any]], Static]:
+    (params, buffers), static = _flatten(adapter)
+    return [(torch_pytree.GetAttrKey("params"), params), (torch_pytree.GetAttrKey("buffers"), buffers)], static
 
 
 torch_pytree.register_pytree_node(

@@ -24,9 +24,8 @@ from peftfn import (
     targets,
     twins,
 )
-from peftfn.adapter import Adapter, Tree, as_tuple, sorted_tree
+from peftfn.adapter import Adapter, SiteInfo, Tree, as_tuple, sorted_tree
 from peftfn.config import PeftConfig
-from peftfn.methods.method import TRANSPOSED
 
 
 def init(
@@ -70,36 +69,24 @@ def init(
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     params: Tree = {}
     buffers: Tree = {}
+    sites: dict[str, SiteInfo] = {}
     places = method.targets.sites(model, resolved)
     with generator.device:  # where numbers are drawn, whatever torch's default device is; methods move them
         for path, place in places.items():
-            site = layers.Site(path, place.kind, model.get_submodule(place.owner), place.weight, rows=place.rows)
-            at = layers.pattern_path(path, places)
+            owner, at = model.get_submodule(place.owner), layers.pattern_path(path, places)
+            side = method.targets.input_side(resolved, at)
+            site = layers.Site(path, place.kind, owner, place.weight, rows=place.rows, input_side=side)
+            sites[path] = _noted(site)
             params[path], buffers[path] = method.fresh(resolved, at, site, generator, dtype)
             params[path] = _detached(params[path])
-    _mark_square(model, resolved, places, params, buffers)
     _add_replaced(model, resolved, heads, places, params, buffers)
     resolved = _with_base(model, resolved, any(place.kind == layers.TRANSPOSED for place in places.values()))
-    return Adapter(sorted_tree(params), sorted_tree(buffers), resolved)
+    return Adapter(sorted_tree(params), sorted_tree(buffers), resolved, sites)
 
 
-def _mark_square(
-    model: nn.Module, resolved: PeftConfig, places: Mapping[str, layers.Place], params: Tree, buffers: Tree
-) -> None:
-    """Note how a square weight is stored, where neither its shape nor the other layers tell.
-
-    They do not where layers of both ways are adapted, or where the method's tensors look the same on a table.
-    """
-    method, both = methods.of(resolved), {layers.LINEAR, layers.TRANSPOSED}
-    is_mixed = both <= {place.kind for place in places.values()}
-    for path, place in places.items():
-        shape = layers.shape_of(model.get_submodule(place.owner), place.weight) if method.on_weights else ()
-        if len(shape) != 2 or shape[0] != shape[1] or place.kind not in {*both, layers.EMBEDDING}:
-            continue
-        fitting = {*method.kinds(resolved, path, {**params[path], **buffers[path]}, torch.Size(shape))}
-        if (is_mixed and both <= fitting) or {layers.LINEAR, layers.EMBEDDING} <= fitting:
-            device = next(iter(params[path].values())).device
-            buffers[path][TRANSPOSED] = torch.tensor(layouts.output_axis(place.kind) == 1, device=device)
+def _noted(site: layers.Site) -> SiteInfo:
+    outputs = 0 if site.rows is None else site.shape[layouts.output_axis(site.kind)]
+    return SiteInfo(site.kind, site.rows, outputs, site.input_side)
 
 
 def _detached(leaf: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -72,10 +72,11 @@ def _adapt_model(root: nn.Module, by_path: Mapping[str, nn.Module], here: Sequen
     """Adapt the call of the model itself, wherever in it each method changes it."""
     if any(part.method.on_call is None for part in here if part.leaf):
         raise ValueError("two of the active adapters act on the model itself in unlike ways; apply them apart.")
-    site = Site("", layers.MODEL, graft.second(root) if how.apart else root, "")
+    place = Place("", "", layers.MODEL)
+    site = Site("", place.kind, graft.second(root) if how.apart else root, place.weight)
     steps: dict[str, list[calls.Step]] = {}
     tensors: list[Tensor] = []
-    _check_leaves(site, type(root).__name__, here, how)
+    _check_leaves(site.layer, place, "", here, how)
     for part in here:
         on_call = part.method.on_call
         for home in on_call.homes(root) if on_call is not None and part.leaf else ():
@@ -183,13 +184,13 @@ def _check_replacement(old: torch.Size | None, twin: nn.Module, name: str, tenso
 
 
 def _adapt(twin: nn.Module, place: Place, path: str, here: Sequence[Part], how: How) -> None:
-    _check_leaves(Site(path, place.kind, twin, place.weight), path, here, how)
+    _check_leaves(twin, place, path, here, how)
     here = [part for part in here if part.leaf]
     layer = graft.second(twin) if how.apart else twin
     run = graft.base_forward(layer)
     for number, part in enumerate(here):
         adapted = functools.partial(_adapted, layer, place, here[:number]) if number else None
-        site = Site(path, place.kind, layer, place.weight, run, adapted=adapted)
+        site = _site(part, place, path, layer, run, adapted)
         if part.rows is None:
             run = functools.partial(part.method.action.forward, part.config, part.leaf, site)
         else:
@@ -200,7 +201,7 @@ def _adapt(twin: nn.Module, place: Place, path: str, here: Sequence[Part], how: 
 def _adapt_weight(by_path: Mapping[str, nn.Module], place: Place, path: str, here: Sequence[Part], how: How) -> None:
     """Adapt a tensor that the base reads itself."""
     twin = by_path[place.owner]
-    _check_leaves(Site(path, place.kind, twin, place.weight), path, here, how)
+    _check_leaves(twin, place, path, here, how)
     here = [part for part in here if part.leaf]
     how.hold(twin, place.weight, functools.partial(_merged, twin, place, here))
     reader = by_path[_reader(by_path, place)]
@@ -233,7 +234,7 @@ def _adapt_reader(
         )
     read: list[readers.Read] = []
     for site, place, here in sites:
-        _check_leaves(Site(site, place.kind, by_path[place.owner], place.weight), site, here, how)
+        _check_leaves(by_path[place.owner], place, site, here, how)
         relative = place._replace(owner=place.owner.removeprefix(path).removeprefix("."))
         read.append(readers.Read(relative, [part for part in here if part.leaf]))
     run = readers.by_row(graft.second(reader) if how.apart else reader, path, read)
@@ -248,12 +249,25 @@ def _with_watch(run: Callable[..., Any], path: str, here: Sequence[Part], how: H
     )
 
 
-def _check_leaves(site: Site, name: str, here: Sequence[Part], how: How) -> None:
+def _check_leaves(twin: nn.Module, place: Place, path: str, here: Sequence[Part], how: How) -> None:
     for part in here:
         if part.leaf and (how.check or part.method.on_weights is None):  # the others are few, and never remembered
-            wrong = part.method.check(part.config, _one_of(part), site)
+            wrong = part.method.check(part.config, _one_of(part), _site(part, place, path, twin))
             if wrong:
+                name = path or type(twin).__name__
                 raise ValueError(f"{name}: the adapter {wrong}. It was made for a model of another size.")
+
+
+def _site(
+    part: Part,
+    place: Place,
+    path: str,
+    layer: nn.Module,
+    run: Callable[..., Any] | None = None,
+    adapted: Callable[[], Mapping[str, Tensor | None]] | None = None,
+) -> Site:
+    rows, input_side = part.info.rows, part.info.input_side
+    return Site(path, place.kind, layer, place.weight, run, rows=rows, input_side=input_side, adapted=adapted)
 
 
 def _merged(twin: nn.Module, place: Place, here: Sequence[Part]) -> Tensor:

@@ -66,7 +66,7 @@ def adapters(bound: nn.Module, state: Mapping[str, Tensor]) -> tuple[Adapter, ..
             {path: {leaf: state[name].detach() for leaf, name in here.items()} for path, here in names.items()}
         )
 
-    return tuple(Adapter(tree(one.params), tree(one.buffers), one.config) for one in of(bound).slots)
+    return tuple(one.adapter.replace(params=tree(one.params), buffers=tree(one.buffers)) for one in of(bound).slots)
 
 
 def own_names(bound: nn.Module) -> frozenset[str]:

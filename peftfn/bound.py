@@ -78,7 +78,8 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any =
         offloaded.bring(module)
     graft.run_packed(bound.modules())
     by_path = dict(layers.named_modules(bound, remove_duplicate=False))
-    holder = held.Holder(by_path, adapters, tuple(held.Slots(one.config, {}, {}) for one in adapters), {})
+    slots = tuple(held.Slots(one.replace(params={}, buffers={}), {}, {}) for one in adapters)
+    holder = held.Holder(by_path, adapters, slots, {})
     found = {path: held.hold(holder, path, here) for path, here in parts.of(adapters, which).items()}
     for module in bound.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:

@@ -20,7 +20,6 @@ from peftfn import layers, methods
 from peftfn.adapter import Adapter
 from peftfn.config import PeftConfig
 from peftfn.layers import Place
-from peftfn.methods.method import Method
 
 
 class _Layer(NamedTuple):
@@ -67,11 +66,7 @@ def are_known(model: nn.Module, adapters: Sequence[Adapter], twins: Mapping[str,
 
 
 def _acts_on_weights(adapter: Adapter) -> bool:
-    return _method(adapter).on_weights is not None
-
-
-def _method(adapter: Adapter) -> Method:
-    return methods.of(getattr(adapter.config, "configs", (adapter.config,))[0])
+    return methods.of(adapter.config).on_weights is not None
 
 
 def _is_known(memory: _Memory, adapter: Adapter, twins: Mapping[str, nn.Module]) -> bool:
@@ -95,7 +90,7 @@ def _is_as_it_was(layer: _Layer, now: nn.Module | None) -> bool:
 def remember(model: nn.Module, adapters: Sequence[Adapter], twins: Mapping[str, nn.Module]) -> None:
     """Take it that these adapters fit the model. Those that change no weight have few sites, and are checked anew."""
     for adapter in filter(_acts_on_weights, adapters):
-        config, method = adapter.config, _method(adapter)
+        config, method = adapter.config, methods.of(adapter.config)
         sites = [path for path, leaf in adapter.params.items() if not all(map(method.replaces, leaf))]
         fit = _Fit(config, [_layer(layers.find(model, path), twins) for path in sites], _shapes(adapter))
         memory = _MEMORIES.setdefault(model, _Memory())

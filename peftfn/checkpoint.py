@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from peftfn import encoders, files, fused, hub, keys, methods, older, stacking
+from peftfn import encoders, files, fused, hub, keys, methods, older, site_notes
 from peftfn.adapter import Adapter
 from peftfn.config import PeftConfig
 from peftfn.transforms import is_traced
@@ -68,7 +68,7 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
         "format": "pt",
         _CONFIG_KEY: text,
         _REPLACES_KEY: _digest(old.read_bytes()) if old.is_file() else "",
-        _PARTS_KEY: fused.note(adapter),
+        _PARTS_KEY: site_notes.written(adapter),
     }
     if fixed := [] if methods.of(adapter.config).whole else [key for key in keys.fixed_keys(adapter) if key in plain]:
         metadata[_BUFFERS_KEY] = json.dumps(fixed)
@@ -91,7 +91,7 @@ def _check_single(adapter: object) -> None:
         raise TypeError(
             f"save was given a {type(adapter).__name__}; expected a peftfn.Adapter (several go into a folder each)."
         )
-    if isinstance(adapter.config, stacking.Stacked):
+    if adapter.members is not None:
         raise TypeError("save was given a stack; save its adapters one by one: for a in peftfn.unstack(stacked): ...")
 
 
@@ -148,12 +148,12 @@ def load(
         tensors, config = older.in_present_names(tensors, config, model, str(source))
     note = metadata.get(_PARTS_KEY, "")
     ours = _CONFIG_KEY in metadata
-    pieces = fused.noted(note, device)
+    noted = site_notes.read(note)
     fixed = frozenset(json.loads(metadata.get(_BUFFERS_KEY, "[]")))
-    adapter = keys.from_keys(tensors, config, str(source), ordered=ours, model=model, pieces=pieces, fixed=fixed)
+    adapter = keys.from_keys(tensors, config, str(source), ordered=ours, model=model, noted=noted, fixed=fixed)
     adapter = encoders.restored(adapter, origin, device)
     if note:
-        adapter = adapter.replace(config=fused.named_config(adapter, note))
+        adapter = adapter.replace(config=site_notes.named_config(adapter, note))
     if model is not None:
         keys.check_against(adapter, model, str(source))
     return adapter

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from peftfn import layers, matching, methods, mixing
-from peftfn.adapter import Adapter, Leaf, Tree, as_tuple, sorted_tree
+from peftfn import alike, layers, matching, methods, mixing
+from peftfn.adapter import Adapter, Leaf, SiteInfo, Sites, Tree, as_tuple, sorted_tree
 from peftfn.config import PeftConfig
 from peftfn.methods import Method
 from peftfn.mixing import Recipe
-from peftfn.stacking import Stacked
 
 
 def combine(
@@ -103,19 +102,21 @@ def combine(
     own = [_own(one, adapter) for adapter in adapters]
     params: Tree = {}
     buffers: Tree = {}
+    sites: dict[str, SiteInfo] = {}
     paths = {path for tree in own for path in tree}
     for path in sorted(paths):
         at = layers.pattern_path(path, paths)
-        params[path], buffers[path] = combining.leaf(recipe, configs, at, [tree.get(path) for tree in own])
-    config = combining.config(_union(cast("Any", configs), sorted(paths), buffers), adapters, params)
+        sites[path], leaves = alike.together("combine", one, path, [tree.get(path) for tree in own], adapters)
+        params[path], buffers[path] = combining.leaf(recipe, configs, at, leaves)
+    config = combining.config(_union(cast("Any", configs), sorted(paths), sites), adapters, params)
     _keep_replaced(one, adapters, params, buffers)
-    return Adapter(sorted_tree(params), sorted_tree(buffers), config)
+    return Adapter(sorted_tree(params), sorted_tree(buffers), config, sites)
 
 
 def _common_method(adapters: Sequence[Adapter]) -> Method:
     if not adapters:
         raise ValueError("combine was given no adapter; expected at least one.")
-    if any(isinstance(adapter.config, Stacked) for adapter in adapters):
+    if any(adapter.members is not None for adapter in adapters):
         raise TypeError("combine was given a stack; expected single adapters: combine(peftfn.unstack(stacked), ...).")
     kinds = sorted({type(adapter.config).__name__ for adapter in adapters})
     if len(kinds) > 1:
@@ -192,7 +193,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 _LIMITS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
-def _union(configs: Sequence[Any], paths: Sequence[str], buffers: Mapping[str, Leaf]) -> PeftConfig:
+def _union(configs: Sequence[Any], paths: Sequence[str], sites: Sites) -> PeftConfig:
     """The first config, naming what any of them names."""
     first = configs[0]
     changes: dict[str, Any] = {"peft_version": None}
@@ -203,7 +204,7 @@ def _union(configs: Sequence[Any], paths: Sequence[str], buffers: Mapping[str, L
     if len({getattr(config, "bias", "none") for config in configs}) > 1:
         raise ValueError(f"combine: the adapters have bias of {[config.bias for config in configs]}; expected one.")
     if hasattr(first, "target_modules"):
-        changes |= _targets(configs, paths, buffers, changes.get("target_parameters"))
+        changes |= _targets(configs, paths, sites, changes.get("target_parameters"))
     made: Any = dataclasses.replace(first, **changes)
     both = [path for path in paths if made.modules_to_save and matching.is_excluded(made, path)]
     if both:
@@ -215,7 +216,7 @@ def _union(configs: Sequence[Any], paths: Sequence[str], buffers: Mapping[str, L
 
 
 def _targets(
-    configs: Sequence[Any], paths: Sequence[str], buffers: Mapping[str, Leaf], parameters: Sequence[str] | None
+    configs: Sequence[Any], paths: Sequence[str], sites: Sites, parameters: Sequence[str] | None
 ) -> dict[str, Any]:
     """`target_modules` of the union, or a regex of its paths where names and limits do not add up to it."""
     limits = dict.fromkeys(name for name in _LIMITS if hasattr(configs[0], name))
@@ -227,7 +228,7 @@ def _targets(
         return {"target_modules": _names(configs, "target_modules")}
     if alike and all(isinstance(names, str) for names in given):
         return {"target_modules": "|".join(f"({names})" for names in dict.fromkeys(given))}
-    partial = [path for path in paths if "rows" in buffers[path]]
+    partial = [path for path in paths if sites[path].rows is not None]
     if partial:
         raise ValueError(
             f"combine: the adapters act on parts of {partial[0]!r} and differ in {', '.join(_LIMITS)} or in whether "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn import layers, methods, stacking
-from peftfn.adapter import Adapter
+from peftfn.adapter import UNKNOWN, Adapter
 from peftfn.apply import apply
 from peftfn.transforms import is_traced
 
@@ -97,12 +97,11 @@ def _is_small(stacked: Adapter, batch: Any) -> bool:
     tensors = list(cast("Mapping[str, Any]", batch).values())
     if not all(isinstance(one, Tensor) and one.dim() > 0 for one in tensors) or is_traced(*tensors):
         return False
-    assert isinstance(stacked.config, stacking.Stacked)
-    method = methods.of(stacked.config.configs[0])
+    method = methods.of(stacked.config)
     action = method.on_weights
     by_row = action is not None and all(
-        action.takes_rows(leaf, layers.LINEAR) and not any(map(method.replaces, leaf))
-        for leaf in stacked.params.values()
+        action.takes_rows(layers.LINEAR, stacked.sites.get(path, UNKNOWN).rows) and not any(map(method.replaces, leaf))
+        for path, leaf in stacked.params.items()
     )
     is_few = max(one.numel() for one in tensors) <= _FEW_TOKENS
     return by_row and is_few and len({one.shape[0] for one in tensors}) == 1

@@ -10,23 +10,23 @@ note in the weights file says what was what, for this library.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from peftfn import layers, matching
-from peftfn.adapter import Adapter, Leaf, Tree
+from peftfn import layers, matching, runs
+from peftfn.adapter import Adapter
 from peftfn.config import PeftConfig
+from peftfn.runs import Runs
 
 QKV = ("q", "k", "v")
-Parts = dict[str, Tensor]
+Parts = dict[str, Runs]
 
 
 def parts(model: nn.Module, path: str) -> Parts:
-    """The output rows of each part of the layer at `path`, `name -> (rows,)` indices; empty where none is known."""
+    """The output rows of each part of the layer at `path`, `name -> runs`; empty where none is known."""
     module = model.get_submodule(path)
     parent = model.get_submodule(path.rpartition(".")[0])
     if isinstance(module, nn.MultiheadAttention):
@@ -44,16 +44,17 @@ def places(model: nn.Module, is_named: Callable[[str], bool]) -> dict[str, layer
     """The fused layers of which `is_named(path.part)` names a part, by path, with the rows of all named parts."""
     found: dict[str, layers.Place] = {}
     for path, _ in layers.named_modules(model):
-        rows = [rows for name, rows in parts(model, path).items() if is_named(f"{path}.{name}")] if path else []
+        own = parts(model, path) if path else {}
+        rows = [run for name, part in own.items() if is_named(f"{path}.{name}") for run in part]
         if rows:
-            found[path] = layers.places(model, path)[path]._replace(rows=torch.cat(rows))
+            found[path] = layers.places(model, path)[path]._replace(rows=runs.union(rows))
     return found
 
 
 def whole_config(adapter: Adapter) -> PeftConfig:
     """The adapter's config with each fused layer named whole, as PEFT can read it."""
     config: Any = adapter.config
-    sites = [path for path, leaf in adapter.buffers.items() if "rows" in leaf]
+    sites = [path for path, site in adapter.sites.items() if site.rows is not None]
     if not sites:
         return adapter.config
     names = config.target_modules
@@ -68,63 +69,22 @@ def _without_part(name: str, sites: Sequence[str]) -> str:
     return layer if layer and any(site == layer or site.endswith(f".{layer}") for site in sites) else name
 
 
-def note(adapter: Adapter) -> str:
-    """What PEFT's layout does not hold, as JSON: parts, how square weights are stored; empty if nothing."""
-    sites: dict[str, dict[str, Any]] = {}
-    for path, leaf in adapter.buffers.items():
-        if "rows" in leaf:
-            sites.setdefault(path, {}).update(rows=_runs(leaf["rows"]), outputs=int(leaf["outputs"]))
-        if "transposed" in leaf:
-            sites.setdefault(path, {}).update(transposed=bool(leaf["transposed"]))
-    return json.dumps({"sites": sites, "named": cast("Any", adapter.config).target_modules}) if sites else ""
-
-
-def _runs(rows: Tensor) -> list[list[int]]:
-    """Indices as [start, end] runs."""
-    cuts = cast("list[int]", (torch.nonzero(rows[1:] != rows[:-1] + 1).flatten() + 1).tolist())
-    return [[int(run[0]), int(run[-1]) + 1] for run in rows.tensor_split(cuts)]
-
-
-def noted(text: str, device: torch.device) -> Tree:
-    """The buffers that a note holds, by site, on a device."""
-    sites: Mapping[str, Any] = json.loads(text)["sites"] if text else {}
-    found: Tree = {}
-    for path, one in sites.items():
-        there = [name for name in ("outputs", "transposed") if name in one]
-        found[path] = {name: torch.tensor(one[name], device=device) for name in there}
-        if "rows" in one:
-            found[path]["rows"] = torch.cat([torch.arange(*run, device=device) for run in one["rows"]])
-    return found
-
-
-def named_config(adapter: Adapter, text: str) -> PeftConfig:
-    """The inverse of `whole_config`, if the config beside the note is the one that was written with it."""
-    named = json.loads(text)["named"]
-    back = dataclasses.replace(cast("Any", adapter.config), target_modules=named)
-    return back if whole_config(adapter.replace(config=back)) == adapter.config else adapter.config
-
-
-def to_whole(leaf: Mapping[str, Tensor], name: str) -> Leaf:
-    """The leaf with the tensor `name` of all output rows, zero outside the part."""
-    whole = leaf[name].new_zeros(int(leaf["outputs"]), *leaf[name].shape[1:])
-    return {**leaf, name: whole.index_copy(0, leaf["rows"], leaf[name])}
-
-
 def _blocks(outputs: int, sizes: Sequence[int], names: Sequence[str]) -> Parts:
     """Blocks one after the other, with lengths in proportion to `sizes`."""
     unit, rest = divmod(outputs, sum(sizes))
     if rest:
         return {}
-    rows = torch.split(torch.arange(outputs, device="cpu"), [size * unit for size in sizes])
-    return dict(zip(names, rows, strict=True))
+    ends = itertools.accumulate((size * unit for size in sizes), initial=0)
+    return {name: (run,) for name, run in zip(names, itertools.pairwise(ends), strict=True)}
 
 
 def _by_head(heads: int, outputs: int) -> Parts:
     """For each head its query, key and value: (heads, 3, head dimension)."""
     if not heads or outputs % (3 * heads):
         return {}
-    rows = torch.arange(outputs, device="cpu").view(heads, 3, -1)
-    return {name: rows[:, number].reshape(-1) for number, name in enumerate(QKV)}
+    size = outputs // (3 * heads)
+    starts = [range(number * size, outputs, 3 * size) for number in range(3)]
+    return {name: tuple((at, at + size) for at in own) for name, own in zip(QKV, starts, strict=True)}
 
 
 def _heads(attention: Any) -> tuple[int, int]:

@@ -9,16 +9,15 @@ from torch import Tensor, nn
 
 from peftfn import parts
 from peftfn.adapter import Adapter
-from peftfn.config import PeftConfig
 
 Names = dict[str, dict[str, str]]
 """Full names in the bound module, by site path and leaf name."""
 
 
 class Slots(NamedTuple):
-    """Where a bound module holds one adapter."""
+    """Where a bound module holds one adapter, which is here without its tensors."""
 
-    config: PeftConfig
+    adapter: Adapter
     params: Names
     buffers: Names
 

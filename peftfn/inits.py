@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from peftfn import codecs, layers
-from peftfn.adapter import Adapter, Leaf, Tree, sorted_tree
+from peftfn.adapter import Adapter, SiteInfo, Tree, sorted_tree
 from peftfn.apply import init
 from peftfn.codecs import bitsandbytes_4bit, bitsandbytes_8bit
 from peftfn.codecs.stored import library
@@ -191,7 +191,7 @@ def _started(
     tree: Tree = {path: dict(leaf) for path, leaf in adapter.params.items()}
     paths = [path for path, leaf in tree.items() if any(name.startswith("lora_") for name in leaf)]
     for path in tqdm(paths, desc="reading weights", leave=False, disable=None):
-        home = _home(model, path, adapter.buffers[path], rounded)
+        home = _home(model, path, adapter.sites[path], rounded)
         a, b = tree[path]["lora_A"], tree[path]["lora_B"]
         if a.shape[0] > min(home.weight.shape):
             raise ValueError(
@@ -205,10 +205,10 @@ def _started(
     return adapter.replace(params=sorted_tree(tree)), params
 
 
-def _home(model: nn.Module, path: str, buffers: Leaf, rounded: _Rounded | None) -> Home:
+def _home(model: nn.Module, path: str, info: SiteInfo, rounded: _Rounded | None) -> Home:
     place = cast("Place", layers.find(model, path))
-    if place.kind not in (layers.LINEAR, layers.TRANSPOSED) or "rows" in buffers:
-        what = "a part of a fused projection" if "rows" in buffers else f"of kind {place.kind!r}"
+    if place.kind not in (layers.LINEAR, layers.TRANSPOSED) or info.rows is not None:
+        what = "a part of a fused projection" if info.rows is not None else f"of kind {place.kind!r}"
         raise ValueError(
             f"{path} is {what}, and this init reads linear layers of their own; exclude_modules=[{path!r}]."
         )

@@ -21,8 +21,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from peftfn import attach, codecs, layers, matching, methods, parts, prompt_keys, targets, twins
-from peftfn.adapter import Adapter, Leaf, Tree, sorted_tree
+from peftfn import alike, attach, codecs, layers, matching, methods, parts, prompt_keys, targets, twins
+from peftfn.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, Sites, Tree, sorted_tree
 from peftfn.config import PeftConfig
 from peftfn.methods import Method
 
@@ -53,7 +53,8 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
             adapted += [path.rpartition(".")[0] if _is_parameter(adapter.config, path) else path]
             site = _site_key(adapter, path)
             held = {name: tensor for name, tensor in adapter.buffers.get(path, {}).items() if method.is_held(name)}
-            whole = method.files.write({**own, **held})
+            info = adapter.sites.get(path, UNKNOWN)
+            whole = method.files.write(alike.on_all_rows(method, {**own, **held}, info))
             found += [(f"{site}.{key}", whole[name]) for name, key in method.names.items() if name in whole]
     for tree in (adapter.params, adapter.buffers):
         for path, leaf in tree.items():
@@ -117,7 +118,7 @@ def from_keys(
     *,
     ordered: bool,
     model: nn.Module | None,
-    pieces: Mapping[str, Leaf] | None = None,
+    noted: Sites | None = None,
     fixed: Collection[str] = (),
 ) -> Adapter:
     """The adapter whose tensors have these keys, in the layout of any version of PEFT.
@@ -128,7 +129,7 @@ def from_keys(
         source: the file, for messages.
         ordered: whether the config's `target_parameters` are in the model's order, as this library writes them.
         model: settles that order otherwise.
-        pieces: buffers of the sites that are parts of fused layers (`peftfn.fused.noted`).
+        noted: what a note beside the tensors says of the sites (`peftfn.site_notes`).
         fixed: keys of buffers of saved modules, as `fixed_keys` gives them.
     """
     if not tensors:
@@ -143,6 +144,7 @@ def from_keys(
     own: Tree = {}
     params: Tree = {}
     buffers: Tree = {}
+    sites: dict[str, SiteInfo] = {}
     for key, tensor in _without_copies(tensors).items():
         site, name = _split(method, key, source)
         if name in method.names:
@@ -159,11 +161,11 @@ def from_keys(
             method.files.check(config, at, leaf)
         except (KeyError, ValueError) as error:
             raise type(error)(f"{source} has {error.args[0]} for {paths[site]!r}; expected a whole adapter.") from None
-        part = (pieces or {}).get(paths[site], {})
-        read = method.files.read({**leaf, **part})
-        params.setdefault(paths[site], {}).update({name: one for name, one in read.items() if name not in part})
-        buffers.setdefault(paths[site], {}).update({**method.constants(config, at, leaf), **part})
-    return Adapter(sorted_tree(params), sorted_tree(buffers), config)
+        info = (noted or {}).get(paths[site], UNKNOWN)._replace(input_side=method.targets.input_side(config, at))
+        sites[paths[site]] = info
+        params.setdefault(paths[site], {}).update(alike.on_own_rows(method, method.files.read(leaf), info))
+        buffers.setdefault(paths[site], {}).update(method.constants(config, at, leaf))
+    return Adapter(sorted_tree(params), sorted_tree(buffers), config, sites)
 
 
 def _without_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftfn import codecs
 from peftfn.codecs.packed import Packed
+from peftfn.runs import Runs
 
 LINEAR = "linear"
 TRANSPOSED = "transposed linear"  # transformers' Conv1D: the weight is stored (in, out)
@@ -39,7 +40,7 @@ class Place(NamedTuple):
     owner: str
     weight: str
     kind: str
-    rows: Tensor | None = None
+    rows: Runs | None = None
 
     @property
     def name(self) -> str:
@@ -58,10 +59,11 @@ class Site:
         kind: one of the kinds of this file.
         layer: the module that owns the weight: a private twin during a call.
         weight_name: the attribute of `layer` that holds the weight.
-        rows: for `init`: the output rows to act on, or `None` for all.
+        rows: the output rows to act on, or `None` for all.
+        input_side: whether to act on what goes in, of a method that could act on either side.
     """
 
-    __slots__ = ("_adapted", "_run", "kind", "layer", "path", "rows", "weight_name")
+    __slots__ = ("_adapted", "_run", "input_side", "kind", "layer", "path", "rows", "weight_name")
 
     def __init__(
         self,
@@ -71,7 +73,8 @@ class Site:
         weight_name: str,
         run: Callable[..., Any] | None = None,
         *,
-        rows: Tensor | None = None,
+        rows: Runs | None = None,
+        input_side: bool = False,
         adapted: Callable[[], Mapping[str, Tensor | None]] | None = None,
     ) -> None:
         self.path = path
@@ -81,6 +84,7 @@ class Site:
         self._run = run
         self._adapted = adapted
         self.rows = rows
+        self.input_side = input_side
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer computes without the method."""
@@ -94,7 +98,10 @@ class Site:
 
     def running(self, run: Callable[..., Any]) -> Site:
         """This site with something else to run."""
-        return Site(self.path, self.kind, self.layer, self.weight_name, run, adapted=self._adapted)
+        rows, side = self.rows, self.input_side
+        return Site(
+            self.path, self.kind, self.layer, self.weight_name, run, rows=rows, input_side=side, adapted=self._adapted
+        )
 
     def run_with(self, tensors: Mapping[str, Tensor | None], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the layer's own forward computes with other tensors in place of its weight and bias.

@@ -9,8 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftfn import layers
+from peftfn import layers, runs
+from peftfn.adapter import SiteInfo
 from peftfn.layers import Site
+from peftfn.runs import Runs
 
 _TURNED = frozenset({layers.TRANSPOSED, layers.EMBEDDING, layers.EXPERTS_TRANSPOSED})
 """Kinds whose weight has its inputs before its outputs."""
@@ -26,6 +28,7 @@ class WeightShape(NamedTuple):
         kernel: what a convolution has beside them, () elsewhere.
         groups: of a convolution; 1 elsewhere.
         experts: how many such weights one tensor holds; 1 but for a mixture of experts.
+        rows: those of its outputs, where a method acts on a part of a fused projection; `outputs` counts them alone.
         input_side: whether the method acts on what goes in there, where it could act on either side.
     """
 
@@ -35,6 +38,7 @@ class WeightShape(NamedTuple):
     kernel: tuple[int, ...] = ()
     groups: int = 1
     experts: int = 1
+    rows: Runs | None = None
     input_side: bool = False
 
     @property
@@ -62,7 +66,19 @@ def of_site(site: Site) -> WeightShape:
     """The shape of a site's weight; of a part of a fused projection, of its own rows."""
     found = of_stored(site.kind, site.shape, int(getattr(site.layer, "groups", 1)))
     assert found is not None, f"{site.path}: a {site.kind} has no weight of shape {tuple(site.shape)}"
-    return found if site.rows is None else found._replace(outputs=len(site.rows))
+    return acted_on(found, site.rows, site.input_side)
+
+
+def acted_on(weight: WeightShape, rows: Runs | None, input_side: bool) -> WeightShape:
+    """The shape of what a method acts on there: of these rows alone, on this side."""
+    outputs = weight.outputs if rows is None else runs.count(rows)
+    return weight._replace(outputs=outputs, rows=rows, input_side=input_side)
+
+
+def row_numbers(rows: Runs, device: torch.device) -> Tensor:
+    """The numbers of the rows, (n,)."""
+    runs = [torch.arange(*run, device=device) for run in rows]
+    return runs[0] if len(runs) == 1 else torch.cat(runs)
 
 
 def of_stored(kind: str, shape: torch.Size, groups: int = 1) -> WeightShape | None:
@@ -74,6 +90,13 @@ def of_stored(kind: str, shape: torch.Size, groups: int = 1) -> WeightShape | No
         return None
     outputs, inputs = shape[-2:][:: -1 if kind in _TURNED else 1]
     return WeightShape(kind, outputs, inputs, experts=shape[0] if len(shape) > 2 else 1)
+
+
+def of_tensor(kind: str, weight: Tensor, info: SiteInfo) -> WeightShape:
+    """The same for a weight at hand, of which an adapter knows more; groups are not known here."""
+    found = of_stored(kind, weight.shape)
+    assert found is not None, f"a {kind} has no weight of shape {tuple(weight.shape)}"
+    return acted_on(found, info.rows, info.input_side)
 
 
 def possible(kind: str, shape: torch.Size) -> Iterator[WeightShape]:

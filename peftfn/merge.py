@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftfn import codecs, layers, layouts, methods, offloaded, stacking
-from peftfn.adapter import Adapter, Leaf, as_tuple
+from peftfn import codecs, layers, layouts, methods, offloaded
+from peftfn.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, as_tuple
 from peftfn.codecs.stored import Entry
 from peftfn.layers import Place
 from peftfn.methods import Method
-from peftfn.methods.method import TRANSPOSED, refuse_merge
+from peftfn.methods.method import refuse_merge
 from peftfn.transforms import is_traced
 
 
@@ -64,7 +64,7 @@ def merge(
     params = dict(merged)
     packed: dict[str, Entry] = {}
     for one in as_tuple(adapter):
-        if isinstance(one.config, stacking.Stacked):
+        if one.members is not None:
             raise TypeError(
                 "merge was given a stack; merge its adapters one by one (peftfn.unstack), or under torch.vmap."
             )
@@ -138,6 +138,11 @@ class Change(NamedTuple):
     replaced: dict[str, Tensor]
 
     @property
+    def info(self) -> SiteInfo:
+        """What the adapter knows of the site."""
+        return self.adapter.sites.get(self.path, UNKNOWN)
+
+    @property
     def names(self) -> dict[str, str]:
         """The names of the tensors that the leaf reads, as the method calls them: a weight, and a layer's bias."""
         if self.place is None:
@@ -190,7 +195,8 @@ def changed(one: Change, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         given = {name: tensor for name, key in one.names.items() if (tensor := there[key]) is not None}
         action = one.method.on_weights
         assert action is not None, "change has refused others"
-        made = action.merge(one.adapter.config, one.leaf, one.place.kind, given)
+        shape = layouts.of_tensor(one.place.kind, params[one.place.name], one.info)
+        made = action.merge(one.adapter.config, one.leaf, shape, given)
     except (RuntimeError, ValueError) as error:
         shapes = {name: tuple(tensor.shape) for name, tensor in one.leaf.items() if tensor.dim()}
         raise ValueError(
@@ -202,23 +208,27 @@ def changed(one: Change, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def of_rows(one: Change, rows: slice) -> Change | None:
     """The change of some rows of a weight alone; `None` where more changes, or its method has nothing of the kind."""
-    leaf = one.method.of_rows(one.leaf, one.place.kind, rows) if one.place and not one.replaced else None
+    is_whole = one.place is not None and not one.replaced and one.info.rows is None
+    leaf = one.method.of_rows(one.leaf, one.place.kind, rows) if one.place and is_whole else None
     return None if leaf is None else one._replace(leaf=leaf)
 
 
 def _guess(params: Mapping[str, Tensor], adapter: Adapter, method: Method, path: str, leaf: Leaf) -> Place:
-    """Where a site's weight is, from names and shapes alone."""
+    """Where a site's weight is, from names, shapes and what the adapter knows of the site."""
+    info = adapter.sites.get(path, UNKNOWN)
     for place in (Place(path, "weight", ""), Place(path, "in_proj_weight", ""), Place(*_split(path), "")):
         if place.name in params:
             weight = params[place.name]
             bare = place.weight == "in_proj_weight" or place.owner != path
             kinds = [
                 kind
-                for kind in method.kinds(adapter.config, path, leaf, weight.shape)
+                for kind in method.kinds(adapter.config, path, leaf, weight.shape, info)
                 if (kind in layers.WEIGHT_KINDS) == bare
             ]
+            as_noted = layouts.output_axis(info.kind)
+            kinds = [kind for kind in kinds if info.kind and layouts.output_axis(kind) == as_noted] or kinds
             if len({layouts.output_axis(kind) for kind in kinds}) > 1:
-                kinds = [_stored(params, adapter, method, path, leaf, kinds)]
+                kinds = [_stored(params, adapter, method, path, kinds)]
             if not kinds:
                 shapes = {name: tuple(tensor.shape) for name, tensor in leaf.items() if tensor.dim()}
                 raise ValueError(
@@ -229,17 +239,13 @@ def _guess(params: Mapping[str, Tensor], adapter: Adapter, method: Method, path:
     raise _missing(f"{path}.weight", params)
 
 
-def _stored(
-    params: Mapping[str, Tensor], adapter: Adapter, method: Method, path: str, leaf: Leaf, kinds: list[str]
-) -> str:
-    """The kind of a square weight, which may be stored either way: as noted, or as the config says, if others agree."""
+def _stored(params: Mapping[str, Tensor], adapter: Adapter, method: Method, path: str, kinds: list[str]) -> str:
+    """The kind of a square weight, which may be stored either way: as the config says, if others agree."""
     config: Any = adapter.config
-    if TRANSPOSED in leaf:
-        return next(kind for kind in kinds if layouts.output_axis(kind) == int(leaf[TRANSPOSED]))
     if kinds == [layers.LINEAR, layers.TRANSPOSED]:
         stated = kinds[bool(getattr(config, "fan_in_fan_out", False))]
         others = [
-            method.kinds(config, other, {**leaf, **adapter.buffers.get(other, {})}, params[f"{other}.weight"].shape)
+            method.kinds(config, other, leaf, params[f"{other}.weight"].shape, adapter.sites.get(other, UNKNOWN))
             for other, leaf in adapter.params.items()
             if f"{other}.weight" in params and not all(method.replaces(name) for name in leaf)
         ]

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from peftfn import methods
-from peftfn.adapter import Adapter
+from peftfn import layouts, methods
+from peftfn.adapter import UNKNOWN, Adapter, SiteInfo
 from peftfn.config import PeftConfig
 from peftfn.methods import Method
 from peftfn.rows import Rows
-from peftfn.stacking import Stacked
 
 
 class How(NamedTuple):
@@ -43,6 +42,7 @@ class Part(NamedTuple):
         replaced: tensors that take the place of parameters and buffers of the layer.
         fixed: names of `replaced` that are not trained (an embedding saved along, of any number of rows).
         rows: which adapter of a stack each row of the batch uses, or `None`.
+        info: what the adapter knows of the site.
     """
 
     config: PeftConfig
@@ -51,16 +51,15 @@ class Part(NamedTuple):
     replaced: Mapping[str, Tensor]
     fixed: frozenset[str]
     rows: Rows | None
+    info: SiteInfo = UNKNOWN
 
 
 def of(adapters: Sequence[Adapter], rows: Rows | None = None) -> dict[str, list[Part]]:
     """What the adapters bring, by site path, in the adapters' order."""
     found: dict[str, list[Part]] = {}
     for adapter in adapters:
-        stacked = isinstance(adapter.config, Stacked)
-        configs = adapter.config.configs if isinstance(adapter.config, Stacked) else (adapter.config,)
-        method = methods.of(configs[0])
-        config = method.stacking.shared(configs) if stacked else configs[0]
+        config, method = adapter.config, methods.of(adapter.config)
+        own_rows = rows if adapter.members is not None else None
         taken: dict[tuple[str, ...], list[str]] = {}  # sites have few sets of names between them
         for path in {**adapter.params, **adapter.buffers}:
             fixed = adapter.buffers.get(path, {})
@@ -69,7 +68,8 @@ def of(adapters: Sequence[Adapter], rows: Rows | None = None) -> dict[str, list[
             if names not in taken:
                 taken[names] = [name for name in names if method.replaces(name)]
             replaced = {name: leaf.pop(name) for name in taken[names]}
-            part = Part(config, method, leaf, replaced, frozenset(fixed), rows if stacked else None)
+            info = adapter.sites.get(path, UNKNOWN)
+            part = Part(config, method, leaf, replaced, frozenset(fixed), own_rows, info)
             found.setdefault(path, []).append(part)
     return found
 
@@ -78,4 +78,5 @@ def merged(part: Part, leaf: Mapping[str, Tensor], kind: str, tensors: Mapping[s
     """Those of a layer's weight and bias that change, with one of the part's leaves in them."""
     action = part.method.on_weights
     assert action is not None, "methods that act on whole modules have no site with a weight"
-    return action.merge(part.config, leaf, kind, {name: tensors[name] for name in action.reads if name in tensors})
+    shape = layouts.of_tensor(kind, tensors["weight"], part.info)
+    return action.merge(part.config, leaf, shape, {name: tensors[name] for name in action.reads if name in tensors})

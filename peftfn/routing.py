@@ -52,7 +52,7 @@ def step(
     numbers = sum(tensor.numel() // tensor.shape[0] for tensor in leaf.values()) if which.ways else 0
     cheapest = functools.partial(segments.cheapest, which.ways, which.size, numbers)
     routed = Routed(method, config, leaf, which, inside, cheapest)
-    adapted = _batched if method.on_weights.takes_rows(leaf, site.kind) else _vmapped
+    adapted = _batched if method.on_weights.takes_rows(site.kind, site.rows) else _vmapped
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         given = rows.flat(x, which, site.path)

@@ -42,7 +42,7 @@ def of_adapters(adapters: Sequence[Adapter], index: Any) -> Rows | None:
     Raises:
         TypeError, ValueError: there is one without the other, or the index is none.
     """
-    stacks = [adapter for adapter in adapters if isinstance(adapter.config, stacking.Stacked)]
+    stacks = [adapter for adapter in adapters if adapter.members is not None]
     if any(map(stacking.is_half, stacks)):
         raise ValueError(
             "the stack's params are mapped by torch.vmap and its buffers are not (or the other way round); map over "

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from peftfn import binding, checkpoint, files, layers, plain, stacking
+from peftfn import binding, checkpoint, files, layers, plain
 from peftfn.adapter import Adapter
 
 _SAFE, _PICKLE = "model.safetensors", "pytorch_model.bin"
@@ -112,7 +112,7 @@ def _refuse(options: Mapping[str, Any]) -> None:
 
 def _single(bound: nn.Module, state: Mapping[str, Tensor]) -> tuple[Adapter, ...]:
     adapters = binding.adapters(bound, dict(binding.named(bound)) | dict(state))
-    if any(isinstance(one.config, stacking.Stacked) for one in adapters):
+    if any(one.members is not None for one in adapters):
         raise TypeError(
             "save_pretrained of a module bound to a stack: it has no one set of weights. Save its adapters one by one: "
             "for adapter in peftfn.unstack(peftfn.unbind(bound)): peftfn.save(adapter, folder)."

@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftfn import layers, methods, slices
-from peftfn.adapter import Adapter, Leaf, Tree, as_tuple, sorted_tree
-from peftfn.config import PeftConfig
+from peftfn import alike, layers, methods, slices
+from peftfn.adapter import UNKNOWN, Adapter, Leaf, Members, SiteInfo, Tree, as_tuple, sorted_tree
 from peftfn.methods import Method
-
-
-@dataclasses.dataclass(frozen=True)
-class Stacked(PeftConfig):
-    """The config of a stack: those of its adapters, in order, and which sites each of them has.
-
-    Attributes:
-        configs: the adapters' configs.
-        paths: each adapter's own site paths; elsewhere its slice of the stack is zero.
-        axes: how many axes the first parameter of the stack has; under `torch.vmap` it has one less.
-        buffer_axes: the same of the first buffer.
-    """
-
-    configs: Sequence[Any] = ()
-    paths: Sequence[Sequence[str]] = ()
-    axes: int = 0
-    buffer_axes: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """A stack has no file form."""
-        raise TypeError(
-            "a stack of adapters has no config file; save its adapters one by one: peftfn.unstack(stacked)."
-        )
 
 
 def stack(adapters: Sequence[Adapter]) -> Adapter:
@@ -60,24 +34,24 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
     if not adapters:
         raise ValueError("stack was given no adapter; expected at least one.")
     method = _common_method(adapters)
-    configs = [adapter.config for adapter in adapters]
+    sites: dict[str, SiteInfo] = {}
     params: Tree = {}
     buffers: Tree = {}
     for path in sorted({path for adapter in adapters for path in (*adapter.params, *adapter.buffers)}):
-        own = _stack_own(method, adapters, path, configs)
+        sites[path], own = _stack_own(method, adapters, path)
         params[path] = {name: tensor for name, tensor in own.items() if name in method.names}
         params[path] |= _stack_rest(method, [adapter.params.get(path) for adapter in adapters], path)
         buffers[path] = {name: tensor for name, tensor in own.items() if method.is_held(name)}
         buffers[path] |= _stack_rest(method, [adapter.buffers.get(path) for adapter in adapters], path, fill=True)
-    stacked = Stacked(
-        task_type=configs[0].task_type,
-        base_model_name_or_path=configs[0].base_model_name_or_path,
-        configs=configs,
-        paths=[tuple(adapter.params) for adapter in adapters],
-        axes=_first(sorted_tree(params)).dim(),
-        buffer_axes=_first(sorted_tree(buffers)).dim() if any(buffers.values()) else 0,
+    params, buffers = sorted_tree(params), sorted_tree(buffers)
+    members = Members(
+        configs=tuple(adapter.config for adapter in adapters),
+        paths=tuple(tuple(adapter.params) for adapter in adapters),
+        sites=tuple(adapter.sites for adapter in adapters),
+        axes=_first(params).dim(),
+        buffer_axes=_first(buffers).dim() if buffers else 0,
     )
-    return Adapter(sorted_tree(params), sorted_tree(buffers), stacked)
+    return Adapter(params, buffers, method.stacking.shared(members.configs), sites, members)
 
 
 def unstack(stacked: Adapter) -> list[Adapter]:
@@ -85,26 +59,24 @@ def unstack(stacked: Adapter) -> list[Adapter]:
 
     A stack that `torch.vmap` or `tree_map` changed keeps its config, so trained stacks come apart the same way.
     """
-    if not isinstance(stacked.config, Stacked):
+    if stacked.members is None:
         raise TypeError(
             f"unstack was given a single adapter ({type(stacked.config).__name__}); expected peftfn.stack(...)."
         )
-    configs = stacked.config.configs
-    method = methods.of(configs[0])
-    return [_slice(stacked, method, number, configs) for number in range(len(configs))]
+    return [_slice(stacked, stacked.members, number) for number in range(size(stacked))]
 
 
 def is_whole(adapter: Adapter) -> bool:
     """Whether this is a stack as `stack` made it, and not what `torch.vmap` shows of one."""
-    return isinstance(adapter.config, Stacked) and _first(adapter.params).dim() == adapter.config.axes
+    return adapter.members is not None and _first(adapter.params).dim() == adapter.members.axes
 
 
 def is_half(adapter: Adapter) -> bool:
     """Whether the parameters of a stack are mapped and its buffers are not, or the other way round."""
-    config = adapter.config
-    if not isinstance(config, Stacked) or not any(adapter.buffers.values()):
+    members = adapter.members
+    if members is None or not any(adapter.buffers.values()):
         return False
-    return (_first(adapter.params).dim() == config.axes) != (_first(adapter.buffers).dim() == config.buffer_axes)
+    return (_first(adapter.params).dim() == members.axes) != (_first(adapter.buffers).dim() == members.buffer_axes)
 
 
 def _first(tree: Tree) -> Tensor:
@@ -113,13 +85,15 @@ def _first(tree: Tree) -> Tensor:
 
 def size(stacked: Adapter) -> int:
     """K, the number of adapters in a stack."""
-    assert isinstance(stacked.config, Stacked)
-    return len(stacked.config.configs)
+    assert stacked.members is not None
+    return len(stacked.members.configs)
 
 
 def _common_method(adapters: Sequence[Adapter]) -> Method:
+    if any(adapter.members is not None for adapter in adapters):
+        raise ValueError("stack was given a stack; expected single adapters: [*peftfn.unstack(stacked), another].")
     kinds = sorted({type(adapter.config).__name__ for adapter in adapters})
-    if len(kinds) > 1 or kinds == ["Stacked"]:
+    if len(kinds) > 1:
         raise ValueError(f"stack was given adapters of {kinds}; expected single adapters of one method.")
     first = adapters[0].config
     for field in ("lora_dropout", "fan_in_fan_out", "encoder_dropout"):
@@ -131,13 +105,15 @@ def _common_method(adapters: Sequence[Adapter]) -> Method:
     return methods.of(first)
 
 
-def _stack_own(method: Method, adapters: Sequence[Adapter], path: str, configs: Sequence[Any]) -> Leaf:
-    own = [_own(method, adapter, path) or None for adapter in adapters]
+def _stack_own(method: Method, adapters: Sequence[Adapter], path: str) -> tuple[SiteInfo, Leaf]:
+    found = [_own(method, adapter, path) or None for adapter in adapters]
+    info, own = alike.together("stack", method, path, found, adapters)
     if not any(own):
-        return {}
+        return info, {}
     at = layers.pattern_path(path, {path for adapter in adapters for path in adapter.params})
     by_column = frozenset(name for name, slot in method.slots.items() if slot.by_column)
-    return _stack_plain(method.pad(configs, at, own), path, by_column=by_column)
+    padded = method.pad([adapter.config for adapter in adapters], at, own)
+    return info, _stack_plain(padded, path, by_column=by_column)
 
 
 def _own(method: Method, adapter: Adapter, path: str) -> Leaf:
@@ -177,9 +153,9 @@ def _stack_tensors(tensors: Sequence[Tensor], name: str, by_column: bool) -> Ten
     return slices.stacked(tensors, by_column)
 
 
-def _slice(stacked: Adapter, method: Method, number: int, configs: Sequence[Any]) -> Adapter:
-    assert isinstance(stacked.config, Stacked)
-    config, paths = configs[number], set(stacked.config.paths[number])
+def _slice(stacked: Adapter, members: Members, number: int) -> Adapter:
+    config, paths, sites = members.configs[number], set(members.paths[number]), members.sites[number]
+    method = methods.of(config)
     params, buffers = (
         {
             path: {name: tensor[number] for name, tensor in leaf.items()}
@@ -191,9 +167,10 @@ def _slice(stacked: Adapter, method: Method, number: int, configs: Sequence[Any]
     for path in sorted(paths):
         own = _own(method, Adapter(params, buffers, config), path)
         if own:
-            there = [c for c, has in zip(configs, stacked.config.paths, strict=True) if path in has]
+            there = [c for c, has in zip(members.configs, members.paths, strict=True) if path in has]
             own = method.trim(config, there, layers.pattern_path(path, set(stacked.params)), own)
+            own = alike.on_own_rows(method, own, sites.get(path, UNKNOWN), stacked.sites.get(path, UNKNOWN))
             params[path].update({name: tensor for name, tensor in own.items() if name in method.names})
             rest = {name: tensor for name, tensor in buffers.get(path, {}).items() if method.replaces(name)}
             buffers[path] = rest | {name: tensor for name, tensor in own.items() if method.is_held(name)}
-    return Adapter(sorted_tree(params), sorted_tree(buffers), config)
+    return Adapter(sorted_tree(params), sorted_tree(buffers), config, sites)

@@ -179,7 +179,7 @@ STACKS: Table = {
     "TypeError: index has shape () and dtype torch.int64; expected": lambda w: apply(w, w.stack, index=1),
     "ValueError: index has shape (2,) and the batch has tensors of": lambda w: apply(w, w.stack, index=[0, 1]),
     "ValueError: stack was given no adapter": lambda w: pf.stack([]),
-    "ValueError: adapters of ['Stacked']; expected single adapters": lambda w: pf.stack([w.stack, w.stack]),
+    "ValueError: stack was given a stack; expected single adapters": lambda w: pf.stack([w.stack, w.stack]),
     "ValueError: only some of the adapters replace lin1": lambda w: pf.stack([w.adapter, w.headed]),
     "ValueError: lora_dropout of ['0.0', '0.1']; expected one value": lambda w: pf.stack(
         [w.adapter, init(w, target_modules=LIN0, lora_dropout=0.1)]

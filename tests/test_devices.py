@@ -18,7 +18,6 @@ from torch.func import grad, vmap
 from transformers.pytorch_utils import Conv1D
 
 import peftfn as pf
-from peftfn import fused
 
 # The BERT of transformers 4 makes its masks on the default device.
 DENSE = [case for case in CASES if case.pack is None and not (IS_OLD and case.name.endswith("-bert"))]
@@ -143,11 +142,3 @@ def elsewhere(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
 def looking_like(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     found = FakeTensor(mode, torch.empty_like(tensor, device="meta"), torch.device("cuda:0"))
     return nn.Parameter(found, requires_grad=False) if isinstance(tensor, nn.Parameter) else found
-
-
-@each([BOTH_WAYS, *(case for case in DENSE if case.name in ("fused-parts", "fused-attention"))])
-def test_notes_of_a_file_are_read_to_where_its_tensors_go(case: Case) -> None:
-    adapter = pf.init(case.base(), case.config)
-    for place in ("cpu", "meta"):
-        found = fused.noted(fused.note(adapter), torch.device(place))
-        assert devices(found) == {place}

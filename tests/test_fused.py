@@ -92,6 +92,37 @@ def test_grouped_queries_have_their_own_sizes() -> None:
     assert shapes == {"qkv_proj": (8, 2), "gate_up_proj": (24, 2)}
 
 
+@pytest.mark.parametrize("parts", [("q", "v"), ("v", "q", ""), ("k", "k")], ids=str)
+def test_a_stack_of_other_parts_is_each_of_them(parts: tuple[str, ...]) -> None:
+    model, batch = neox().eval().double(), {"input_ids": torch.randint(0, 20, (3, 6))}
+    names = [f"query_key_value.{part}" if part else "query_key_value" for part in parts]
+    adapters = [
+        trained(pf.init(model, pf.LoraConfig(r=2 + n, target_modules=[name])), seed=n) for n, name in enumerate(names)
+    ]
+    stacked = pf.stack(adapters)
+    expected = torch.stack([pf.apply(model, one, batch).logits for one in adapters])
+    mapped = torch.vmap(lambda one: pf.apply(model, one, batch).logits)(stacked)
+    torch.testing.assert_close(mapped, expected)
+    routed = pf.apply(model, stacked, batch, index=[1, -1, 0]).logits
+    wanted = torch.stack([expected[1, 0], model(**batch).logits[1], expected[0, 2]])
+    torch.testing.assert_close(routed, wanted)
+    for one, again in zip(adapters, pf.unstack(stacked), strict=True):
+        assert again.sites == one.sites
+        assert all(
+            torch.equal(again.params[path][name], t) for path, leaf in one.params.items() for name, t in leaf.items()
+        )
+
+
+def test_an_adapter_of_more_outputs_than_the_layer_has_is_refused() -> None:
+    small, large = (
+        phi3(),
+        Phi3ForCausalLM(Phi3Config(num_key_value_heads=4, intermediate_size=24, pad_token_id=0, **SMALL)),
+    )
+    adapter = pf.init(large, pf.LoraConfig(r=2, target_modules=["qkv_proj.v"]))
+    with pytest.raises(ValueError, match=r"qkv_proj: the adapter acts on 48 outputs, expected at most 32"):
+        pf.apply(small, adapter, {"input_ids": torch.zeros(1, 2, dtype=torch.long)})
+
+
 def test_peft_reads_it_as_an_adapter_on_the_whole_layer(tmp_path: Path) -> None:
     from peft import PeftModel
 

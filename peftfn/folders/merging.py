@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import auto, checkpoint, files, hub, matching, stacking
+from peftfn import auto, checkpoint, files, hub, matching
 from peftfn.adapter import Adapter, as_tuple
 from peftfn.folders import beside, naming, planning, shards, unfinished, writing
 from peftfn.folders.naming import Names
@@ -128,7 +128,7 @@ def _check(folder: Path, adapters: Sequence[Adapter]) -> None:
     for one in adapters:
         if not isinstance(one, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"merge_folder was given a {type(one).__name__}; expected a peftfn.Adapter (peftfn.load).")
-        if isinstance(one.config, stacking.Stacked):
+        if one.members is not None:
             raise TypeError("merge_folder was given a stack; give its adapters one by one (peftfn.unstack).")
         refuse_not_finite(one)
 

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from peftfn.layers import Site
+from peftfn.layouts import WeightShape
+from peftfn.runs import Runs
 
-Merge = Callable[[Any, Mapping[str, Tensor], str, Mapping[str, Tensor]], Mapping[str, Tensor]]
+Merge = Callable[[Any, Mapping[str, Tensor], WeightShape, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
-def one_by_one(leaf: Mapping[str, Tensor], kind: str) -> bool:
+def one_by_one(kind: str, rows: Runs | None) -> bool:
     """Of methods whose forward takes one leaf at a time: `False`."""
     return False
 
@@ -23,11 +25,11 @@ class OnWeights(NamedTuple):
     Attributes:
         kinds: the kinds of layer that it acts on; it is refused on others.
         forward: `(config, leaf, site, x, ...) -> y`, what the layer then computes; `leaf` has params and buffers.
-        merge: `(config, leaf, kind, tensors) -> tensors`: of the layer's dense `weight` and its `bias`, if it has one
+        merge: `(config, leaf, shape, tensors) -> tensors`: of the layer's dense `weight` and its `bias`, if it has one
             and `reads` names it, those that change. A tensor that the base reads itself comes alone, as the `weight`.
         reads: those of the layer's tensors that `merge` is given; the others stay as they are.
-        takes_rows: `(leaf, kind) -> whether forward takes a leaf of which each tensor has an axis for the rows of x
-            before the others`; where it does not, `torch.vmap` gives it one row at a time.
+        takes_rows: `(kind, rows of the site) -> whether forward takes a leaf of which each tensor has an axis for the
+            rows of x before the others`; where it does not, `torch.vmap` gives it one row at a time.
         takes_parts: whether it acts on a part of a fused projection, some output rows of a layer.
         by_rows: whether some rows of a matrix can be merged alone, with those rows of the leaf.
     """
@@ -36,7 +38,7 @@ class OnWeights(NamedTuple):
     forward: Callable[..., Any]
     merge: Merge
     reads: Sequence[str] = ("weight", "bias")
-    takes_rows: Callable[[Mapping[str, Tensor], str], bool] = one_by_one
+    takes_rows: Callable[[str, Runs | None], bool] = one_by_one
     takes_parts: bool = False
     by_rows: bool = False
 

@@ -1,9 +1,8 @@
 """(IA)³: a learned vector that scales what a layer puts out, or what it takes in (Liu et al. 2022).
 
 y = l ∘ (W x + b), or y = W (l ∘ x) + b in the layers that `feedforward_modules` names
-(https://arxiv.org/abs/2205.05638, section 3.3). Which of the two a site is stands in its buffers: the ones of a
-feedforward site have a `feedforward` there, whose presence is all that counts. So adapters that differ in it are never
-stacked, and nothing matches a pattern while a call runs.
+(https://arxiv.org/abs/2205.05638, section 3.3). Which of the two a site is is said by the adapter's
+`sites`, so that nothing matches a pattern while a call runs. Adapters that differ in it are not stacked.
 
 PEFT has linear layers, transformers' `Conv1D`, `nn.Conv2d` and `nn.Conv3d`; `nn.Conv1d` is ours alone.
 """
@@ -25,7 +24,7 @@ from peftfn.layers import Site
 from peftfn.layouts import WeightShape
 from peftfn.methods import weights
 from peftfn.methods.ia3_targets import FEEDFORWARD, TARGETS
-from peftfn.methods.method import INPUT_SIDE, Combining, Files, Method, Targets, like_weight
+from peftfn.methods.method import Combining, Files, Method, Targets, like_weight
 from peftfn.methods.slots import Shape, Slot
 from peftfn.mixing import Recipe
 
@@ -111,14 +110,9 @@ SLOTS = {"ia3_l": Slot(_shape, off=1.0)}
 
 def init(config: IA3Config, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None) -> Leaf:
     """The vector of one site, ones by default."""
-    shape = _shape(config, layouts.of_site(site)._replace(input_side=is_feedforward(config, path)), 0)
+    shape = _shape(config, layouts.of_site(site), 0)
     vector = torch.ones(shape) if config.init_ia3_weights else torch.randn(shape, generator=generator)
     return {"ia3_l": like_weight(vector, site.stored, dtype)}
-
-
-def constants(config: IA3Config, path: str, leaf: Leaf) -> Leaf:
-    """`feedforward`, for a site whose input is scaled."""
-    return {INPUT_SIDE: torch.tensor(True, device=leaf["ia3_l"].device)} if is_feedforward(config, path) else {}
 
 
 def forward(config: IA3Config, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -126,24 +120,24 @@ def forward(config: IA3Config, leaf: Mapping[str, Tensor], site: Site, x: Tensor
     vector = leaf["ia3_l"]
     if site.kind != layers.CONVOLUTION:
         vector = vector.flatten()
-    if INPUT_SIDE in leaf:
+    if site.input_side:
         return site((x.to(vector.dtype) * vector).to(x.dtype), *args, **kwargs)
     y = site(x, *args, **kwargs)
     return (y * vector).to(y.dtype)
 
 
-def _weight(config: IA3Config, leaf: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+def _weight(config: IA3Config, leaf: Mapping[str, Tensor], shape: WeightShape, weight: Tensor) -> Tensor:
     """W with its outputs or its inputs scaled."""
     vector = leaf["ia3_l"]
-    if INPUT_SIDE not in leaf:
+    if not shape.input_side:
         return weight * vector.view(-1, *(1 for _ in weight.shape[1:]))
     groups = vector.shape[1] // weight.shape[1]
     split = weight.reshape(groups, -1, *weight.shape[1:])  # (g, out/g, in/g, *k)
     return (split * vector.view(groups, 1, -1, *vector.shape[2:])).reshape(weight.shape)
 
 
-def _bias(config: IA3Config, leaf: Mapping[str, Tensor], bias: Tensor) -> Tensor:
-    return bias if INPUT_SIDE in leaf else bias * leaf["ia3_l"].flatten()
+def _bias(config: IA3Config, leaf: Mapping[str, Tensor], shape: WeightShape, bias: Tensor) -> Tensor:
+    return bias if shape.input_side else bias * leaf["ia3_l"].flatten()
 
 
 def check_file(config: IA3Config, path: str, leaf: Leaf) -> None:
@@ -167,23 +161,21 @@ def combine(
     if recipe.method != "linear":
         raise ValueError(f"combine: method={recipe.method!r}, and (IA)³ has vectors, which have no rank; use 'linear'.")
     there = [leaf for leaf in leaves if leaf is not None]
-    sides = {INPUT_SIDE in leaf for leaf in there}
-    if len(there) < len(leaves) or len(sides) > 1:
-        what = "only some of the adapters have" if len(there) < len(leaves) else "the adapters scale unlike sides of"
-        raise ValueError(f"combine: {what} the site {path!r}; expected (IA)³ adapters of the same sites.")
+    if len(there) < len(leaves):
+        raise ValueError(
+            f"combine: only some of the adapters have the site {path!r}; expected (IA)³ adapters of the same sites."
+        )
     vectors = torch.stack([leaf["ia3_l"] for leaf in there])
     weights = torch.stack(list(recipe.weights)).to(vectors.dtype).view(-1, *(1 for _ in vectors.shape[1:]))
-    mark = {INPUT_SIDE: there[0][INPUT_SIDE]} if True in sides else {}
-    return {"ia3_l": (weights * vectors).sum(0)}, mark
+    return {"ia3_l": (weights * vectors).sum(0)}, {}
 
 
 METHOD = Method(
     config=IA3Config,
     slots=SLOTS,
     init=init,
-    constants=constants,
     action=weights.reweighted(_weight, bias=_bias, forward=forward, kinds=(*weights.MATRICES, layers.CONVOLUTION)),
-    targets=Targets(resolve),
+    targets=Targets(resolve, input_side=is_feedforward),
     files=Files(check_file),
     combining=Combining(combine),
 )

@@ -24,14 +24,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from peftfn import fused, layers, matching
+from peftfn import layers, matching
 from peftfn.adapter import Adapter, Leaf, Tree
 from peftfn.methods import ranks
 from peftfn.methods.lora_config import LoraConfig
 from peftfn.mixing import Recipe, mixed
 
 Pair = tuple[Tensor, Tensor]
-_NOTES = frozenset({"scaling", "rows", "outputs", "transposed"})
 
 
 class _Part(NamedTuple):
@@ -51,7 +50,7 @@ def combine(
     found = [leaf for leaf in leaves if leaf is not None]
     first, second = ranks.pair(found[0])
     _check_names(path, found, first, second)
-    found = _one_layout(_on_common_rows(found, second), first, second)
+    found = _one_layout(found, first, second)
     wanted = functools.reduce(torch.promote_types, (leaf[name].dtype for leaf in found for name in (first, second)))
     dtype = torch.float64 if wanted == torch.float64 else torch.float32
     parts: list[_Part] = []
@@ -69,8 +68,7 @@ def combine(
     else:
         a, b = _summed(recipe, path, parts)
     a, b = _as_before(a.to(wanted), b.to(wanted), found[0][first], found[0][second])
-    notes = {name: leaf[name] for leaf in found for name in ("rows", "outputs", "transposed") if name in leaf}
-    return {first: a, second: b}, {"scaling": torch.ones((), dtype=dtype, device=a.device), **notes}
+    return {first: a, second: b}, {"scaling": torch.ones((), dtype=dtype, device=a.device)}
 
 
 def combined(config: LoraConfig, adapters: Sequence[Adapter], params: Tree) -> LoraConfig:
@@ -109,10 +107,11 @@ def _new_rank(recipe: Recipe, configs: Sequence[LoraConfig]) -> int:
 
 def _check_names(path: str, leaves: Sequence[Leaf], first: str, second: str) -> None:
     for leaf in leaves:
-        if leaf.keys() - _NOTES != {first, second}:
+        given = leaf.keys() - {"scaling"}
+        if given != {first, second}:
             raise ValueError(
-                f"combine: an adapter holds {sorted(leaf.keys() - _NOTES)} at {path!r}; expected {first} and {second}, "
-                "the factors of a plain LoRA, in each. Merge others into the base one by one (peftfn.merge)."
+                f"combine: an adapter holds {sorted(given)} at {path!r}; expected {first} and {second}, the factors of "
+                "a plain LoRA, in each. Merge others into the base one by one (peftfn.merge)."
             )
 
 
@@ -121,23 +120,6 @@ def _check_shapes(path: str, parts: Sequence[_Part]) -> None:
     if len(sizes) > 1:
         shown = ", ".join(f"{out}×{inputs}" + (f" ({n} times)" if n > 1 else "") for n, out, inputs in sizes)
         raise ValueError(f"combine: at {path!r} the adapters change weights of {shown}; expected adapters of one base.")
-
-
-def _on_common_rows(leaves: list[Leaf], name: str) -> list[Leaf]:
-    """The leaves on the same rows of a fused layer: of all that any of them has, zero where one has none."""
-    rows = [leaf["rows"] for leaf in leaves if "rows" in leaf]
-    if len(rows) == len(leaves) and all(torch.equal(one, rows[0]) for one in rows):
-        return leaves
-    if len(rows) < len(leaves):  # one of them has the whole layer
-        whole = [fused.to_whole(leaf, name) if "rows" in leaf else leaf for leaf in leaves]
-        return [{key: leaf[key] for key in leaf if key not in ("rows", "outputs")} for leaf in whole]
-    union = cast("Tensor", torch.cat(rows).unique())
-    made: list[Leaf] = []
-    for leaf in leaves:
-        b = leaf[name].new_zeros(len(union), *leaf[name].shape[1:])
-        b = b.index_copy(0, torch.searchsorted(union, leaf["rows"]), leaf[name])
-        made.append({**leaf, name: b, "rows": union})
-    return made
 
 
 def _one_layout(leaves: list[Leaf], first: str, second: str) -> list[Leaf]:

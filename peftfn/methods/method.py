@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn import layers, layouts, targets
-from peftfn.adapter import Adapter, Leaf, Tree
+from peftfn.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, Tree
 from peftfn.config import PeftConfig
 from peftfn.layers import Place, Site
 from peftfn.layouts import WeightShape
@@ -19,11 +19,6 @@ from peftfn.methods import slots
 from peftfn.methods.action import OnAttention, OnCall, OnWeights
 from peftfn.methods.slots import Slots
 from peftfn.mixing import Recipe
-
-ROWS, OUTPUTS, TRANSPOSED, INPUT_SIDE = "rows", "outputs", "transposed", "feedforward"
-NOTES = frozenset({ROWS, OUTPUTS, TRANSPOSED, INPUT_SIDE})
-"""Buffers that any method's leaf may have, and that are about the site: which output rows of a fused projection it is,
-and of how many; how a square weight is stored; that the layer's input is scaled in place of its output."""
 
 Padded = Callable[[Sequence[Any], str, Sequence[Leaf | None]], list[Leaf]]
 
@@ -40,6 +35,10 @@ def constant(value: float, leaf: Leaf) -> Tensor:
     return torch.tensor(value, dtype=torch.float64 if one.dtype == torch.float64 else torch.float32, device=one.device)
 
 
+def _on_outputs(config: Any, path: str) -> bool:
+    return False
+
+
 def _resolve(model: nn.Module, config: Any) -> Any:
     return targets.resolved(model, config, {})
 
@@ -50,10 +49,12 @@ class Targets(NamedTuple):
     Attributes:
         resolve: `(model, config) -> config` with what the model decides filled in (default targets, ...).
         sites: `(model, config) -> {site path: Place}`.
+        input_side: `(config, path) -> whether it acts on what goes in there`, of a method that acts on either side.
     """
 
     resolve: Callable[[nn.Module, Any], Any] = _resolve
     sites: Callable[[nn.Module, Any], dict[str, Place]] = targets.sites
+    input_side: Callable[[Any, str], bool] = _on_outputs
 
 
 def _no_rank(config: Any, path: str) -> int:
@@ -168,11 +169,11 @@ class Method:
 
     def replaces(self, name: str) -> bool:
         """Whether a leaf's name is not the method's own: then it is a tensor that replaces one of the base."""
-        return name not in self.slots and name not in NOTES
+        return name not in self.slots
 
     def is_held(self, name: str) -> bool:
         """Whether a leaf's name is that of a buffer of the method."""
-        return name in NOTES or (name in self.slots and not self.slots[name].trained)
+        return name in self.slots and not self.slots[name].trained
 
     @property
     def on_call(self) -> OnCall | None:
@@ -202,12 +203,7 @@ class Method:
         if self.on_weights is not None:
             refuse_other_kinds(self, site)
         leaf = self.init(config, path, site, generator, dtype)
-        notes: Leaf = {}
-        if site.rows is not None:
-            device = next(iter(leaf.values())).device
-            outputs = site.shape[layouts.output_axis(site.kind)]
-            notes = {ROWS: site.rows.to(device), OUTPUTS: torch.tensor(outputs, device=device)}
-        return leaf, {**self.constants(config, path, leaf), **notes}
+        return leaf, self.constants(config, path, leaf)
 
     def check(self, config: Any, leaf: Mapping[str, Tensor], site: Site) -> str | None:
         """What is wrong with a leaf for this site, or `None`."""
@@ -215,21 +211,25 @@ class Method:
             return self.action.check(leaf, site)
         if site.kind not in self.action.kinds:
             return f"cannot act on this {site.kind}, expected one of {', '.join(self.action.kinds)}"
-        weight, rank = _as_noted(layouts.of_site(site), leaf), self.stacking.rank(config, site.path)
-        return slots.wrong(self.slots, config, weight, rank, leaf)
+        last = max((end for _, end in site.rows or ()), default=0)
+        if last and last > (outputs := site.shape[layouts.output_axis(site.kind)]):
+            return f"acts on {last} outputs, expected at most {outputs}"
+        return slots.wrong(self.slots, config, layouts.of_site(site), self.stacking.rank(config, site.path), leaf)
 
-    def kinds(self, config: Any, path: str, leaf: Mapping[str, Tensor], shape: torch.Size) -> list[str]:
+    def kinds(
+        self, config: Any, path: str, leaf: Mapping[str, Tensor], shape: torch.Size, info: SiteInfo = UNKNOWN
+    ) -> list[str]:
         """The kinds of layer that the leaf fits, by the shape of the weight alone."""
         found = self.on_weights.kinds if self.on_weights is not None else ()
         rank = self.stacking.rank(config, path)
-        return [
-            kind for kind in found if any(self._fits(config, rank, leaf, one) for one in layouts.possible(kind, shape))
-        ]
 
-    def _fits(self, config: Any, rank: int, leaf: Mapping[str, Tensor], weight: WeightShape) -> bool:
-        if OUTPUTS in leaf and int(leaf[OUTPUTS]) != weight.outputs:
-            return False
-        return slots.wrong(self.slots, config, _as_noted(weight, leaf), rank, leaf) is None
+        def fits(weight: WeightShape) -> bool:
+            if info.rows is not None and info.outputs != weight.outputs:
+                return False
+            there = layouts.acted_on(weight, info.rows, info.input_side)
+            return slots.wrong(self.slots, config, there, rank, leaf) is None
+
+        return [kind for kind in found if any(map(fits, layouts.possible(kind, shape)))]
 
     def silence(self, leaf: Mapping[str, Tensor], keep: Tensor) -> Mapping[str, Tensor]:
         """The leaf, or one for each row, that does nothing where `keep` is false (routing's index -1)."""
@@ -239,7 +239,7 @@ class Method:
 
     def of_rows(self, leaf: Leaf, kind: str, rows: slice) -> Leaf | None:
         """The leaf that merges into these rows of a layer's weight alone as the given one does into all of it."""
-        if self.on_weights is None or not self.on_weights.by_rows or ROWS in leaf:
+        if self.on_weights is None or not self.on_weights.by_rows:
             return None
         if kind not in (layers.LINEAR, layers.TRANSPOSED, layers.EMBEDDING):
             return None
@@ -268,13 +268,6 @@ class Method:
         if self.stacking.resize is not None:
             return self.stacking.resize(leaf, old, new)
         return slots.resized(self.slots, leaf, new)
-
-
-def _as_noted(weight: WeightShape, leaf: Mapping[str, Tensor]) -> WeightShape:
-    """The shape of what a leaf acts on, by its notes."""
-    rows = leaf.get(ROWS)
-    outputs = weight.outputs if rows is None else rows.shape[0]
-    return weight._replace(outputs=outputs, input_side=INPUT_SIDE in leaf)
 
 
 def refuse_other_kinds(method: Method, site: Site) -> None:

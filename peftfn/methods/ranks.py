@@ -7,7 +7,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from peftfn import fused
 from peftfn.adapter import Leaf
 from peftfn.methods import slots
 
@@ -60,8 +59,6 @@ def _without_rank_axis(a: Tensor, b: Tensor, dims: int) -> tuple[Tensor, Tensor]
 def to_file(leaf: Leaf) -> Leaf:
     """The leaf with PEFT's shapes: A of a convolution with groups dense, zero outside each group's channels."""
     first, second = pair(leaf)
-    if "rows" in leaf:
-        leaf = fused.to_whole(leaf, second)
     a, b = leaf[first], leaf[second]
     if a.dim() <= b.dim():
         return {first: a, second: b}
@@ -73,13 +70,11 @@ def to_file(leaf: Leaf) -> Leaf:
 
 
 def from_file(leaf: Leaf) -> Leaf:
-    """The inverse of `to_file`; with `rows`, B of those alone.
+    """The inverse of `to_file`.
 
     A dense A that really reads other groups' channels, as PEFT trains it, stays dense.
     """
     first, second = pair(leaf)
-    if "rows" in leaf:
-        return {first: leaf[first], second: leaf[second][leaf["rows"]]}
     a, b = leaf[first], leaf[second]
     groups = a.shape[0] // b.shape[1] if a.dim() > 2 else 1
     if groups == 1 or a.shape[1] % groups:

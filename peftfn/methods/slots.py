@@ -124,14 +124,27 @@ def silenced(slots: Slots, leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str
     return {name: one(name, tensor) for name, tensor in leaf.items()}
 
 
-def of_rows(slots: Slots, leaf: Leaf, rows: slice, *, outputs: bool) -> Leaf:
+def of_rows(slots: Slots, leaf: Leaf, rows: slice | Tensor, *, outputs: bool) -> Leaf:
     """The leaf that makes some of a matrix's outputs alone, or what some of its inputs give."""
     axes = {name: slot.outputs if outputs else slot.inputs for name, slot in slots.items()}
     return {name: _rows(tensor, axes.get(name), rows) for name, tensor in leaf.items()}
 
 
-def _rows(tensor: Tensor, axis: int | None, rows: slice) -> Tensor:
+def _rows(tensor: Tensor, axis: int | None, rows: slice | Tensor) -> Tensor:
     return tensor if axis is None else tensor[(*(slice(None) for _ in range(axis)), rows)]
+
+
+def among(slots: Slots, leaf: Leaf, rows: Tensor, count: int) -> Leaf:
+    """The leaf of `count` outputs that makes these of them, and of the others nothing: zero there."""
+    axes = {name: slots[name].outputs for name in leaf if name in slots}
+    return {name: _among(tensor, axes.get(name), rows, count) for name, tensor in leaf.items()}
+
+
+def _among(tensor: Tensor, axis: int | None, rows: Tensor, count: int) -> Tensor:
+    if axis is None:
+        return tensor
+    shape = (*tensor.shape[:axis], count, *tensor.shape[axis + 1 :])
+    return tensor.new_zeros(shape).index_copy(axis, rows, tensor)
 
 
 def same_sites(path: str, leaves: Sequence[Leaf | None]) -> list[Leaf]:

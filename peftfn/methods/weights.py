@@ -13,21 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn import layers, layouts
+from peftfn import layers, layouts, runs
 from peftfn.adapter import Leaf
 from peftfn.layers import Site
+from peftfn.layouts import WeightShape
 from peftfn.methods import adapted, lowrank, running
 from peftfn.methods import slots as slot_table
 from peftfn.methods.action import Merge, OnWeights, one_by_one
-from peftfn.methods.method import ROWS, like_weight
+from peftfn.methods.method import like_weight
 from peftfn.methods.slots import Slots
+from peftfn.runs import Runs
 
 MATRICES = (layers.LINEAR, layers.TRANSPOSED)
 LAYERS = (*MATRICES, layers.EMBEDDING, layers.CONVOLUTION)
 EVERYWHERE = (*LAYERS, layers.PARAMETER, layers.EXPERTS_TRANSPOSED)
 
-NewTensor = Callable[[Any, Mapping[str, Tensor], Tensor], Tensor]
-Delta = Callable[[Any, Mapping[str, Tensor], layouts.WeightShape], Tensor]
+NewTensor = Callable[[Any, Mapping[str, Tensor], WeightShape, Tensor], Tensor]
+Delta = Callable[[Any, Mapping[str, Tensor], WeightShape], Tensor]
 Factors = Callable[[Any, Mapping[str, Tensor], str, torch.Size], adapted.Delta]
 Forward = Callable[..., Tensor]
 
@@ -59,8 +61,8 @@ def reweighted(
     """A method that makes another weight of a layer's, and perhaps another bias.
 
     Args:
-        weight: `(config, leaf, W) -> W'`, both (out, in, *kernel).
-        bias: `(config, leaf, b) -> b'`, (out,); by default it stays.
+        weight: `(config, leaf, shape of W, W) -> W'`, both (out, in, *kernel).
+        bias: `(config, leaf, shape of W, b) -> b'`, (out,); by default it stays.
         forward: `(config, leaf, site, x, ...) -> y`, where there is a better way than to run the layer with W' and b'.
         kinds: the kinds of layer that it acts on.
     """
@@ -74,13 +76,13 @@ def _reweighted(
     bias: NewTensor | None,
     config: Any,
     leaf: Mapping[str, Tensor],
-    kind: str,
+    shape: WeightShape,
     tensors: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    old = tensors["weight"]
-    changed = {"weight": layouts.stored(kind, weight(config, leaf, layouts.seen(kind, old))).to(old.dtype)}
+    old, kind = tensors["weight"], shape.kind
+    changed = {"weight": layouts.stored(kind, weight(config, leaf, shape, layouts.seen(kind, old))).to(old.dtype)}
     if bias is not None and "bias" in tensors:
-        changed["bias"] = bias(config, leaf, tensors["bias"]).to(tensors["bias"].dtype)
+        changed["bias"] = bias(config, leaf, shape, tensors["bias"]).to(tensors["bias"].dtype)
     return changed
 
 
@@ -89,7 +91,7 @@ def _run_merged(
 ) -> Tensor:
     own = site.tensors
     given = {name: one for name, one in own.items() if one is not None}
-    return site.run_with({**own, **merge(config, leaf, site.kind, given)}, x, *args, **kwargs)
+    return site.run_with({**own, **merge(config, leaf, layouts.of_site(site), given)}, x, *args, **kwargs)
 
 
 def additive(delta: Delta, *, forward: Forward | None = None, kinds: Sequence[str] = LAYERS) -> OnWeights:
@@ -105,12 +107,10 @@ def additive(delta: Delta, *, forward: Forward | None = None, kinds: Sequence[st
 
 
 def _merged_sum(
-    delta: Delta, config: Any, leaf: Mapping[str, Tensor], kind: str, tensors: Mapping[str, Tensor]
+    delta: Delta, config: Any, leaf: Mapping[str, Tensor], shape: WeightShape, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     old = tensors["weight"]
-    shape = layouts.of_stored(kind, old.shape)
-    assert shape is not None
-    return {"weight": (old + layouts.stored(kind, delta(config, leaf, shape))).to(old.dtype)}
+    return {"weight": (old + layouts.stored(shape.kind, delta(config, leaf, shape))).to(old.dtype)}
 
 
 def _run_added(
@@ -159,23 +159,23 @@ def _run_low_rank(
     delta = factors(config, leaf, site.kind, shape)
     if not delta.a.numel():  # no rank is left, and torch has no convolution with no channels
         return site(x, *args, **kwargs)
-    if ROWS not in leaf:
+    if site.rows is None:
         return running.forward(site, delta, config.lora_dropout, x, *args, **kwargs)
-    rows, y = leaf[ROWS], site(x, *args, **kwargs)
+    rows, y = runs.numbers(site.rows, x.device), site(x, *args, **kwargs)
     return y.index_copy(-1, rows, running.add(site, delta, config.lora_dropout, x, y.index_select(-1, rows)))
 
 
 def _merged_low_rank(
-    factors: Factors, config: Any, leaf: Mapping[str, Tensor], kind: str, tensors: Mapping[str, Tensor]
+    factors: Factors, config: Any, leaf: Mapping[str, Tensor], shape: WeightShape, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    rows, weight = leaf.get(ROWS), tensors["weight"]
+    weight, kind = tensors["weight"], shape.kind
     a, b, scaling = factors(config, leaf, kind, weight.shape)
-    if rows is None:
+    if shape.rows is None:
         return {"weight": lowrank.merged(kind, a, b, scaling, weight)}
-    axis = layouts.output_axis(kind)
+    axis, rows = layouts.output_axis(kind), runs.numbers(shape.rows, weight.device)
     part = lowrank.merged(kind, a, b, scaling, weight.index_select(axis, rows))
     return {"weight": weight.index_copy(axis, rows, part)}
 
 
-def _is_whole_matrix(leaf: Mapping[str, Tensor], kind: str) -> bool:
-    return kind in MATRICES and ROWS not in leaf
+def _is_whole_matrix(kind: str, rows: Runs | None) -> bool:
+    return kind in MATRICES and rows is None
