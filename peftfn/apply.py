@@ -108,7 +108,8 @@ def _add_replaced(
         params.setdefault(path, {}).update(_copies(trained))
         buffers.setdefault(path, {}).update(_copies(kept))
     bias = getattr(config, "bias", "none")
-    paths = {"all": [path for path, _ in layers.named_modules(model)], "lora_only": list(places)}.get(bias, [])
+    adapted = list(places) if bias.endswith("_only") else []
+    paths = [path for path, _ in layers.named_modules(model)] if bias == "all" else adapted
     for path in paths:
         owner = model.get_submodule(places[path].owner) if path in places else model.get_submodule(path)
         at = places[path].owner if path in places else path

@@ -98,7 +98,7 @@ def combine(
     configs = [adapter.config for adapter in adapters]
     combining = one.combining
     if combining is None:
-        raise ValueError(f"combine: {type(configs[0]).__name__} has no weighted combination.")
+        raise ValueError(f"combine: {one.called} has no weighted combination.")
     own = [_own(one, adapter) for adapter in adapters]
     params: Tree = {}
     buffers: Tree = {}
@@ -118,7 +118,7 @@ def _common_method(adapters: Sequence[Adapter]) -> Method:
         raise ValueError("combine was given no adapter; expected at least one.")
     if any(adapter.members is not None for adapter in adapters):
         raise TypeError("combine was given a stack; expected single adapters: combine(peftfn.unstack(stacked), ...).")
-    kinds = sorted({type(adapter.config).__name__ for adapter in adapters})
+    kinds = sorted({methods.of(adapter.config).called for adapter in adapters})
     if len(kinds) > 1:
         raise ValueError(f"combine was given adapters of {', '.join(kinds)}; expected adapters of one method.")
     return methods.of(adapters[0].config)

@@ -282,8 +282,9 @@ def _replaced(model: nn.Module, config: Any, places: Mapping[str, layers.Place])
     )
     found = {path: codecs.replaceable(part) for path, part in heads.items()}
     everywhere = [path for path, _ in layers.named_modules(model)]
-    biased = {"all": everywhere, "lora_only": [place.owner for place in places.values()]}
-    for path in biased.get(getattr(config, "bias", "none"), []):
+    bias: str = getattr(config, "bias", "none")
+    adapted = [place.owner for place in places.values()] if bias.endswith("_only") else []
+    for path in everywhere if bias == "all" else adapted:
         in_attention = isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention)
         # PEFT 0.17 leaves the bias of an attention's out_proj out of its files.
         if codecs.bias(model.get_submodule(path)) is not None and not in_attention:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from peftfn import alike, layers, methods, slices
 from peftfn.adapter import UNKNOWN, Adapter, Leaf, Members, SiteInfo, Tree, as_tuple, sorted_tree
+from peftfn.config import LayeredConfig
 from peftfn.methods import Method
 
 
@@ -92,17 +94,18 @@ def size(stacked: Adapter) -> int:
 def _common_method(adapters: Sequence[Adapter]) -> Method:
     if any(adapter.members is not None for adapter in adapters):
         raise ValueError("stack was given a stack; expected single adapters: [*peftfn.unstack(stacked), another].")
-    kinds = sorted({type(adapter.config).__name__ for adapter in adapters})
+    kinds = sorted({methods.of(adapter.config).called for adapter in adapters})
     if len(kinds) > 1:
         raise ValueError(f"stack was given adapters of {kinds}; expected single adapters of one method.")
-    first = adapters[0].config
-    for field in ("lora_dropout", "fan_in_fan_out", "encoder_dropout"):
-        values = {getattr(adapter.config, field, None) for adapter in adapters}
+    method = methods.of(adapters[0].config)
+    free = {*(field.name for field in dataclasses.fields(LayeredConfig)), *method.stacking.varies}
+    for field in [field.name for field in dataclasses.fields(method.config) if field.name not in free]:
+        values = {getattr(adapter.config, field) for adapter in adapters}
         if len(values) > 1:
             raise ValueError(
                 f"stack was given adapters with {field} of {sorted(map(str, values))}; expected one value."
             )
-    return methods.of(first)
+    return method
 
 
 def _stack_own(method: Method, adapters: Sequence[Adapter], path: str) -> tuple[SiteInfo, Leaf]:

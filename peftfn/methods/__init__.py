@@ -19,9 +19,9 @@ TABLE: tuple[Method, ...] = (
 
 
 def of(config: PeftConfig) -> Method:
-    """The method of a config, by its `peft_type`."""
+    """The method of a config, by its class and what it asks for."""
     for method in TABLE:
-        if method.config is type(config):
+        if method.config is type(config) and (not method.variant or getattr(config, method.variant)):
             return method
     known = ", ".join(method.config.__name__ for method in TABLE)
     given = type(config)

@@ -23,7 +23,7 @@ from peftfn import layers, layouts, targets
 from peftfn.adapter import Adapter, Leaf
 from peftfn.layers import Site
 from peftfn.layouts import WeightShape
-from peftfn.methods import slots, weights
+from peftfn.methods import lora, slots, weights
 from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adalora_targets import TARGETS
 from peftfn.methods.adapted import Delta
@@ -162,6 +162,8 @@ def file_config(adapter: Adapter) -> AdaLoraConfig:
     return dataclasses.replace(config, rank_pattern=None if is_whole else patterns)
 
 
+SCHEDULE = ("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
+
 METHOD = Method(
     config=AdaLoraConfig,
     slots=SLOTS,
@@ -169,6 +171,6 @@ METHOD = Method(
     constants=constants,
     action=weights.low_rank(_factors, kinds=(*weights.MATRICES, layers.CONVOLUTION)),
     targets=Targets(resolve),
-    stacking=Stacking(rows_of),
+    stacking=Stacking(rows_of, varies=(*lora.VARIES, *SCHEDULE)),
     files=Files(check_file, file_config, to_file),
 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from peftfn.config import OFF
 from peftfn.methods.lora_config import LowRankConfig, check_positive, described
 
 
@@ -23,6 +24,7 @@ class AdaLoraConfig(LowRankConfig):
     """
 
     peft_type: ClassVar[str] = "ADALORA"
+    inactive: ClassVar[Mapping[str, Any]] = {"use_dora": OFF}
 
     target_r: int = dataclasses.field(default=8, metadata=described("Average rank in the end."))
     init_r: int = dataclasses.field(default=12, metadata=described("Rank at the start."))

@@ -222,5 +222,5 @@ METHOD = Method(
     init=init,
     action=OnAttention(forward, check, silence),
     targets=Targets(resolve, sites),
-    stacking=Stacking(pad=_pad, trim=_trim),
+    stacking=Stacking(pad=_pad, trim=_trim, varies=("target_modules", "adapter_len", "adapter_layers")),
 )

@@ -24,7 +24,7 @@ from peftfn.layers import Site
 from peftfn.layouts import WeightShape
 from peftfn.methods import weights
 from peftfn.methods.ia3_targets import FEEDFORWARD, TARGETS
-from peftfn.methods.method import Combining, Files, Method, Targets, like_weight
+from peftfn.methods.method import Combining, Files, Method, Stacking, Targets, like_weight
 from peftfn.methods.slots import Shape, Slot
 from peftfn.mixing import Recipe
 
@@ -176,6 +176,7 @@ METHOD = Method(
     init=init,
     action=weights.reweighted(_weight, bias=_bias, forward=forward, kinds=(*weights.MATRICES, layers.CONVOLUTION)),
     targets=Targets(resolve, input_side=is_feedforward),
+    stacking=Stacking(varies=("feedforward_modules", "init_ia3_weights")),
     files=Files(check_file),
     combining=Combining(combine),
 )

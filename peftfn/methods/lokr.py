@@ -199,5 +199,5 @@ METHOD = Method(
     constants=constants,
     action=weights.additive(delta, forward=forward),
     targets=lora.METHOD.targets,  # as in PEFT
-    stacking=Stacking(matching.rank, _resized),
+    stacking=Stacking(matching.rank, _resized, varies=("r", "alpha", "rank_pattern", "alpha_pattern", "init_weights")),
 )

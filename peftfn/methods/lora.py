@@ -159,19 +159,23 @@ def check_file(config: LoraConfig, path: str, leaf: Leaf) -> None:
         raise ValueError(f"rank {rows}, and the config says {rank}")
 
 
-def _factors(config: LoraConfig, leaf: Mapping[str, Tensor], kind: str, shape: torch.Size) -> Delta:
+def factors(config: LoraConfig, leaf: Mapping[str, Tensor], kind: str, shape: torch.Size) -> Delta:
+    """A, B and s of one leaf."""
     first, second = ("lora_embedding_A", "lora_embedding_B") if kind == layers.EMBEDDING else ("lora_A", "lora_B")
     return Delta(leaf[first], leaf[second], leaf["scaling"])
 
+
+_SCALES = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+VARIES = (*_SCALES, "init_lora_weights", "bias", "target_parameters")
 
 METHOD = Method(
     config=LoraConfig,
     slots=SLOTS,
     init=init,
     constants=constants,
-    action=weights.low_rank(_factors, takes_rows=True, takes_parts=True),
+    action=weights.low_rank(factors, takes_rows=True, takes_parts=True),
     targets=Targets(resolve, sites),
-    stacking=Stacking(matching.rank, resize=ranks.resized),
+    stacking=Stacking(matching.rank, resize=ranks.resized, varies=VARIES),
     files=Files(check_file, write=ranks.to_file, read=ranks.from_file),
     combining=Combining(lora_combine.combine, lora_combine.combined),
 )

@@ -20,7 +20,7 @@ class LowRankConfig(LayeredConfig):
 
     inactive: ClassVar[Mapping[str, Any]] = {
         **dict.fromkeys(("megatron_config", "trainable_token_indices", "loftq_config", "eva_config"), OFF),
-        **dict.fromkeys(("corda_config", "lora_ga_config", "use_dora", "velora_config", "use_qalora"), OFF),
+        **dict.fromkeys(("corda_config", "lora_ga_config", "velora_config", "use_qalora"), OFF),
         **dict.fromkeys(("alora_invocation_tokens", "monteclora_config", "layer_replication", "lora_bias"), OFF),
         **dict.fromkeys(("use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"), OFF),
         **dict.fromkeys(("megatron_core", "qalora_group_size"), ANY),

@@ -75,6 +75,7 @@ class Stacking(NamedTuple):
             changes; `None` is an adapter without this site.
         trim: `(config, configs, path, leaf) -> leaf`, the inverse of `pad` for one of them.
         shared: `(configs) -> config` that a forward reads for all adapters of a stack.
+        varies: the method's own fields of the config in which they may differ: what they say is in the tensors.
     """
 
     rank: Callable[[Any, str], int] = _no_rank
@@ -82,6 +83,7 @@ class Stacking(NamedTuple):
     pad: Padded | None = None
     trim: Callable[[Any, Sequence[Any], str, Leaf], Leaf] | None = None
     shared: Callable[[Sequence[Any]], Any] = _first
+    varies: Sequence[str] = ()
 
 
 def _no_check(config: Any, path: str, leaf: Leaf) -> None:
@@ -150,6 +152,7 @@ class Method:
         stacking: how unlike adapters become one stack.
         files: how its files differ from its leaves.
         combining: how several become one; `None` where there is no weighted combination.
+        variant: the field of the config that makes it this method's where it is set; another method has the rest.
     """
 
     config: type[PeftConfig]
@@ -161,6 +164,12 @@ class Method:
     stacking: Stacking = _STACKING
     files: Files = _FILES
     combining: Combining | None = None
+    variant: str = ""
+
+    @property
+    def called(self) -> str:
+        """What its config is called in messages."""
+        return self.config.__name__ + (f"({self.variant}=True)" if self.variant else "")
 
     @functools.cached_property
     def names(self) -> dict[str, str]:
@@ -278,7 +287,7 @@ def refuse_other_kinds(method: Method, site: Site) -> None:
     if site.kind in layers.WEIGHT_KINDS:
         what = f"a weight that the base reads itself ({type(site.layer).__name__})"
     if site.kind not in action.kinds or (site.rows is not None and not action.takes_parts):
-        name = method.config.__name__.removesuffix("Config")
+        name = method.called.replace("Config", "")
         raise ValueError(
             f"{site.path}: {name} cannot act on {what}; expected {' or '.join(action.kinds)}. Leave it out: "
             f"exclude_modules=[{site.path!r}]."

@@ -173,4 +173,12 @@ def with_positions(model: nn.Module, before: Call, after: Call, added: Added) ->
     return after.having(**{hf.POSITIONS: is_counted.cumsum(1) * is_counted + padding})._replace(guessed=True)
 
 
-STACKING = Stacking(pad=pad, trim=trimmed, shared=shared)
+_STARTS = (
+    "prompt_tuning_init",
+    "prompt_tuning_init_text",
+    "tokenizer_name_or_path",
+    "tokenizer_kwargs",
+    "init_weights",
+)
+
+STACKING = Stacking(pad=pad, trim=trimmed, shared=shared, varies=("num_virtual_tokens", "modules_to_save", *_STARTS))

@@ -61,12 +61,12 @@ def to_file(leaf: Leaf) -> Leaf:
     first, second = pair(leaf)
     a, b = leaf[first], leaf[second]
     if a.dim() <= b.dim():
-        return {first: a, second: b}
+        return leaf
     groups = a.shape[0]
     dense = a.new_zeros(groups, a.shape[1], groups, *a.shape[2:])  # (g, r/g, g, in/g, *k)
     for group, block in enumerate(a):
         dense[group, :, group] = block
-    return {first: dense.flatten(2, 3).flatten(0, 1), second: b}
+    return {**leaf, first: dense.flatten(2, 3).flatten(0, 1)}
 
 
 def from_file(leaf: Leaf) -> Leaf:
