@@ -234,6 +234,11 @@ def adalora(*targets: str, **kwargs: Any) -> pf.AdaLoraConfig:
     return pf.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=6, target_modules=list(targets), **kwargs)
 
 
+def dora(*targets: str, **kwargs: Any) -> pf.LoraConfig:
+    """A small LoRA config that asks for DoRA."""
+    return lora(*targets, use_dora=True, **kwargs)
+
+
 def turned_squares() -> nn.Module:
     """Layers whose shape does not say that their weight is stored (in, out)."""
     return nn.Sequential(Conv1D(8, 8), nn.ReLU(), Conv1D(8, 8))
@@ -502,6 +507,20 @@ CASES = [
     Case("lokr-conv3d", lambda: nn.Sequential(nn.Conv3d(2, 4, (1, 2, 3))), lokr("0"), randn(4, 2, 3, 4, 5)),
     Case("lokr-two-paths", Twice, lokr("first"), randn(4, 8)),
     Case("lokr-llama", llama, pf.LoKrConfig(r=2), lambda: {"input_ids": tokens()()}),
+    Case("dora-linear", mlp, dora("0", "3"), randn(4, 8)),
+    Case("dora-head", mlp, dora("0", modules_to_save=["3"]), randn(4, 8), {"sum": REPLACED}),
+    Case("dora-transposed-square", turned_squares, dora("0", "2"), randn(4, 3, 8)),
+    Case("dora-embedding", lambda: nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 5)), dora("0"), tokens()),
+    Case("dora-conv1d", lambda: nn.Sequential(nn.Conv1d(4, 6, 3, stride=2)), dora("0"), randn(4, 4, 9)),
+    Case(
+        "dora-conv2d-groups",
+        lambda: nn.Sequential(nn.Conv2d(8, 12, 3, padding=1, padding_mode="circular", groups=2), nn.Tanh()),
+        dora("0"),
+        randn(4, 8, 6, 6),
+    ),
+    Case("dora-conv3d", lambda: nn.Sequential(nn.Conv3d(2, 4, (1, 2, 3))), dora("0"), randn(4, 2, 3, 4, 5)),
+    Case("dora-two-paths", Twice, dora("first"), randn(4, 8)),
+    Case("dora-llama", llama, pf.LoraConfig(r=2, use_dora=True), lambda: {"input_ids": tokens()()}),
 ]
 
 STAIRS = {
@@ -569,6 +588,8 @@ CASES += on_quantized(
     "adalora-llama",
     "lokr-linear",
     "lokr-llama",
+    "dora-linear",
+    "dora-llama",
     "prompt-llama",
     "prompt-t5",
     "p-tuning-mlp-llama",

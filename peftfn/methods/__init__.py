@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from peftfn.config import PeftConfig
-from peftfn.methods import adalora, adaption_prompt, ia3, lokr, lora, p_tuning, prefix_tuning, prompt_tuning
+from peftfn.methods import adalora, adaption_prompt, dora, ia3, lokr, lora, p_tuning, prefix_tuning, prompt_tuning
 from peftfn.methods.method import Method
 
 TABLE: tuple[Method, ...] = (
+    dora.METHOD,  # of a LoraConfig that asks for it: before the one of any other
     lora.METHOD,
     ia3.METHOD,
     adalora.METHOD,

@@ -71,6 +71,9 @@ class LoraConfig(LowRankConfig):
     rank_pattern: Mapping[str, int] | None = dataclasses.field(
         default_factory=dict[str, int], metadata=described("Other ranks, by module name or regex.")
     )
+    use_dora: bool = dataclasses.field(
+        default=False, metadata=described("Whether to learn the length of each output's weights too (DoRA).")
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
