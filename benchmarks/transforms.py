@@ -35,6 +35,7 @@ METHODS: dict[str, Callable[[str], pf.PeftConfig]] = {
     "AdaLoRA": lambda task: pf.AdaLoraConfig(init_r=4, target_r=2, task_type=task),
     "LoKr": lambda task: pf.LoKrConfig(r=2, task_type=task),
     "DoRA": lambda task: pf.LoraConfig(r=2, use_dora=True, task_type=task),
+    "OFT": lambda task: pf.OFTConfig(oft_block_size=4, task_type=task),
     "prompt tuning": lambda task: pf.PromptTuningConfig(**TOKENS, task_type=task),
     "P-tuning, MLP": lambda task: pf.PromptEncoderConfig(**TOKENS, task_type=task),
     "P-tuning, LSTM": lambda task: pf.PromptEncoderConfig(

@@ -18,6 +18,7 @@ from peftfn.methods.adaption_prompt import AdaptionPromptConfig
 from peftfn.methods.ia3 import IA3Config
 from peftfn.methods.lokr import LoKrConfig
 from peftfn.methods.lora import LoraConfig
+from peftfn.methods.oft import OFTConfig
 from peftfn.methods.p_tuning import PromptEncoderConfig
 from peftfn.methods.prefix_tuning import PrefixTuningConfig
 from peftfn.methods.prompt_config import PromptLearningConfig
@@ -36,6 +37,7 @@ __all__ = [
     "IA3Config",
     "LoKrConfig",
     "LoraConfig",
+    "OFTConfig",
     "PeftConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",

@@ -239,6 +239,11 @@ def dora(*targets: str, **kwargs: Any) -> pf.LoraConfig:
     return lora(*targets, use_dora=True, **kwargs)
 
 
+def oft(*targets: str, **kwargs: Any) -> pf.OFTConfig:
+    """A small OFT config."""
+    return pf.OFTConfig(oft_block_size=4, target_modules=list(targets), **kwargs)
+
+
 def turned_squares() -> nn.Module:
     """Layers whose shape does not say that their weight is stored (in, out)."""
     return nn.Sequential(Conv1D(8, 8), nn.ReLU(), Conv1D(8, 8))
@@ -521,6 +526,21 @@ CASES = [
     Case("dora-conv3d", lambda: nn.Sequential(nn.Conv3d(2, 4, (1, 2, 3))), dora("0"), randn(4, 2, 3, 4, 5)),
     Case("dora-two-paths", Twice, dora("first"), randn(4, 8)),
     Case("dora-llama", llama, pf.LoraConfig(r=2, use_dora=True), lambda: {"input_ids": tokens()()}),
+    Case("oft-linear", mlp, oft("0", "3"), randn(4, 8)),
+    Case("oft-exact", mlp, oft("0", "3", use_cayley_neumann=False), randn(4, 8)),
+    Case("oft-head", mlp, oft("0", modules_to_save=["3"]), randn(4, 8), {"sum": REPLACED}),
+    Case("oft-transposed-square", turned_squares, oft("0", "2"), randn(4, 3, 8)),
+    Case("oft-embedding", lambda: nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 5)), oft("0"), tokens()),
+    Case("oft-conv1d", lambda: nn.Sequential(nn.Conv1d(4, 6, 3, stride=2)), oft("0"), randn(4, 4, 9)),
+    Case(
+        "oft-conv2d-groups",
+        lambda: nn.Sequential(nn.Conv2d(8, 12, 3, padding=1, padding_mode="circular", groups=2), nn.Tanh()),
+        oft("0"),
+        randn(4, 8, 6, 6),
+    ),
+    Case("oft-conv3d", lambda: nn.Sequential(nn.Conv3d(2, 4, (1, 2, 3))), oft("0"), randn(4, 2, 3, 4, 5)),
+    Case("oft-two-paths", Twice, oft("first"), randn(4, 8)),
+    Case("oft-llama", llama, pf.OFTConfig(oft_block_size=4), lambda: {"input_ids": tokens()()}),
 ]
 
 STAIRS = {
@@ -590,6 +610,8 @@ CASES += on_quantized(
     "lokr-llama",
     "dora-linear",
     "dora-llama",
+    "oft-linear",
+    "oft-llama",
     "prompt-llama",
     "prompt-t5",
     "p-tuning-mlp-llama",

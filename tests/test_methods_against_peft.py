@@ -50,7 +50,14 @@ def dora(name: str, build: Build, *args: Any, **options: Any) -> Case:
     return Case(f"DoRA, {name}", "LoraConfig", build, {"r": 2, "lora_alpha": 3, "use_dora": True, **options}, *args)
 
 
+def oft(name: str, build: Build, *args: Any, **options: Any) -> Case:
+    # Before 0.18 peft's sum of powers was another one.
+    in_old = not options.get("use_cayley_neumann", True)
+    return Case(f"OFT, {name}", "OFTConfig", build, {"oft_block_size": 4, **options}, *args, in_old=in_old)
+
+
 VIEW = "'view size is not compatible with input tensor's size and stride'"
+FOLDED = {"outputs": "patches are added up where they overlap", "forward": "the same"}
 TUCKER: dict[str, Any] = {"use_effective_conv2d": True, "r": 1}
 CASES = [
     lokr("whole factors", LINEAR, {"r": 8}),
@@ -75,6 +82,16 @@ CASES = [
     dora("convolution 2d", CONV2D),
     dora("convolution 3d", CONV3D),
     dora("pointwise convolution", POINTWISE),
+    oft("linear", LINEAR),
+    oft("linear, blocks by number", LINEAR, oft_block_size=0, r=4),
+    oft("linear, exact", LINEAR, use_cayley_neumann=False),
+    *(oft(f"linear, {terms} terms", LINEAR, num_cayley_neumann_terms=terms) for terms in (1, 2, 3, 4, 7)),
+    oft("linear, a size that does not divide", LINEAR, oft_block_size=7),
+    oft("linear, one block for all", LINEAR, block_share=True),
+    oft("linear, constrained", LINEAR, oft_block_size=0, r=4, coft=True, eps=0.5),
+    oft("embedding", TABLE),
+    oft("pointwise convolution", POINTWISE),
+    oft("convolution 2d", CONV2D, FOLDED),
 ]
 CASES = [case for case in CASES if case.in_old or not OLD]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftfn.config import PeftConfig
-from peftfn.methods import adalora, adaption_prompt, dora, ia3, lokr, lora, p_tuning, prefix_tuning, prompt_tuning
+from peftfn.methods import adalora, adaption_prompt, dora, ia3, lokr, lora, oft, p_tuning, prefix_tuning, prompt_tuning
 from peftfn.methods.method import Method
 
 TABLE: tuple[Method, ...] = (
@@ -12,6 +12,7 @@ TABLE: tuple[Method, ...] = (
     ia3.METHOD,
     adalora.METHOD,
     lokr.METHOD,
+    oft.METHOD,
     prompt_tuning.METHOD,
     p_tuning.METHOD,
     prefix_tuning.METHOD,
