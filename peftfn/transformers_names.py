@@ -25,6 +25,7 @@ EMBEDS = "inputs_embeds"
 MASK = "attention_mask"
 POSITIONS = "position_ids"
 CACHE_POSITIONS = "cache_position"
+GLOBAL_MASK = "global_attention_mask"
 TOKEN_TYPES = "token_type_ids"
 LABELS = "labels"
 USE_CACHE = "use_cache"
@@ -53,6 +54,11 @@ GENERATION_MASKS = "create_masks_for_generate"
 _KEY_CACHES = ("cache", "past_key_values", "layer_past")
 _KEY_CACHE_TYPES = ("Cache", "DynamicCache", "EncoderDecoderCache")
 _PER_LAYER_GATE = "per_layer_input_gate"
+_BESIDE_THE_ROW = (
+    "token_dropout",  # ESM's, that depends on which of the tokens are masked
+    "encoder_hash_byte_group_size",  # BLT's, of the bytes before it
+)
+_TURNS = "apply_rotary_position_embeddings"
 _TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
 _MIXING = (
     "trigram_input",  # MobileBERT reads each token with its neighbours
@@ -130,24 +136,45 @@ def layer_that_reads_ids(model: nn.Module) -> str | None:
 
     A prompt's tokens have no ids: Gemma 3n embeds them once more in each layer, and DeepSeek V4 routes by them.
     """
-    for module in model.modules():
+    modules = {type(module): module for module in model.modules()}
+    for kind, module in modules.items():
         by_id = signatures.takes(module, HIDDEN) and signatures.takes(module, IDS)
         if by_id or hasattr(module, _PER_LAYER_GATE):
-            return type(module).__name__
+            return kind.__name__
     return None
 
 
 def ids_in_embedding(config: Any) -> str | None:
-    """The field of a config that says that tokens are embedded by more than their row of the table: as ESM's are.
+    """The field of a config that says that tokens are embedded by more than their row of the table.
 
-    It takes what it is given for embedded tokens with their positions.
+    Such a model takes what it is given for embedded tokens as it is.
     """
-    return "token_dropout" if hasattr(config, "token_dropout") else None
+    return next((name for name in _BESIDE_THE_ROW if hasattr(config, name)), None)
+
+
+@transforms.constant_result
+def shows_first(cls: type[nn.Module]) -> bool:
+    """Whether a class lets all tokens see a row's first one, as Longformer's classifiers do, and needs ids for that."""
+    return GLOBAL_MASK in signatures.argument_names(cls) and "zeros_like" in _names_in(cls)
+
+
+@transforms.constant_result
+def seeks_question(cls: type[nn.Module]) -> bool:
+    """Whether a class lets all tokens see those of the question, as Longformer's do, which it finds by their ids."""
+    return GLOBAL_MASK in signatures.argument_names(cls) and "sep_token_id" in _names_in(cls)
 
 
 def reads_one_by_one(model: nn.Module) -> bool:
     """Whether a model goes on from a cache a single token at a time (ProphetNet), or by lengths of its own (XLM)."""
     return hasattr(getattr(model, "config", None), "ngram") or signatures.takes(model, "lengths")
+
+
+def keeps_two_caches(model: nn.Module) -> bool:
+    """Whether a model without an encoder makes a cache of two halves, as BLT does for its bytes at both ends."""
+    modules = {type(module): module for module in model.modules()}
+    embeds = {kind: one for kind, one in modules.items() if signatures.takes(one, EMBEDS)}
+    alone = [kind for kind, one in embeds.items() if not signatures.takes(one, ENCODED)]
+    return any("EncoderDecoderCache" in _names_in(kind) for kind in alone)
 
 
 def local_window(module: nn.Module) -> int | None:
@@ -218,9 +245,11 @@ def position_table(model: nn.Module, *, rotary: bool = False) -> str | None:
     part: Any = inner if isinstance(inner, nn.Module) else model
     classes = "PositionalEmbedding|Rotary" if rotary else "PositionalEmbedding"
     named: Iterable[tuple[str, nn.Module]] = part.named_modules()
+    # RoFormer's is a table of angles, whatever its name
+    is_rotary = any(hasattr(type(module), _TURNS) for module in part.modules())
     for path, module in named:
         if path.rpartition(".")[2] in _TABLES or re.search(classes, type(module).__name__):
-            return type(module).__name__
+            return type(module).__name__ if rotary or not is_rotary else None
     return None
 
 

@@ -151,11 +151,10 @@ RULES: list[Rule] = [
         verdict="refused",
     ),
     Rule(
-        "the model's own: it runs on no embedded tokens without their ids, whatever its signature says",
-        check="prompt.*",
-        classes="(Blt|Longformer|Esmc).*",
-        said="input_ids is required|zeros_like|'indices'",
-        verdict="crash",
+        "refused with its reason: the model keeps two caches, of layers at both of its ends",
+        check="prefix.*",
+        said="has a cache of two halves",
+        verdict="refused",
     ),
 ]
 

@@ -195,7 +195,13 @@ def _filled(
 
 
 def check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
-    """What is wrong with the leaf for this model, or `None`."""
+    """What is wrong with the leaf for this model, or `None`.
+
+    Raises:
+        ValueError: the model has no place for a prefix, whoever made this one.
+    """
+    if not torch.compiler.is_compiling():
+        prefix_keys.refuse_without_keys(site.layer)
     name = "prompt_embeddings" if "prompt_embeddings" in leaf else "transform_2_weight"
     if name not in leaf:
         return f"has {sorted(leaf)}, expected prompt_embeddings"
