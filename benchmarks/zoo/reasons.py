@@ -133,6 +133,12 @@ RULES: list[Rule] = [
         verdict="refused",
     ),
     Rule(
+        "refused with its reason: the model goes by token types only while its cache is empty, and a prefix is in it",
+        check="prefix.*",
+        said="by which .* lets tokens see what comes after",
+        verdict="refused",
+    ),
+    Rule(
         "refused with its reason: the model's own generate() calls a part inside, past the forward that is changed",
         check="prompt_generate|prefix_generate",
         said="ran a part of the model past the model's forward",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftfn import layers, matching, transforms
 from peftfn import transformers_names as hf
+from peftfn import transformers_positions as counted
 from peftfn.adapter import Leaf
 from peftfn.config import PeftConfig
 from peftfn.layers import Place
@@ -108,15 +109,14 @@ def refuse_many_vocabularies(model: nn.Module) -> None:
 
 def refuse_pictures(model: nn.Module, given: Mapping[str, Any]) -> None:
     """Refuse a call whose positions a model counts from its pictures: it does not where tokens are put before them."""
-    name = hf.counted_from_pictures(model, given)
-    positions = given.get(hf.POSITIONS)
-    if name is None and isinstance(positions, Tensor) and positions.dim() > 2:
+    name, positions = counted.counted_from_pictures(model, given), given.get(hf.POSITIONS)
+    if isinstance(positions, Tensor) and positions.dim() > 2 and counted.counts_inside_pictures(model):
         is_known = not torch.compiler.is_compiling() and not transforms.is_mapped(positions)
-        name = hf.POSITIONS if is_known and bool((positions != positions[-1:]).any()) else None
+        name = None if is_known and bool((positions == positions[-1:]).all()) else hf.POSITIONS
     if name is not None:
         raise ValueError(
             f"the batch has {name}, and {type(model).__name__} counts positions in space, of pictures and of the token "
-            "ids, where a prompt or a prefix has none. Leave it out, or use a method that changes layers."
+            "ids, where a prompt or a prefix has none. Use a method that changes layers."
         )
 
 
