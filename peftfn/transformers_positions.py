@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any, cast
@@ -13,6 +14,10 @@ from peftfn import transformers_names as hf
 
 _TURNS = "apply_rotary_position_embeddings"
 _TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+_COUNT = "get_rope_index"
+_RUNNING = ("current_pos", "st_idx")
+"""What it calls the position with which the next part of a row begins."""
+
 _MIXING = (
     "trigram_input",  # MobileBERT reads each token with its neighbours
     "head_ratio",  # ConvBERT has convolutions in place of some heads
@@ -45,16 +50,21 @@ def counted_from_pictures(model: nn.Module, given: Mapping[str, Any]) -> str | N
     It finds a picture's place in the ids, of which a prompt has none, and only while its cache is empty. `generate`
     counts them before.
     """
-    if hf.POSITIONS in given or not any(hasattr(module, "get_rope_index") for module in model.modules()):
+    if hf.POSITIONS in given or not any(hasattr(module, _COUNT) for module in model.modules()):
         return None
     found = (*pictures(given), *(name for name in given if name.endswith("_thw") or name == "mm_encoder_outputs"))
     return next(iter(found), None)
 
 
-def counts_inside_pictures(model: nn.Module) -> bool:
-    """Whether positions in space have other axes than time, height and width, which begin anew in each picture."""
-    sections: list[Any] = [getattr(module, "mrope_section", None) for module in model.modules()]
-    return any(one is not None and len(one) != 3 for one in sections)  # HunYuan-VL has four
+def counts_on(model: nn.Module) -> bool:
+    """Whether positions in space, of pictures too, go on from what is before them, so that words before move them all.
+
+    HunYuan-VL's do not: on some axes they begin anew in each picture, on another they number the pictures.
+    """
+    kinds = dict.fromkeys(type(module) for module in model.modules())
+    count: Any = next((getattr(kind, _COUNT) for kind in kinds if hasattr(kind, _COUNT)), None)
+    names: tuple[str, ...] = getattr(getattr(inspect.unwrap(count or id), "__code__", None), "co_varnames", ())
+    return any(name in names for name in _RUNNING)
 
 
 def mask_with_pictures(model: nn.Module, given: Mapping[str, Any]) -> str | None:

@@ -110,7 +110,7 @@ def refuse_many_vocabularies(model: nn.Module) -> None:
 def refuse_pictures(model: nn.Module, given: Mapping[str, Any]) -> None:
     """Refuse a call whose positions a model counts from its pictures: it does not where tokens are put before them."""
     name, positions = counted.counted_from_pictures(model, given), given.get(hf.POSITIONS)
-    if isinstance(positions, Tensor) and positions.dim() > 2 and counted.counts_inside_pictures(model):
+    if isinstance(positions, Tensor) and positions.dim() > 2 and not counted.counts_on(model):
         is_known = not torch.compiler.is_compiling() and not transforms.is_mapped(positions)
         name = None if is_known and bool((positions == positions[-1:]).all()) else hf.POSITIONS
     if name is not None:
