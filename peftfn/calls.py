@@ -43,6 +43,7 @@ class Takes(NamedTuple):
         cache: the one of them that holds what earlier calls left, if it has one.
         whole_mask: whether its mask has a number for each place of a static cache.
         window: how many tokens back some of its layers see, whatever its cache says.
+        shows_first: whether it lets all tokens see a row's first one, and needs token ids for that.
     """
 
     arguments: tuple[str, ...]
@@ -50,6 +51,7 @@ class Takes(NamedTuple):
     cache: str | None
     whole_mask: bool
     window: int | None
+    shows_first: bool
 
     @classmethod
     def of(cls, module: nn.Module) -> Takes:
@@ -57,7 +59,7 @@ class Takes(NamedTuple):
         kind = type(module)
         whole, window = hf.wants_whole_mask(kind), hf.local_window(module)
         names = signatures.argument_names(kind), signatures.required_names(kind)
-        return cls(*names, hf.cache_argument(module), whole, window)
+        return cls(*names, hf.cache_argument(module), whole, window, hf.shows_first(kind))
 
     def cache_in(self, given: Mapping[str, Any]) -> Any:
         """What of the arguments is the model's cache, or `None`."""
@@ -134,9 +136,18 @@ def run(
     for step in reversed(steps):
         call = step(call)
     required = {name: None for name in takes.required if name in named}  # of BLIP-2 the ids, beside embedded tokens
-    output = forward(**{**required, **settle(call).given})
+    output = forward(**{**required, **_with_first_shown(settle(call)).given})
     # A generation without a cache would go on from one that nobody asked for.
     return caches.without_caches(output) if given.get(hf.USE_CACHE) is False and cache is None else output
+
+
+def _with_first_shown(call: Call) -> Call:
+    """The call in which all tokens see a row's first one, where the model has it so and would look for token ids."""
+    embeds = call.given.get(hf.EMBEDS)
+    if not call.takes.shows_first or embeds is None or hf.GLOBAL_MASK in call.given:
+        return call
+    is_first = torch.arange(embeds.shape[1], device=embeds.device) == 0
+    return call.having(**{hf.GLOBAL_MASK: is_first.long().expand(embeds.shape[0], -1)})
 
 
 def expecting(forward: Callable[..., Any], homes: Sequence[str], noted: list[int], *args: Any, **kwargs: Any) -> Any:

@@ -25,7 +25,7 @@ LENGTH = "tokens"
 """The buffer of a stack's leaf that says how many rows each adapter's prompt has, where they have unlike numbers."""
 
 _TOKEN_TASKS = ("CAUSAL_LM", "TOKEN_CLS")
-_KNOWN = (hf.IDS, hf.EMBEDS, hf.MASK, hf.TOKEN_TYPES, hf.LABELS, hf.POSITIONS, hf.CACHE_POSITIONS)
+_KNOWN = (hf.IDS, hf.EMBEDS, hf.MASK, hf.TOKEN_TYPES, hf.TOKEN_KINDS, hf.LABELS, hf.POSITIONS, hf.CACHE_POSITIONS)
 
 
 def with_tokens(
@@ -72,7 +72,7 @@ def _beside(call: Call, place: Place, embeds: Tensor, task: str | None) -> dict[
     added = place.added
     # The model counts them itself; those of states say whether this is the first call.
     changes: dict[str, Any] = {} if hf.holds_states(call.takes.cache) else {hf.CACHE_POSITIONS: None}
-    for name, fill in ((hf.MASK, 1), (hf.TOKEN_TYPES, 0)):
+    for name, fill in ((hf.MASK, 1), (hf.TOKEN_TYPES, 0), (hf.TOKEN_KINDS, 0)):
         if (given := call.given.get(name)) is not None:
             changes[name] = place.fill(fill, given)
     labels = call.given.get(hf.LABELS)

@@ -108,11 +108,16 @@ class Place(NamedTuple):
         return labels.masked_fill((at == 0) & (own.view(-1, 1) == 0), IGNORED)
 
     def positions(self, old: Tensor) -> Tensor:
-        """Position ids in which each row's prompt starts where its text started, and the text follows."""
+        """Position ids in which each row's prompt starts where its text started, and the text follows.
+
+        Those in space, (3 or 4, rows, length), go on along each axis as they do for words.
+        """
+        if old.dim() == 3 and old.shape[1] == self.rows:
+            return torch.stack([self.positions(axis) for axis in old])
         if old.dim() > 2:
             raise ValueError(
-                f"position_ids has shape {tuple(old.shape)}; expected (rows, length): a prompt's tokens have no place "
-                "in another form."
+                f"position_ids has shape {tuple(old.shape)}; expected (rows, length), or that for each axis of space: "
+                "a prompt's tokens have no place in another form."
             )
         old = old.expand(self.rows, old.shape[-1])
         first = old[:, :1] if self.lead is None else old.gather(1, self.lead.clamp(max=old.shape[1] - 1))

@@ -11,10 +11,9 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from peftfn import signatures, transforms
 
@@ -25,7 +24,9 @@ EMBEDS = "inputs_embeds"
 MASK = "attention_mask"
 POSITIONS = "position_ids"
 CACHE_POSITIONS = "cache_position"
+GLOBAL_MASK = "global_attention_mask"
 TOKEN_TYPES = "token_type_ids"
+TOKEN_KINDS = "mm_token_type_ids"
 LABELS = "labels"
 USE_CACHE = "use_cache"
 ENCODED = "encoder_hidden_states"
@@ -53,16 +54,9 @@ GENERATION_MASKS = "create_masks_for_generate"
 _KEY_CACHES = ("cache", "past_key_values", "layer_past")
 _KEY_CACHE_TYPES = ("Cache", "DynamicCache", "EncoderDecoderCache")
 _PER_LAYER_GATE = "per_layer_input_gate"
-_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
-_MIXING = (
-    "trigram_input",  # MobileBERT reads each token with its neighbours
-    "head_ratio",  # ConvBERT has convolutions in place of some heads
-    "conv1d_width",  # RecurrentGemma's, before its recurrence
-    "pooling_type",  # Funnel's layers shorten the row
-    "num_landmarks",  # Nyströmformer's, of equal parts of the row
-    "block_per_row",  # MRA's blocks
-    "num_hash",  # YOSO's hashes
-    "rescale_every",  # RWKV's recurrence
+_BESIDE_THE_ROW = (
+    "token_dropout",  # ESM's, that depends on which of the tokens are masked
+    "encoder_hash_byte_group_size",  # BLT's, of the bytes before it
 )
 _STATES = ("cache_params", "mems", "state", "past_buckets_states")
 
@@ -130,7 +124,7 @@ def layer_that_reads_ids(model: nn.Module) -> str | None:
 
     A prompt's tokens have no ids: Gemma 3n embeds them once more in each layer, and DeepSeek V4 routes by them.
     """
-    for module in model.modules():
+    for module in {type(module): module for module in model.modules()}.values():
         by_id = signatures.takes(module, HIDDEN) and signatures.takes(module, IDS)
         if by_id or hasattr(module, _PER_LAYER_GATE):
             return type(module).__name__
@@ -138,16 +132,34 @@ def layer_that_reads_ids(model: nn.Module) -> str | None:
 
 
 def ids_in_embedding(config: Any) -> str | None:
-    """The field of a config that says that tokens are embedded by more than their row of the table: as ESM's are.
+    """The field of a config that says that tokens are embedded by more than their row of the table.
 
-    It takes what it is given for embedded tokens with their positions.
+    Such a model takes what it is given for embedded tokens as it is.
     """
-    return "token_dropout" if hasattr(config, "token_dropout") else None
+    return next((name for name in _BESIDE_THE_ROW if hasattr(config, name)), None)
+
+
+@transforms.constant_result
+def shows_first(cls: type[nn.Module]) -> bool:
+    """Whether a class lets all tokens see a row's first one, as Longformer's classifiers do, and needs ids for that."""
+    return GLOBAL_MASK in signatures.argument_names(cls) and "zeros_like" in names_in(cls)
+
+
+@transforms.constant_result
+def seeks_question(cls: type[nn.Module]) -> bool:
+    """Whether a class lets all tokens see those of the question, as Longformer's do, which it finds by their ids."""
+    return GLOBAL_MASK in signatures.argument_names(cls) and "sep_token_id" in names_in(cls)
 
 
 def reads_one_by_one(model: nn.Module) -> bool:
     """Whether a model goes on from a cache a single token at a time (ProphetNet), or by lengths of its own (XLM)."""
     return hasattr(getattr(model, "config", None), "ngram") or signatures.takes(model, "lengths")
+
+
+def keeps_two_caches(model: nn.Module) -> bool:
+    """Whether a model without an encoder makes a cache of two halves, as BLT does for its bytes at both ends."""
+    whole = [module for module in model.modules() if signatures.takes(module, EMBEDS)]
+    return any("EncoderDecoderCache" in names_in(type(one)) for one in whole if not signatures.takes(one, ENCODED))
 
 
 def local_window(module: nn.Module) -> int | None:
@@ -157,79 +169,14 @@ def local_window(module: nn.Module) -> int | None:
     return config.window_size if isinstance(kinds, list) and "local" in kinds else None
 
 
-# --- positions --------------------------------------------------------------------------------------------------------
+# --- code, masks and configs ------------------------------------------------------------------------------------------
 
 
-def counts_by_mask(model: nn.Module) -> bool:
-    """Whether the positions of a model are those of the places that its mask leaves, as OPT's are."""
-    return any(
-        isinstance(table, nn.Embedding) and signatures.takes(table, MASK) and "cumsum" in _names_in(type(owner))
-        for owner in model.modules()
-        for table in owner.children()
-    )
-
-
-def _names_in(cls: type[nn.Module]) -> tuple[str, ...]:
+@transforms.constant_result
+def names_in(cls: type[nn.Module]) -> tuple[str, ...]:
     """The names of what a class's own forward calls, its own code alone."""
     forward: Any = inspect.unwrap(cast("Any", cls.forward))
     return getattr(getattr(forward, "__code__", None), "co_names", ())
-
-
-def first_position(config: Any) -> int:
-    """The position of a row's first token in a model that counts masked places too: in PaliGemma it is 1."""
-    return 1 if getattr(config, "model_type", None) == "paligemma" else 0
-
-
-def counted_from_pictures(model: nn.Module, given: Mapping[str, Any]) -> str | None:
-    """The argument by which a model with rotary positions in space counts those of its tokens, if there is one.
-
-    It finds a picture's place in the ids, of which a prompt has none, and only while its cache is empty.
-    """
-    if not any(hasattr(module, "get_rope_index") for module in model.modules()):
-        return None
-    return next((name for name in (*_numbers(given), *given) if name.endswith("_thw") or name in _numbers(given)), None)
-
-
-def mask_with_pictures(model: nn.Module, given: Mapping[str, Any]) -> str | None:
-    """The argument by which a model's mask has other places than tokens have, if there is one.
-
-    Token types of pictures (Gemma 3, PaliGemma) count from the text's start, GIT puts its pictures before the mask.
-    """
-    pictures = next(iter(_numbers(given)), None)
-    is_other = TOKEN_TYPES in given or getattr(getattr(model, "config", None), "model_type", None) == "git"
-    return pictures if is_other else None
-
-
-def _numbers(given: Mapping[str, Any]) -> list[str]:
-    """The names of pictures and sounds in a call."""
-    numbers = [name for name, value in given.items() if isinstance(value, Tensor) and value.is_floating_point()]
-    return [name for name in numbers if name != EMBEDS and not name.startswith(OTHER_HALF)]
-
-
-def position_table(model: nn.Module, *, rotary: bool = False) -> str | None:
-    """The class of what gives a model's words their positions; `None` where only distances count.
-
-    Args:
-        model: any.
-        rotary: whether rotary ones are meant too: they make distances of all but a prefix, whose keys are not turned.
-    """
-    find: Any = getattr(model, "get_decoder", None)
-    inner: Any = cast("Any", find)() if callable(find) else None
-    part: Any = inner if isinstance(inner, nn.Module) else model
-    classes = "PositionalEmbedding|Rotary" if rotary else "PositionalEmbedding"
-    named: Iterable[tuple[str, nn.Module]] = part.named_modules()
-    for path, module in named:
-        if path.rpartition(".")[2] in _TABLES or re.search(classes, type(module).__name__):
-            return type(module).__name__
-    return None
-
-
-def reads_masked(config: Any) -> str | None:
-    """The field of a config that says that its model mixes tokens whatever their mask says; `None` if none does."""
-    return next((name for name in _MIXING if getattr(config, name, None)), None)
-
-
-# --- masks and configs ------------------------------------------------------------------------------------------------
 
 
 @transforms.constant_result

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import bases
+import decoding
 import optree
 import oracle
 import peft
@@ -125,9 +126,19 @@ def run(row: Row, theirs: dict[str, Any], ours: dict[str, Any], folders: tuple[P
             return
         found = value(row.ours, ours)
     share(row, theirs, ours)
+    if row.theirs.startswith("soft.generate") and decoding.cache_name(transformers.LlamaModel) == "cache":
+        assert not torch.equal(expected, found)  # peft 0.21.2 puts the prompt in again at each step
+        prompt = ours["prompt"]["input_ids"]
+        expected = torch.cat([by_hand(ours, one[None]) for one in prompt])
     if row.note.startswith("="):
         assert expected is not None
         same(expected, found)
+
+
+def by_hand(ours: dict[str, Any], text: Tensor) -> Tensor:
+    """What the page's line about a prompt and generate has to give for one row."""
+    said = decoding.greedy(decoding.by_hand(ours["base"], ours["soft"], text), text, 4)
+    return torch.cat([text, said], 1)
 
 
 def test_every_line_runs_and_is_true(tmp_path: Path) -> None:

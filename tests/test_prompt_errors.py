@@ -119,6 +119,36 @@ INITS: dict[str, tuple[Callable[[], nn.Module], pf.PeftConfig]] = {
 }
 """What `init` says, by model and config."""
 
+LONGFORMER = {"attention_window": 4, "sep_token_id": 2, "intermediate_size": 24}
+INITS["LongformerForQuestionAnswering finds the question in its token ids"] = (
+    lambda: transformers.LongformerForQuestionAnswering(transformers.LongformerConfig(**SMALL, **LONGFORMER)),
+    PROMPT,
+)
+
+
+def blt() -> nn.Module:
+    half: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
+    half |= {"intermediate_size": 24}
+    names = ("encoder_config", "decoder_config", "global_config", "patcher_config")
+    with torch.device("meta"):
+        return transformers.BltForCausalLM(transformers.BltConfig(vocab_size=40, **dict.fromkeys(names, half)))
+
+
+def esmc() -> nn.Module:
+    config = transformers.EsmcConfig(**SMALL, intermediate_size=24)
+    with torch.device("meta"):
+        return transformers.EsmcForSequenceClassification(config)
+
+
+if hasattr(transformers, "BltForCausalLM"):
+    INITS["BltForCausalLM embeds a token by more than its row (its config has encoder_hash_byte_group_size)"] = (
+        blt,
+        PROMPT,
+    )
+    INITS["BltForCausalLM has a cache of two halves"] = (blt, pf.PrefixTuningConfig(**TOKENS))
+if hasattr(transformers, "EsmcForSequenceClassification"):
+    INITS["EsmcModel in EsmcForSequenceClassification takes no inputs_embeds"] = (esmc, PROMPT)
+
 
 @pytest.mark.parametrize("said", INITS)
 def test_a_model_or_a_config_that_does_not_fit_is_one_clear_error(said: str) -> None:
@@ -266,6 +296,21 @@ def test_an_argument_per_token_that_nobody_knows_is_an_error_and_not_dropped() -
     model = Coloured(gpt2().config)
     with pytest.raises(ValueError, match=r"the batch has colours of shape \(2, 4\), one for each token"):
         pf.apply(model, pf.init(model, PROMPT), {**IDS, "colours": IDS["input_ids"]})
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_what_init_refuses_is_refused_of_an_adapter_that_was_made_elsewhere(method: str, tmp_path: Path) -> None:
+    make = {"prompt": pf.PromptTuningConfig, "prefix": pf.PrefixTuningConfig}[method]
+    elsewhere = transformers.BertLMHeadModel(
+        transformers.BertConfig(**SMALL, intermediate_size=24, is_decoder=True, hidden_act="gelu")
+    )
+    pf.save(pf.init(elsewhere, make(**TOKENS)), tmp_path)
+    model = transformers.EsmModel(transformers.EsmConfig(**SMALL, pad_token_id=0))
+    adapter = pf.load(tmp_path)
+    said = {"prompt": "EsmModel embeds a token by more than", "prefix": "EsmModel.forward has no argument for a cache"}
+    for run in (lambda: pf.apply(model, adapter, IDS), lambda: pf.bind(model, adapter)):
+        with pytest.raises(ValueError, match=re.escape(said[method])):
+            run()
 
 
 def test_a_prompt_for_another_width_is_one_clear_error() -> None:

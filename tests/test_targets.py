@@ -177,6 +177,8 @@ def tiny(model_type: str) -> nn.Module:
         for name in ("num_hidden_layers", "num_layers", "num_decoder_layers", "decoder_layers", "encoder_layers"):
             if hasattr(part, name):
                 setattr(part, name, 2)
+        if getattr(part, "layer_types", None):
+            part.layer_types = part.layer_types[-2:]
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers about its own models
         return transformers.AutoModel.from_config(config)

@@ -9,11 +9,13 @@ import pytest
 import torch
 import transformers
 from bases import BASES, WIDE
+from torch import nn
 from transformers import masking_utils
 from transformers.generation import GenerationMixin
 
 from peftfn import transformers_caches as caches
 from peftfn import transformers_names as hf
+from peftfn import transformers_positions as counted
 
 VERSION = f"transformers {transformers.__version__}"
 ANNOTATED = ("LlamaForCausalLM", "GPT2LMHeadModel", "T5ForConditionalGeneration", "BertModel", "Mamba2ForCausalLM")
@@ -132,3 +134,11 @@ def test_attention_is_chosen_by_the_names_that_are_listed() -> None:
     assert hasattr(home, hf.ATTENTIONS), (
         f"{VERSION}: the module of Llama has no {hf.ATTENTIONS}, where it finds its attention"
     )
+
+
+@pytest.mark.skipif(not hasattr(transformers, "HunYuanVLModel"), reason="this transformers has no HunYuan-VL")
+def test_positions_in_space_are_known_to_go_on_or_to_begin_anew_in_each_picture() -> None:
+    for cls, goes_on in ((transformers.Qwen2VLModel, True), (transformers.HunYuanVLModel, False)):
+        count = type("Counting", (nn.Module,), {"get_rope_index": cls.get_rope_index})()
+        assert counted.counts_on(count) is goes_on, f"{VERSION}: {cls.__name__}.get_rope_index has other variables"
+    assert not counted.counts_on(nn.Linear(1, 1))

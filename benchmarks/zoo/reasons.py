@@ -133,6 +133,12 @@ RULES: list[Rule] = [
         verdict="refused",
     ),
     Rule(
+        "refused with its reason: the model goes by token types only while its cache is empty, and a prefix is in it",
+        check="prefix.*",
+        said="by which .* lets tokens see what comes after",
+        verdict="refused",
+    ),
+    Rule(
         "refused with its reason: the model's own generate() calls a part inside, past the forward that is changed",
         check="prompt_generate|prefix_generate",
         said="ran a part of the model past the model's forward",
@@ -151,11 +157,10 @@ RULES: list[Rule] = [
         verdict="refused",
     ),
     Rule(
-        "the model's own: it runs on no embedded tokens without their ids, whatever its signature says",
-        check="prompt.*",
-        classes="(Blt|Longformer|Esmc).*",
-        said="input_ids is required|zeros_like|'indices'",
-        verdict="crash",
+        "refused with its reason: the model keeps two caches, of layers at both of its ends",
+        check="prefix.*",
+        said="has a cache of two halves",
+        verdict="refused",
     ),
 ]
 

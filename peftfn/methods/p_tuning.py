@@ -18,7 +18,7 @@ from peftfn import inserted
 from peftfn.adapter import Leaf
 from peftfn.calls import Call
 from peftfn.layers import Site
-from peftfn.methods import prompt_config, prompt_rows, prompt_tuning
+from peftfn.methods import prompt_config, prompt_input, prompt_rows, prompt_tuning
 from peftfn.methods.action import OnCall
 from peftfn.methods.method import Files, Method, Targets, like_weight
 from peftfn.methods.prompt_config import PromptLearningConfig
@@ -173,8 +173,8 @@ METHOD = Method(
     config=PromptEncoderConfig,
     slots={**{name: Slot() for name in _names()}, inserted.LENGTH: Slot(trained=False)},
     init=init,
-    action=OnCall(forward, prompt_config.check_width, prompt_rows.silence, prompt_config.input_homes, encoded),
-    targets=Targets(prompt_config.resolve_input, prompt_config.sites),
+    action=OnCall(forward, prompt_input.check, prompt_rows.silence, prompt_input.homes, encoded),
+    targets=Targets(prompt_input.resolve, prompt_config.sites),
     stacking=prompt_rows.STACKING,
     files=Files(prompt_config.check_rows, write=to_file),
 )

@@ -23,8 +23,7 @@ def resolve(model: nn.Module, config: Config) -> Config:
     Raises:
         ValueError: the layers' keys are of unlike shapes, or the model keeps no cache.
     """
-    home = model.get_submodule(homes(model)[0])
-    _refuse_without_keys(home)
+    refuse_without_keys(model)
     found: Any = prompt_config.text_config(model)
     if any(found.to_dict().get(name) for name in ("per_layer_config", "global_head_dim")):
         raise ValueError(f"{type(model).__name__} has layers with keys of unlike shapes; one prefix does not fit them.")
@@ -35,8 +34,9 @@ def resolve(model: nn.Module, config: Config) -> Config:
     return dataclasses.replace(config, num_attention_heads=heads, token_dim=heads * width, encoder_hidden_size=hidden)
 
 
-def _refuse_without_keys(home: nn.Module) -> None:
+def refuse_without_keys(model: nn.Module) -> None:
     """Refuse a model that has no cache of keys and values, or has it in some of its layers only."""
+    home = model.get_submodule(homes(model)[0])
     name = type(home).__name__
     if not hf.keeps_keys(home):
         raise ValueError(
@@ -48,6 +48,11 @@ def _refuse_without_keys(home: nn.Module) -> None:
         raise ValueError(
             f"{name} goes on from a cache a token at a time, or by lengths of its own, and a prefix is in its cache "
             "from the start; use prompt tuning, or a method that changes layers."
+        )
+    if hf.keeps_two_caches(home):
+        raise ValueError(
+            f"{name} has a cache of two halves, for layers at both of its ends, and a prefix is of one kind; use a "
+            "method that changes layers."
         )
     others = caches.layers_without_keys(getattr(home, "config", None))
     if others:

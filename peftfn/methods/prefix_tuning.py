@@ -17,6 +17,7 @@ from torch import Tensor
 from peftfn import calls, inserted, places, signatures
 from peftfn import transformers_caches as caches
 from peftfn import transformers_names as hf
+from peftfn import transformers_positions as counted
 from peftfn.adapter import Leaf
 from peftfn.calls import Added, Call
 from peftfn.layers import Site
@@ -102,7 +103,7 @@ def forward(config: PrefixTuningConfig, leaf: Mapping[str, Tensor], site: Site, 
     prefix = prefix if prefix.dim() == 3 else prefix.unsqueeze(0)  # (rows or 1, tokens, layers * 2 * dim)
     part = prompt_config.decoder_of(model) if prompt_config.is_encoder_decoder(model) else model
     added = prompt_rows.added(part, prefix.shape[1], {**leaf, "prompt_embeddings": prefix}, in_cache=True)
-    pictures = hf.mask_with_pictures(model, call.given)
+    pictures = counted.mask_with_pictures(model, call.given)
     if added.own is not None and pictures is not None:
         raise ValueError(
             f"prefixes of unlike length, or none (index -1), for the rows of one batch with {pictures}: the mask that "
@@ -112,6 +113,7 @@ def forward(config: PrefixTuningConfig, leaf: Mapping[str, Tensor], site: Site, 
     if not call.first:
         return call
     prompt_config.refuse_pictures(model, call.given)
+    _refuse_token_types(model, call)
     if site.training and any(getattr(one, "gradient_checkpointing", False) for one in site.layer.modules()):
         raise ValueError(
             "prefix tuning and activation checkpointing do not go together: checkpointed layers get no cache, and so "
@@ -123,6 +125,16 @@ def forward(config: PrefixTuningConfig, leaf: Mapping[str, Tensor], site: Site, 
     past = _past(places.rightmost(prefix, added), config, prompt_config.dtype(model, prefix.dtype))
     cache = _filled(config, past, model, tokens.shape[0], call)
     return _with_positions(call, tokens, model, added).with_cache(cache)
+
+
+def _refuse_token_types(model: Any, call: Call) -> None:
+    """Refuse token types that the model goes by only while its cache is empty: a prefix is in it from the start."""
+    if hf.TOKEN_TYPES in call.given and not counted.pictures(call.given) and counted.sees_whole_text(model):
+        raise ValueError(
+            f"the batch has {hf.TOKEN_TYPES}, by which {type(model).__name__} lets tokens see what comes after them, "
+            "but not where a prefix is in its cache and no picture in the call, as in generate(). Leave them out, for "
+            "tokens that see what is before them alone, or use prompt tuning."
+        )
 
 
 def _with_positions(call: Call, tokens: Tensor, model: Any, added: Added) -> Call:
@@ -142,7 +154,7 @@ def _with_positions(call: Call, tokens: Tensor, model: Any, added: Added) -> Cal
     if added.own is not None and added.start is not None:
         lead = lead * (added.own.view(-1, 1) > 0)
     ids = torch.arange(tokens.shape[1], device=mask.device) - lead
-    return call.having(**{hf.POSITIONS: ids.clamp(min=0) + hf.first_position(getattr(model, "config", None))})
+    return call.having(**{hf.POSITIONS: ids.clamp(min=0) + counted.first_position(getattr(model, "config", None))})
 
 
 def _after_padding(call: Call, tokens: Tensor, padding: int, added: Added) -> Tensor:
@@ -195,7 +207,13 @@ def _filled(
 
 
 def check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
-    """What is wrong with the leaf for this model, or `None`."""
+    """What is wrong with the leaf for this model, or `None`.
+
+    Raises:
+        ValueError: the model has no place for a prefix, whoever made this one.
+    """
+    if not torch.compiler.is_compiling():
+        prefix_keys.refuse_without_keys(site.layer)
     name = "prompt_embeddings" if "prompt_embeddings" in leaf else "transform_2_weight"
     if name not in leaf:
         return f"has {sorted(leaf)}, expected prompt_embeddings"

@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from peftfn import layers, matching, signatures, transforms
+from peftfn import layers, matching, transforms
 from peftfn import transformers_names as hf
+from peftfn import transformers_positions as counted
 from peftfn.adapter import Leaf
 from peftfn.config import PeftConfig
-from peftfn.layers import Place, Site
+from peftfn.layers import Place
 
 Config = TypeVar("Config", bound="PromptLearningConfig")
 
@@ -96,46 +97,9 @@ def size(model: nn.Module, field: str) -> int | None:
     return next((one for one in found if isinstance(one, int)), None)
 
 
-def resolve_input(model: nn.Module, config: Config) -> Config:
-    """The same for tokens before the input: in some models the input embedding is not as wide as the layers."""
-    if not signatures.takes(model.get_submodule(input_homes(model)[0]), hf.EMBEDS):
-        raise ValueError(
-            f"{type(model).__name__} takes no inputs_embeds, which is how a prompt gets before its input; use a "
-            "method that changes layers."
-        )
-    if is_encoder_decoder(model) and not signatures.takes(decoder_of(model), hf.ENCODED_MASK):
-        raise ValueError(
-            f"{type(decoder_of(model)).__name__}.forward takes no {hf.ENCODED_MASK}, by which a decoder is told of a "
-            "prompt before its encoder's input; use prefix tuning, or a method that changes layers."
-        )
-    _refuse_other_embeddings(model)
-    reader = hf.layer_that_reads_ids(model)
-    if reader is not None:
-        raise ValueError(
-            f"{reader} in {type(model).__name__} reads token ids beside what other layers give it, and a prompt's "
-            "tokens have none; use prefix tuning, or a method that changes layers."
-        )
-    if config.token_dim is None:
-        width = getattr(input_embedding(model), "embedding_dim", None)
-        config = dataclasses.replace(config, token_dim=width)
-    return resolve(model, config, needed=("token_dim",))
-
-
-def _refuse_other_embeddings(model: nn.Module) -> None:
-    """Refuse a model that makes more of a token than its row in one table, of which a prompt's tokens have none."""
-    field = hf.ids_in_embedding(getattr(model, "config", None))
-    if field is not None:
-        raise ValueError(
-            f"{type(model).__name__} embeds a token by more than its row (its config has {field}), and a prompt is "
-            "rows alone; use a method that changes layers."
-        )
-    refuse_many_vocabularies(model)
-    input_embedding(model)
-
-
 def refuse_many_vocabularies(model: nn.Module) -> None:
     """Refuse a model whose input has several rows for each row of the batch, one of each vocabulary."""
-    found = _found(model, "input_embeddings")
+    found = from_getter(model, "input_embeddings")
     if isinstance(found, nn.ModuleList):
         raise ValueError(
             f"{type(model).__name__} has {len(found)} input embeddings, one for each of its vocabularies, and a prompt "
@@ -145,15 +109,14 @@ def refuse_many_vocabularies(model: nn.Module) -> None:
 
 def refuse_pictures(model: nn.Module, given: Mapping[str, Any]) -> None:
     """Refuse a call whose positions a model counts from its pictures: it does not where tokens are put before them."""
-    name = hf.counted_from_pictures(model, given)
-    positions = given.get(hf.POSITIONS)
-    if name is None and isinstance(positions, Tensor) and positions.dim() > 2:
+    name, positions = counted.counted_from_pictures(model, given), given.get(hf.POSITIONS)
+    if isinstance(positions, Tensor) and positions.dim() > 2 and not counted.counts_on(model):
         is_known = not torch.compiler.is_compiling() and not transforms.is_mapped(positions)
-        name = hf.POSITIONS if is_known and bool((positions != positions[-1:]).any()) else None
+        name = None if is_known and bool((positions == positions[-1:]).all()) else hf.POSITIONS
     if name is not None:
         raise ValueError(
             f"the batch has {name}, and {type(model).__name__} counts positions in space, of pictures and of the token "
-            "ids, where a prompt or a prefix has none. Leave it out, or use a method that changes layers."
+            "ids, where a prompt or a prefix has none. Use a method that changes layers."
         )
 
 
@@ -166,13 +129,6 @@ def text_config(model: nn.Module) -> Any:
 def sites(model: nn.Module, config: Any) -> dict[str, Place]:
     """The one site: the model itself."""
     return {"": Place("", "", layers.MODEL)}
-
-
-def input_homes(model: nn.Module) -> Sequence[str]:
-    """Where tokens are put before the input: in the model's call, or in its encoder's and decoder's."""
-    if not is_encoder_decoder(model):
-        return ("",)
-    return path_of(model, _half(model, "encoder")), path_of(model, _half(model, "decoder"))
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -192,16 +148,17 @@ def writes(model: nn.Module) -> bool:
     return callable(says) and bool(says())
 
 
-def _half(model: nn.Module, name: str) -> nn.Module:
-    found = _found(model, name)
+def half(model: nn.Module, name: str) -> nn.Module:
+    """The `encoder` or `decoder` of an encoder-decoder."""
+    found = from_getter(model, name)
     if found is not None and is_encoder_decoder(found):
-        found = _found(found, name) or found  # Florence's is a whole BART
+        found = from_getter(found, name) or found  # Florence's is a whole BART
     if found is None:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder without a get_{name}(); prompts need it.")
     return found
 
 
-def _found(model: nn.Module, name: str) -> nn.Module | None:
+def from_getter(model: nn.Module, name: str) -> nn.Module | None:
     """What the model's own `get_...()` gives; `None` where it has none, or does not say."""
     find: Any = getattr(model, f"get_{name}", None)
     try:
@@ -213,7 +170,7 @@ def _found(model: nn.Module, name: str) -> nn.Module | None:
 
 def decoder_of(model: nn.Module) -> nn.Module:
     """The decoder of an encoder-decoder."""
-    return _half(model, "decoder")
+    return half(model, "decoder")
 
 
 def path_of(model: nn.Module, module: nn.Module) -> str:
@@ -221,35 +178,9 @@ def path_of(model: nn.Module, module: nn.Module) -> str:
     return next(path for path, one in layers.named_modules(model) if one is module)
 
 
-def embed(model: nn.Module, ids: Tensor) -> Tensor:
-    """(rows, length, dim), as the model itself embeds its tokens."""
-    found = input_embedding(model)(ids)
-    if not isinstance(found, Tensor):
-        raise ValueError(
-            f"the input embedding of {type(model).__name__} gives a {type(found).__name__}; expected a tensor, before "
-            "which a prompt's tokens go. Use a method that changes layers."
-        )
-    return found
-
-
-def input_embedding(model: nn.Module) -> nn.Module:
-    """The model's input embedding.
-
-    Raises:
-        ValueError: it has none, or does not say which it is.
-    """
-    found = _found(model, "input_embeddings")
-    if found is None:
-        raise ValueError(
-            f"{type(model).__name__} has no get_input_embeddings() that gives a module; a prompt goes before embedded "
-            "tokens. Give the model that method, and a forward that takes inputs_embeds."
-        )
-    return found
-
-
 def table(model: nn.Module) -> Tensor:
     """The input embedding's weight, or else the model's first one: new tensors go where it is."""
-    weight = getattr(_found(model, "input_embeddings"), "weight", None)
+    weight = getattr(from_getter(model, "input_embeddings"), "weight", None)
     return weight if isinstance(weight, Tensor) else next(model.parameters())
 
 
@@ -264,14 +195,3 @@ def check_rows(config: PromptLearningConfig, path: str, leaf: Leaf) -> None:
     rows = leaf["prompt_embeddings"].shape[0]
     if rows not in (config.num_virtual_tokens, config.rows):
         raise ValueError(f"prompt_embeddings of {rows} rows, and its config says {config.rows}")
-
-
-def check_width(leaf: Mapping[str, Tensor], site: Site) -> str | None:
-    """What is wrong with the width of a leaf's tokens for this model, or `None`."""
-    width = getattr(input_embedding(site.layer), "embedding_dim", None)
-    name = "prompt_embeddings" if "prompt_embeddings" in leaf else "embedding"
-    if name not in leaf:
-        return f"has {sorted(leaf)}, expected prompt_embeddings"
-    shape = tuple(leaf[name].shape)
-    right = len(shape) == 2 and width in (None, shape[1])
-    return None if right else f"has {name} {shape}, expected (tokens, {width})"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftfn import signatures
 from peftfn import transformers_names as hf
+from peftfn import transformers_positions as counted
 from peftfn.adapter import Leaf
 from peftfn.calls import Added, Call
 from peftfn.inserted import LENGTH
@@ -106,10 +107,10 @@ def _refuse_unlike(model: nn.Module, at_end: bool, in_cache: bool) -> None:
     why = None
     if not signatures.takes(model, hf.MASK):
         why = f"takes no {hf.MASK}"
-    elif (field := hf.reads_masked(getattr(model, "config", None))) is not None:
+    elif (field := counted.reads_masked(getattr(model, "config", None))) is not None:
         why = f"reads them all the same (its config has {field})"
-    elif not at_end and not _can_be_told(model) and not hf.counts_by_mask(model):
-        table = hf.position_table(model, rotary=in_cache)
+    elif not at_end and not _can_be_told(model) and not counted.counts_by_mask(model):
+        table = counted.position_table(model, rotary=in_cache)
         why = None if table is None else f"counts them in its positions ({table}), which it cannot be told"
     if why is not None:
         raise ValueError(
@@ -130,10 +131,10 @@ def reads_last(model: nn.Module) -> bool:
 
 def first_position(model: nn.Module) -> int | None:
     """The position of a row's first token in a model that counts masked places too, and can be told others."""
-    if not _can_be_told(model) or hf.counts_by_mask(model):
+    if not _can_be_told(model) or counted.counts_by_mask(model):
         return None
     padding = padding_counted(model)
-    return hf.first_position(getattr(model, "config", None)) if padding is None else padding + 1
+    return counted.first_position(getattr(model, "config", None)) if padding is None else padding + 1
 
 
 def _can_be_told(model: nn.Module) -> bool:

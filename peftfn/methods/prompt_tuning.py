@@ -15,7 +15,7 @@ from peftfn import transformers_names as hf
 from peftfn.adapter import Leaf
 from peftfn.calls import Call
 from peftfn.layers import Site
-from peftfn.methods import prompt_config, prompt_rows
+from peftfn.methods import prompt_config, prompt_input, prompt_rows
 from peftfn.methods.action import OnCall
 from peftfn.methods.method import Files, Method, Targets, like_weight
 from peftfn.methods.prompt_config import PromptLearningConfig
@@ -79,7 +79,7 @@ def init(
 
 
 def _rows_of(model: nn.Module, ids: Tensor) -> Tensor:
-    embedding: Any = prompt_config.input_embedding(model)
+    embedding: Any = prompt_input.embedding(model)
     if embedding.weight.is_meta:
         raise ValueError(
             "this prompt_tuning_init reads the model's embeddings, and the model is on the meta device; load its "
@@ -123,7 +123,7 @@ def prompted(config: PromptLearningConfig, leaf: Mapping[str, Tensor], site: Sit
     if call.first:
         prompt_config.refuse_pictures(model, call.given)
         caches.make_room(call.cache, added.places, getattr(model, "config", None))
-    after = inserted.with_tokens(call, tokens, added, lambda ids: prompt_config.embed(model, ids), config.task_type)
+    after = inserted.with_tokens(call, tokens, added, lambda ids: prompt_input.embed(model, ids), config.task_type)
     return prompt_rows.with_positions(model, call, after, added)
 
 
@@ -131,8 +131,8 @@ METHOD = Method(
     config=PromptTuningConfig,
     slots={"prompt_embeddings": Slot(), inserted.LENGTH: Slot(trained=False)},
     init=init,
-    action=OnCall(forward, prompt_config.check_width, prompt_rows.silence, prompt_config.input_homes),
-    targets=Targets(prompt_config.resolve_input, prompt_config.sites),
+    action=OnCall(forward, prompt_input.check, prompt_rows.silence, prompt_input.homes),
+    targets=Targets(prompt_input.resolve, prompt_config.sites),
     stacking=prompt_rows.STACKING,
     files=Files(prompt_config.check_rows),
 )
