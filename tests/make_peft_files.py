@@ -165,6 +165,11 @@ CASES = [
         "LoKrConfig",
         versions=ONLY_NEW,
     ),
+    Case("dora-bert", "bert", BERT_LORA | {"use_dora": True}, versions=ONLY_NEW),
+    Case("dora-conv2d", "conv2d", lora("conv", "lin0", use_dora=True), versions=ONLY_NEW),
+    Case(
+        "oft-bert", "bert", {"oft_block_size": 8, "target_modules": ["query"]} | SEQ_CLS, "OFTConfig", versions=ONLY_NEW
+    ),
     Case("prompt-tuning-gpt2", "gpt2", PROMPT, "PromptTuningConfig"),
     Case("prompt-tuning-bert", "bert", PROMPT | SEQ_CLS, "PromptTuningConfig"),
     Case("p-tuning-gpt2", "gpt2", P_TUNING, "PromptEncoderConfig"),

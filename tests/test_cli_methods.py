@@ -32,6 +32,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "ia3": ("--lr", "0.2"),
     "adalora": ("--init-r", "4", "--target-r", "2", "--tfinal", "5", "--lr", "0.05"),
     "lokr": ("--r", "2", "--lr", "0.05"),
+    "oft": ("--oft-block-size", "8", "--lr", "0.05"),
     "prompt-tuning": PROMPT,
     "p-tuning": (*PROMPT, "--encoder-hidden-size", "12", "--encoder-reparameterization-type", "LSTM"),
     "prefix-tuning": PROMPT,
@@ -118,7 +119,7 @@ def test_an_option_of_another_method_is_refused_by_name(place: Path, tmp_path: P
     assert "--r" in printed and "no option of --method prompt-tuning; it has" in printed
     assert "--num-virtual-tokens" in printed
     printed = call("train", *given, "--method", "lore", code=2)
-    assert "'lore' is none of lora, ia3, adalora, lokr, prompt-tuning" in printed
+    assert "'lore' is none of lora, ia3, adalora, lokr, oft, prompt-tuning" in printed
     printed = call("train", *given, "--method", "prompt-tuning", code=2)
     assert "num_virtual_tokens is None; expected a positive integer" in printed
     llama = ("--model", place / "llama", *given[2:])

@@ -220,9 +220,10 @@ class Method:
             return self.action.check(leaf, site)
         if site.kind not in self.action.kinds:
             return f"cannot act on this {site.kind}, expected one of {', '.join(self.action.kinds)}"
-        last = max((end for _, end in site.rows or ()), default=0)
-        if last and last > (outputs := site.shape[layouts.output_axis(site.kind)]):
-            return f"acts on {last} outputs, expected at most {outputs}"
+        ends = [end for _, end in site.rows or ()]
+        if ends and max(ends) > site.shape[layouts.output_axis(site.kind)]:
+            outputs = site.shape[layouts.output_axis(site.kind)]
+            return f"acts on {max(ends)} outputs, expected at most {outputs}"
         return slots.wrong(self.slots, config, layouts.of_site(site), self.stacking.rank(config, site.path), leaf)
 
     def kinds(
