@@ -14,16 +14,18 @@ import json
 from collections.abc import Mapping
 from typing import Any, cast
 
-from peftfn import fused, layers
+from peftfn import fused, layers, methods
 from peftfn.adapter import Adapter, SiteInfo, Sites
 from peftfn.config import PeftConfig
 
 
 def written(adapter: Adapter) -> str:
     """The note on an adapter; empty where there is nothing to say."""
+    if methods.of(adapter.config).on_weights is None:
+        return ""
     sites = {path: _written(site) for path, site in adapter.sites.items() if path in adapter.params and site.kind}
-    named = getattr(adapter.config, "target_modules", None)
-    return json.dumps({"sites": sites, "named": named}) if any(sites.values()) else ""
+    config: Any = adapter.config
+    return json.dumps({"sites": sites, "named": config.target_modules}) if sites else ""
 
 
 def _written(site: SiteInfo) -> dict[str, Any]:

@@ -257,6 +257,8 @@ def lokr(*targets: str, **kwargs: Any) -> pf.LoKrConfig:
 DEFINED = "padding_idx and scale_grad_by_freq say what the gradient is; it is not the slope"
 REPLACED = "two adapters that replace the same tensor are refused (test_bad_input.py)"
 ONES = {"randomness": "it starts at ones, whatever the generator"}
+ZEROS = {"randomness": "it starts at zeros, whatever the generator"}
+NORMED = {"slope": "the norm is a constant for the gradient, as in peft (test_methods_against_peft.py)"}
 SMALL = {"r": 4, "lora_alpha": 6}
 
 INPUT = {
@@ -512,35 +514,37 @@ CASES = [
     Case("lokr-conv3d", lambda: nn.Sequential(nn.Conv3d(2, 4, (1, 2, 3))), lokr("0"), randn(4, 2, 3, 4, 5)),
     Case("lokr-two-paths", Twice, lokr("first"), randn(4, 8)),
     Case("lokr-llama", llama, pf.LoKrConfig(r=2), lambda: {"input_ids": tokens()()}),
-    Case("dora-linear", mlp, dora("0", "3"), randn(4, 8)),
-    Case("dora-head", mlp, dora("0", modules_to_save=["3"]), randn(4, 8), {"sum": REPLACED}),
-    Case("dora-transposed-square", turned_squares, dora("0", "2"), randn(4, 3, 8)),
-    Case("dora-embedding", lambda: nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 5)), dora("0"), tokens()),
-    Case("dora-conv1d", lambda: nn.Sequential(nn.Conv1d(4, 6, 3, stride=2)), dora("0"), randn(4, 4, 9)),
+    Case("dora-linear", mlp, dora("0", "3"), randn(4, 8), NORMED),
+    Case("dora-head", mlp, dora("0", modules_to_save=["3"]), randn(4, 8), {"sum": REPLACED, **NORMED}),
+    Case("dora-transposed-square", turned_squares, dora("0", "2"), randn(4, 3, 8), NORMED),
+    Case("dora-embedding", lambda: nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 5)), dora("0"), tokens(), NORMED),
+    Case("dora-conv1d", lambda: nn.Sequential(nn.Conv1d(4, 6, 3, stride=2)), dora("0"), randn(4, 4, 9), NORMED),
     Case(
         "dora-conv2d-groups",
         lambda: nn.Sequential(nn.Conv2d(8, 12, 3, padding=1, padding_mode="circular", groups=2), nn.Tanh()),
         dora("0"),
         randn(4, 8, 6, 6),
+        NORMED,
     ),
-    Case("dora-conv3d", lambda: nn.Sequential(nn.Conv3d(2, 4, (1, 2, 3))), dora("0"), randn(4, 2, 3, 4, 5)),
-    Case("dora-two-paths", Twice, dora("first"), randn(4, 8)),
-    Case("dora-llama", llama, pf.LoraConfig(r=2, use_dora=True), lambda: {"input_ids": tokens()()}),
-    Case("oft-linear", mlp, oft("0", "3"), randn(4, 8)),
-    Case("oft-exact", mlp, oft("0", "3", use_cayley_neumann=False), randn(4, 8)),
-    Case("oft-head", mlp, oft("0", modules_to_save=["3"]), randn(4, 8), {"sum": REPLACED}),
-    Case("oft-transposed-square", turned_squares, oft("0", "2"), randn(4, 3, 8)),
-    Case("oft-embedding", lambda: nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 5)), oft("0"), tokens()),
-    Case("oft-conv1d", lambda: nn.Sequential(nn.Conv1d(4, 6, 3, stride=2)), oft("0"), randn(4, 4, 9)),
+    Case("dora-conv3d", lambda: nn.Sequential(nn.Conv3d(2, 4, (1, 2, 3))), dora("0"), randn(4, 2, 3, 4, 5), NORMED),
+    Case("dora-two-paths", Twice, dora("first"), randn(4, 8), NORMED),
+    Case("dora-llama", llama, pf.LoraConfig(r=2, use_dora=True), lambda: {"input_ids": tokens()()}, NORMED),
+    Case("oft-linear", mlp, oft("0", "3"), randn(4, 8), ZEROS),
+    Case("oft-exact", mlp, oft("0", "3", use_cayley_neumann=False), randn(4, 8), ZEROS),
+    Case("oft-head", mlp, oft("0", modules_to_save=["3"]), randn(4, 8), {"sum": REPLACED, **ZEROS}),
+    Case("oft-transposed-square", turned_squares, oft("0", "2"), randn(4, 3, 8), ZEROS),
+    Case("oft-embedding", lambda: nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 5)), oft("0"), tokens(), ZEROS),
+    Case("oft-conv1d", lambda: nn.Sequential(nn.Conv1d(4, 6, 3, stride=2)), oft("0"), randn(4, 4, 9), ZEROS),
     Case(
         "oft-conv2d-groups",
         lambda: nn.Sequential(nn.Conv2d(8, 12, 3, padding=1, padding_mode="circular", groups=2), nn.Tanh()),
         oft("0"),
         randn(4, 8, 6, 6),
+        ZEROS,
     ),
-    Case("oft-conv3d", lambda: nn.Sequential(nn.Conv3d(2, 4, (1, 2, 3))), oft("0"), randn(4, 2, 3, 4, 5)),
-    Case("oft-two-paths", Twice, oft("first"), randn(4, 8)),
-    Case("oft-llama", llama, pf.OFTConfig(oft_block_size=4), lambda: {"input_ids": tokens()()}),
+    Case("oft-conv3d", lambda: nn.Sequential(nn.Conv3d(2, 4, (1, 2, 3))), oft("0"), randn(4, 2, 3, 4, 5), ZEROS),
+    Case("oft-two-paths", Twice, oft("first"), randn(4, 8), ZEROS),
+    Case("oft-llama", llama, pf.OFTConfig(oft_block_size=4), lambda: {"input_ids": tokens()()}, ZEROS),
 ]
 
 STAIRS = {

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import peftfn as pf
 from peftfn import methods
-from peftfn.methods.method import NOTES
 
 rows = pytest.mark.parametrize("row", ROWS.values(), ids=list(ROWS))
 
@@ -30,7 +29,7 @@ def test_a_bound_model_has_the_class_and_the_paths_of_the_base(row: Row) -> None
     ours, theirs = bound.state_dict(), model.state_dict()
     assert [name for name in ours if name in theirs] == list(theirs)
     method = methods.of(adapter.config)
-    assert set(ours) - set(theirs) == {name for name in ours if name.endswith((*method.slots, *NOTES))}
+    assert set(ours) - set(theirs) == {name for name in ours if name.endswith((*method.slots,))}
     own = set(names_of(model, adapter))
     assert all(ours[name].data_ptr() == p.data_ptr() for name, p in model.named_parameters() if name not in own)
 

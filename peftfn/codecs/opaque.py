@@ -57,9 +57,13 @@ def shape(module: nn.Module, name: str) -> torch.Size:
 
 
 def read(module: nn.Module, name: str) -> Tensor:
-    """W in the dtype that the layer computes in."""
+    """W in the dtype that the layer computes in: what it makes of the identity."""
+    own = _dense(module)
+    if own is not None:
+        return own
     made = _packed(module)
-    return packed.dense(made, made.spec.dtype)
+    eye = torch.eye(made.spec.shape[1], dtype=made.spec.dtype, device=made.spec.device)
+    return packed.run(made, eye, None).mT.to(made.spec.dtype)  # which no transform sees: a layer's own may be opaque
 
 
 def shared(module: nn.Module) -> list[Any]:

@@ -19,15 +19,16 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from peftfn import layers, layouts
-from peftfn.adapter import Adapter, Leaf
+from peftfn import layers, layouts, targets
+from peftfn.adapter import Leaf
 from peftfn.config import LayeredConfig
 from peftfn.layers import Site
 from peftfn.layouts import WeightShape
-from peftfn.methods import lora, slots, weights
+from peftfn.methods import slots, weights
 from peftfn.methods.lora_config import check_positive, described
+from peftfn.methods.lora_targets import TARGETS
 from peftfn.methods.method import Files, Method, Stacking, Targets, like_weight
 from peftfn.methods.slots import Shape, Slot
 
@@ -122,6 +123,12 @@ SLOTS = {
     "oft_R": Slot(_on_layer, "oft_R.weight", off=0.0),
     "oft_embedding_R": Slot(_on_embedding, "oft_embedding_R.weight", off=0.0),
 }
+
+
+def resolve(model: nn.Module, config: OFTConfig) -> OFTConfig:
+    """The config with LoRA's default targets, as in PEFT, and the version of PEFT whose sum of powers is meant."""
+    version = config.peft_version or ("0.18.0" if config.use_cayley_neumann else None)
+    return dataclasses.replace(targets.resolved(model, config, TARGETS), peft_version=version)
 
 
 def init(config: OFTConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None) -> Leaf:
@@ -221,20 +228,12 @@ def check_file(config: OFTConfig, path: str, leaf: Leaf) -> None:
         )
 
 
-def file_config(adapter: Adapter) -> OFTConfig:
-    """The config with the version of PEFT whose sum of powers this is, if it names none."""
-    config = adapter.config
-    assert isinstance(config, OFTConfig)
-    is_known = config.peft_version or not config.use_cayley_neumann
-    return config if is_known else dataclasses.replace(config, peft_version="0.18.0")
-
-
 METHOD = Method(
     config=OFTConfig,
     slots=SLOTS,
     init=init,
     action=weights.reweighted(_weight, forward=forward),
-    targets=Targets(lora.resolve),  # as in PEFT
-    files=Files(check_file, file_config),
+    targets=Targets(resolve),
+    files=Files(check_file),
     stacking=Stacking(varies=("bias", "init_weights")),
 )
