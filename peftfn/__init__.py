@@ -2,7 +2,7 @@
 
 from peftfn import adalora, curvature, laplace, optimizers, sweep
 from peftfn.adapter import Adapter, Count, count, leaves
-from peftfn.apply import apply, init
+from peftfn.apply import apply
 from peftfn.auto import load_with_model
 from peftfn.bound import bind, unbind
 from peftfn.checkpoint import load, push_to_hub, save
@@ -10,6 +10,7 @@ from peftfn.combine import combine
 from peftfn.config import PeftConfig
 from peftfn.ensemble import Ensemble, ensemble
 from peftfn.folders.merging import merge_folder
+from peftfn.init import init
 from peftfn.inits import loftq, olora, pissa
 from peftfn.kbit import prepare_for_kbit_training
 from peftfn.merge import merge

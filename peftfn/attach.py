@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfn import cached, calls, codecs, graft, inserted, layers, masks, parts, readers, recompute, routing
+from peftfn import cached, calls, codecs, graft, inserted, layers, masks, parts, readers, recompute, routing, validate
 from peftfn import transformers_names as hf
 from peftfn.layers import Place, Site
 from peftfn.parts import How, Part
@@ -76,7 +76,7 @@ def _adapt_model(root: nn.Module, by_path: Mapping[str, nn.Module], here: Sequen
     site = Site("", place.kind, graft.second(root) if how.apart else root, place.weight)
     steps: dict[str, list[calls.Step]] = {}
     tensors: list[Tensor] = []
-    _check_leaves(site.layer, place, "", here, how)
+    _refuse_unfit(site.layer, place, "", here, how)
     for part in here:
         on_call = part.method.on_call
         for home in on_call.homes(root) if on_call is not None and part.leaf else ():
@@ -97,11 +97,6 @@ def _adapt_model(root: nn.Module, by_path: Mapping[str, nn.Module], here: Sequen
         )
     if steps and how.armed is not None and hf.generates_by_itself(type(root)):
         root.__dict__[hf.GENERATE] = functools.partial(calls.generating, root, noted)
-
-
-def _one_of(part: Part) -> Mapping[str, Tensor]:
-    """The leaf of one adapter, to look at its shapes."""
-    return part.leaf if part.rows is None else {name: tensor[0] for name, tensor in part.leaf.items()}
 
 
 def _step(part: Part, site: Site) -> calls.Step:
@@ -147,7 +142,8 @@ def _replace(twin: nn.Module, path: str, here: Sequence[Part], how: How) -> None
             if name in taken:
                 raise ValueError(f"two of the active adapters replace {path}.{name}; only one can. Apply them apart.")
             taken.add(name)
-            _check_replacement(_shape(twin, name), twin, f"{path}.{name}", tensor, part)
+            shape = tensor.shape if part.rows is None else tensor.shape[1:]
+            validate.refuse_replacement(twin, path, name, shape, name in part.fixed)
             if part.rows is None:
                 graft.put(twin, name, tensor)
         if part.rows is not None and part.replaced:
@@ -162,35 +158,14 @@ def _watch_replaced(twin: nn.Module, path: str, here: Sequence[Part], how: How) 
         graft.set_forward(twin, functools.partial(recompute.watched, run, how.armed, path, trained))
 
 
-def _shape(twin: nn.Module, name: str) -> torch.Size | None:
-    codec = codecs.of(twin)  # a packed weight has another shape, and perhaps no tensor of that name
-    if name == "weight" and codec is not codecs.DENSE:
-        return codec.shape(twin, name)
-    home: dict[str, Any] = twin._parameters if name in twin._parameters else twin._buffers
-    return getattr(codecs.bias(twin) if name == "bias" else home.get(name), "shape", None)
-
-
-def _check_replacement(old: torch.Size | None, twin: nn.Module, name: str, tensor: Tensor, part: Part) -> None:
-    fixed = name.rpartition(".")[2] in part.fixed
-    if old is None:
-        raise KeyError(f"the adapter replaces {name}, which this {type(twin).__name__} does not have.")
-    shape = tensor.shape if part.rows is None else tensor.shape[1:]
-    if shape == old or (fixed and shape[1:] == old[1:]):
-        return
-    raise ValueError(
-        f"{name}: the adapter has shape {tuple(shape)}, the model {tuple(old)}; build the model as it was when "
-        "the adapter was made (num_labels, vocabulary size)."
-    )
-
-
 def _adapt(twin: nn.Module, place: Place, path: str, here: Sequence[Part], how: How) -> None:
-    _check_leaves(twin, place, path, here, how)
+    _refuse_unfit(twin, place, path, here, how)
     here = [part for part in here if part.leaf]
     layer = graft.second(twin) if how.apart else twin
     run = graft.base_forward(layer)
     for number, part in enumerate(here):
         adapted = functools.partial(_adapted, layer, place, here[:number]) if number else None
-        site = _site(part, place, path, layer, run, adapted)
+        site = validate.site_of(layer, place, path, part.info, run, adapted)
         if part.rows is None:
             run = functools.partial(part.method.action.forward, part.config, part.leaf, site)
         else:
@@ -201,7 +176,7 @@ def _adapt(twin: nn.Module, place: Place, path: str, here: Sequence[Part], how: 
 def _adapt_weight(by_path: Mapping[str, nn.Module], place: Place, path: str, here: Sequence[Part], how: How) -> None:
     """Adapt a tensor that the base reads itself."""
     twin = by_path[place.owner]
-    _check_leaves(twin, place, path, here, how)
+    _refuse_unfit(twin, place, path, here, how)
     here = [part for part in here if part.leaf]
     how.hold(twin, place.weight, functools.partial(_merged, twin, place, here))
     reader = by_path[_reader(by_path, place)]
@@ -234,7 +209,7 @@ def _adapt_reader(
         )
     read: list[readers.Read] = []
     for site, place, here in sites:
-        _check_leaves(by_path[place.owner], place, site, here, how)
+        _refuse_unfit(by_path[place.owner], place, site, here, how)
         relative = place._replace(owner=place.owner.removeprefix(path).removeprefix("."))
         read.append(readers.Read(relative, [part for part in here if part.leaf]))
     run = readers.by_row(graft.second(reader) if how.apart else reader, path, read)
@@ -249,25 +224,11 @@ def _with_watch(run: Callable[..., Any], path: str, here: Sequence[Part], how: H
     )
 
 
-def _check_leaves(twin: nn.Module, place: Place, path: str, here: Sequence[Part], how: How) -> None:
+def _refuse_unfit(twin: nn.Module, place: Place, path: str, here: Sequence[Part], how: How) -> None:
     for part in here:
         if part.leaf and (how.check or part.method.on_weights is None):  # the others are few, and never remembered
-            wrong = part.method.check(part.config, _one_of(part), _site(part, place, path, twin))
-            if wrong:
-                name = path or type(twin).__name__
-                raise ValueError(f"{name}: the adapter {wrong}. It was made for a model of another size.")
-
-
-def _site(
-    part: Part,
-    place: Place,
-    path: str,
-    layer: nn.Module,
-    run: Callable[..., Any] | None = None,
-    adapted: Callable[[], Mapping[str, Tensor | None]] | None = None,
-) -> Site:
-    rows, input_side = part.info.rows, part.info.input_side
-    return Site(path, place.kind, layer, place.weight, run, rows=rows, input_side=input_side, adapted=adapted)
+            one = part.leaf if part.rows is None else {name: tensor[0] for name, tensor in part.leaf.items()}
+            validate.refuse_leaf(part.method, part.config, one, validate.site_of(twin, place, path, part.info))
 
 
 def _merged(twin: nn.Module, place: Place, here: Sequence[Part]) -> Tensor:

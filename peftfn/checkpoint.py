@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from peftfn import encoders, files, fused, hub, keys, methods, older, site_notes
+from peftfn import encoders, files, fused, hub, keys, methods, older, site_notes, validate
 from peftfn.adapter import Adapter
 from peftfn.config import PeftConfig
 from peftfn.transforms import is_traced
@@ -155,7 +155,7 @@ def load(
     if note:
         adapter = adapter.replace(config=site_notes.named_config(adapter, note))
     if model is not None:
-        keys.check_against(adapter, model, str(source))
+        validate.against(adapter, model, str(source))
     return adapter
 
 

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from peftfn import codecs, layers
 from peftfn.adapter import Adapter, SiteInfo, Tree, sorted_tree
-from peftfn.apply import init
 from peftfn.codecs import bitsandbytes_4bit, bitsandbytes_8bit
 from peftfn.codecs.stored import library
+from peftfn.init import init
 from peftfn.layers import Place
 from peftfn.methods.lora_config import LoraConfig
 

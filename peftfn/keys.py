@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from peftfn import alike, attach, codecs, layers, matching, methods, parts, prompt_keys, targets, twins
+from peftfn import alike, codecs, layers, matching, methods, prompt_keys, targets
 from peftfn.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, Sites, Tree, sorted_tree
 from peftfn.config import PeftConfig
 from peftfn.methods import Method
@@ -236,61 +236,3 @@ def _owner(site: str) -> str:
 def _owns(name: str, owner: str) -> bool:
     suffix = name.rpartition(".")[0]
     return not suffix or matching.ends_with(owner, [suffix])
-
-
-def check_against(adapter: Adapter, model: nn.Module, source: str) -> None:
-    """Hold an adapter against the model it is for.
-
-    Raises:
-        KeyError: it has sites that the model has not, or lacks sites that its config names in the model.
-        ValueError: a shape does not fit.
-    """
-    method = methods.of(adapter.config)
-    try:
-        places = method.targets.sites(model, _without_patterns(adapter.config))
-        replaced = _replaced(model, adapter.config, places)
-    except ValueError as error:
-        raise ValueError(f"{source} does not fit this {type(model).__name__}: {error}") from error
-    adapted = [path for path, leaf in adapter.params.items() if not all(map(method.replaces, leaf))]
-    missing = [path for path in places if path not in adapted]
-    missing += [path for path, names in replaced.items() if names - adapter.params.get(path, {}).keys()]
-    unexpected = [path for path in adapted if path not in places]
-    unexpected += [path for path in adapter.params if path not in adapted and layers.module_at(model, path) is None]
-    if missing or unexpected:
-        raise KeyError(
-            f"{source} does not fit this {type(model).__name__}: missing sites {_few(missing)}, unexpected sites "
-            f"{_few(unexpected)}. It was made for another architecture, or its config was changed."
-        )
-    made = twins.Twins(model)
-    attach.attach(made.root, made.by_path, parts.of([adapter]), parts.How(hold=_hold_nothing, armed=None))
-
-
-def _without_patterns(config: PeftConfig) -> PeftConfig:
-    """The config without patterns: one that matches nothing is an error where it is written, not where it is read."""
-    fields = {field.name for field in dataclasses.fields(config)} & {"rank_pattern", "alpha_pattern"}
-    return dataclasses.replace(config, **dict[str, Any].fromkeys(fields))
-
-
-def _hold_nothing(_twin: nn.Module, _name: str, _compute: Callable[[], Tensor]) -> None:
-    """Compute no weight: only what `attach` checks is wanted."""
-
-
-def _replaced(model: nn.Module, config: Any, places: Mapping[str, layers.Place]) -> dict[str, set[str]]:
-    """The parameters that the config trains beside the method's own (heads, biases), by module path."""
-    heads = targets.saved_modules(
-        model, getattr(config, "modules_to_save", None) or (), optional=matching.HEADS.get(config.task_type, ())
-    )
-    found = {path: codecs.replaceable(part) for path, part in heads.items()}
-    everywhere = [path for path, _ in layers.named_modules(model)]
-    bias: str = getattr(config, "bias", "none")
-    adapted = [place.owner for place in places.values()] if bias.endswith("_only") else []
-    for path in everywhere if bias == "all" else adapted:
-        in_attention = isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention)
-        # PEFT 0.17 leaves the bias of an attention's out_proj out of its files.
-        if codecs.bias(model.get_submodule(path)) is not None and not in_attention:
-            found.setdefault(path, set()).add("bias")
-    return found
-
-
-def _few(paths: Sequence[str], most: int = 4) -> str:
-    return f"{len(paths)} ({', '.join(paths[:most])}{', ...' if len(paths) > most else ''})" if paths else "none"
