@@ -63,7 +63,7 @@ def read(module: nn.Module, name: str) -> Tensor:
         return own
     made = _packed(module)
     eye = torch.eye(made.spec.shape[1], dtype=made.spec.dtype, device=made.spec.device)
-    return packed.run(made, eye, None).mT.to(made.spec.dtype)  # which no transform sees: a layer's own may be opaque
+    return packed.linear(made, eye, None).mT.to(made.spec.dtype)  # a Function, inside which no transform sees the layer
 
 
 def shared(module: nn.Module) -> list[Any]:
