@@ -1,7 +1,7 @@
 """Rows that get a copy of their adapter's weights, against rows sorted by adapter: where one way overtakes the other.
 
-One linear layer of LoRA in each case, no gradients, process CPU time, the ways in turns, medians. `peftfn.segments`
-chooses between them by the memory that each one moves; the last column is what it chose.
+One linear layer of LoRA in each case, no gradients, process CPU time, the ways in turns, medians. The library
+(`peftfn.runtime.segments`) chooses between them by the memory that each one moves; the last column is what it chose.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn import graft, routing, rows, segments
-from peftfn.layers import LINEAR, Site
 from peftfn.methods import lora
+from peftfn.models import graft
+from peftfn.models.layers import LINEAR, Site
+from peftfn.runtime import routing, rows, segments
 
 WIDTH = 512
 ROWS = 32

@@ -1,19 +1,12 @@
 """peftfn: parameter-efficient fine-tuning as pure functions on `torch.func`."""
 
-from peftfn import adalora, curvature, laplace, optimizers, sweep
-from peftfn.adapter import Adapter, Count, count, leaves
-from peftfn.apply import apply
-from peftfn.auto import load_with_model
-from peftfn.bound import bind, unbind
-from peftfn.checkpoint import load, push_to_hub, save
-from peftfn.combine import combine
-from peftfn.config import PeftConfig
-from peftfn.ensemble import Ensemble, ensemble
-from peftfn.folders.merging import merge_folder
-from peftfn.init import init
-from peftfn.inits import loftq, olora, pissa
-from peftfn.kbit import prepare_for_kbit_training
-from peftfn.merge import merge
+from peftfn.analysis import curvature, laplace
+from peftfn.checkpoints.auto import load_with_model
+from peftfn.checkpoints.checkpoint import load, push_to_hub, save
+from peftfn.checkpoints.folders.merging import merge_folder
+from peftfn.checkpoints.shelf import load_stack
+from peftfn.core.adapter import Adapter, Count, count, leaves
+from peftfn.core.config import PeftConfig
 from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adaption_prompt import AdaptionPromptConfig
 from peftfn.methods.ia3 import IA3Config
@@ -24,8 +17,16 @@ from peftfn.methods.p_tuning import PromptEncoderConfig
 from peftfn.methods.prefix_tuning import PrefixTuningConfig
 from peftfn.methods.prompt_config import PromptLearningConfig
 from peftfn.methods.prompt_tuning import PromptTuningConfig
-from peftfn.shelf import load_stack
-from peftfn.stacking import stack, unstack
+from peftfn.ops.combine import combine
+from peftfn.ops.init import init
+from peftfn.ops.inits import loftq, olora, pissa
+from peftfn.ops.kbit import prepare_for_kbit_training
+from peftfn.ops.merge import merge
+from peftfn.ops.stacking import stack, unstack
+from peftfn.runtime.apply import apply
+from peftfn.runtime.bound import bind, unbind
+from peftfn.runtime.ensemble import Ensemble, ensemble
+from peftfn.training import adalora, optimizers, sweep
 
 __version__ = "0.1.0"
 

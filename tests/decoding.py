@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn import keys
+from peftfn.checkpoints import keys
 
 Logits = Callable[[Tensor], Tensor]
 """(1, length) of one row without padding -> (1, words): what comes next."""

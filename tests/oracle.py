@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn import keys
+from peftfn.checkpoints import keys
 
 Tensors = dict[str, Tensor]
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import peftfn as pf
-from peftfn import adalora, keys
+from peftfn.checkpoints import keys
 from peftfn.methods.adalora import NAMES
+from peftfn.training import adalora
 
 # Eighty steps of AdamW, each of which divides by the size of a gradient: rounding grows ten million times along
 # the way. float64 shows that the formulas are the same, float32 that the masks are there too.

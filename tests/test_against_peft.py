@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import peftfn as pf
-from peftfn import keys
+from peftfn.checkpoints import keys
 
 # Both libraries compute the same sums; ours scales the narrow side of the product and adds while it multiplies, so
 # float32 results differ in their last bits: each is held to the truth, what peft computes in float64 (exact.py).

@@ -17,7 +17,8 @@ import safetensors.torch
 from same import adapter_of, assert_same, mlp
 
 import peftfn as pf
-from peftfn import checkpoint, files
+from peftfn.checkpoints import checkpoint
+from peftfn.core import files
 
 # Each order is one forked child, so that what is killed had its imports done. "die N" dies at its Nth look at the
 # folder; "go" saves until it is killed.

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import FalconConfig, FalconForCausalLM, ViTConfig, ViTForImageClassification
 
 import peftfn as pf
-from peftfn import attention
+from peftfn.models import attention
 
 MAPPED, ROWS, HEADS, QUERIES, KEYS, WIDTH = 3, 2, 4, 5, 7, 8
 ROUNDING = 1e-6  # float32 sums in another order, relative to the largest value

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn import auto
+from peftfn.checkpoints import auto
 
 CLOSE = 1e-5  # the same products, added up in another order
 

@@ -17,7 +17,7 @@ from same import adapter_of, assert_same, assert_says, mlp, on_disk
 from torch import Tensor
 
 import peftfn as pf
-from peftfn.files import CONFIG, PICKLE, WEIGHTS
+from peftfn.core.files import CONFIG, PICKLE, WEIGHTS
 
 A, B = "base_model.model.0.lora_A.weight", "base_model.model.0.lora_B.weight"
 OPTIONS: dict[str, Any] = {"target_modules": ["0"], "modules_to_save": ["2"], "bias": "lora_only"}

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.func import grad
 
 import peftfn as pf
-from peftfn import checked
 from peftfn.methods.method import Method
+from peftfn.runtime import checked
 
 
 def put(layer: nn.Module) -> Callable[[Any], None]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import grad, hessian, jacrev, vmap
 
 import peftfn as pf
-from peftfn import curvature
+from peftfn.analysis import curvature
 
 # torch's fused attention has no rule for vmap on the CPU; it runs one by one, and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")

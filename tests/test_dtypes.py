@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import peftfn as pf
-from peftfn import keys
+from peftfn.checkpoints import keys
 from peftfn.methods import running
 
 HALVES = [torch.bfloat16, torch.float16]

@@ -16,8 +16,8 @@ from prompts import CASES, WRITERS, Case
 from torch import Tensor
 
 import peftfn as pf
-from peftfn import transformers_caches as caches
-from peftfn import transformers_names as hf
+from peftfn.models import transformers_caches as caches
+from peftfn.models import transformers_names as hf
 
 GENERATING = [case for case in CASES if case.base in ("llama", "gpt2", "bloom", "mistral", "t5")]
 IN_FRONT = [case for case in GENERATING if case.method != "adaption prompt"]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev, jvp, vmap
 
 import peftfn as pf
-from peftfn.codecs import packed as product
+from peftfn.weights.codecs import packed as product
 
 pytest.importorskip("auto_gptq", reason="auto-gptq has an environment of its own: make test-gptq")
 

@@ -20,7 +20,8 @@ import torch
 from same import adapter_of, assert_same, mlp
 
 import peftfn as pf
-from peftfn import files, keys
+from peftfn.checkpoints import keys
+from peftfn.core import files
 
 OLD, NEW = "1" * 40, "2" * 40
 

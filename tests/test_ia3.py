@@ -16,7 +16,7 @@ from torch.func import functional_call, vmap
 from transformers.pytorch_utils import Conv1D
 
 import peftfn as pf
-from peftfn import keys
+from peftfn.checkpoints import keys
 from peftfn.methods import ia3 as ia3_method
 
 ROUNDING = 1e-6  # as in test_against_peft.py

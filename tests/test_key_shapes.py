@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from peftfn import transformers_caches as caches
-from peftfn.key_shapes import Shape, key_shapes
+from peftfn.models import transformers_caches as caches
+from peftfn.models.key_shapes import Shape, key_shapes
 
 SMALL: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import jacrev
 
 import peftfn as pf
-from peftfn import curvature, laplace
+from peftfn.analysis import curvature, laplace
 
 FORMS = pytest.mark.parametrize("form", [curvature.diagonal, curvature.kronecker])
 

@@ -22,7 +22,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from torch import Tensor
 
 import peftfn as pf
-from peftfn import keys
+from peftfn.checkpoints import keys
 
 PAGE = Path(__file__).parent.parent / "docs" / "migration.md"
 ROUNDING = 1e-5  # the same sums in another order, of values about 1

@@ -16,7 +16,7 @@ from snapshot import snapshot
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn import copies
+from peftfn.models import copies
 
 LLAMA = BASES["llama"]
 OPTIONS: dict[str, dict[str, Any]] = {

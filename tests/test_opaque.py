@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
 import peftfn as pf
-from peftfn.codecs import packed as product
+from peftfn.weights.codecs import packed as product
 
 # A dense weight is read by running the layer, in its own dtype: the same numbers, multiplied in another order.
 CLOSE = 1e-5

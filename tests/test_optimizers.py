@@ -10,7 +10,7 @@ from same import adapter_of, mlp
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn.optimizers import ADAMW, SGD, Optimizer
+from peftfn.training.optimizers import ADAMW, SGD, Optimizer
 
 # The same formula in another order of products, over 20 steps.
 ROUNDING = 1e-6

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
 import peftfn as pf
-from peftfn import transforms
-from peftfn.attention import attention
+from peftfn.core import transforms
+from peftfn.models.attention import attention
 
 NAMES = (
     "_stack",

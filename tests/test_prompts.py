@@ -19,7 +19,7 @@ from same import assert_same
 from torch import Tensor
 
 import peftfn as pf
-from peftfn import keys
+from peftfn.checkpoints import keys
 
 # The same sums in another order, relative to the largest value.
 ROUNDING = 1e-6

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev, jvp, vjp, vmap
 
 import peftfn as pf
-from peftfn.codecs import packed as product
+from peftfn.weights.codecs import packed as product
 
 SAME = {"rtol": 1e-5, "atol": 1e-6}
 KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.func import grad, jvp
 
 import peftfn as pf
-from peftfn import rows, segments, slices
+from peftfn.methods import slices
+from peftfn.runtime import rows, segments
 
 # The same sums in another order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}

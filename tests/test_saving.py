@@ -17,7 +17,8 @@ from same import adapter_of, assert_same, assert_same_tensors, assert_says, flat
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn import files, keys
+from peftfn.checkpoints import keys
+from peftfn.core import files
 
 TWO_ADAPTERS = Path(__file__).parent / "files" / "peft-0.21.2" / "mlp-two-adapters"
 

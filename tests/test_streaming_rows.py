@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn import blocks
-from peftfn.folders import shards
+from peftfn.checkpoints.folders import shards
+from peftfn.core import blocks
 
 ODD = (1, 63, 64, 65, 127, 129, 1000, 4097, 4099)
 

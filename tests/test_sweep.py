@@ -16,7 +16,7 @@ from snapshot import snapshot
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn.optimizers import ADAMW, SGD
+from peftfn.training.optimizers import ADAMW, SGD
 
 # torch's fused attention has no rule for vmap on the CPU; it runs one by one, and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")

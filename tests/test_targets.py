@@ -20,9 +20,10 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 
 import peftfn as pf
-from peftfn import keys, matching, renamed
+from peftfn.checkpoints import keys
 from peftfn.methods import adalora_targets, ia3_targets
 from peftfn.methods.lora_targets import TARGETS
+from peftfn.models import matching, renamed
 
 
 def nested() -> nn.Module:

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import masking_utils
 from transformers.generation import GenerationMixin
 
-from peftfn import transformers_caches as caches
-from peftfn import transformers_names as hf
-from peftfn import transformers_positions as counted
+from peftfn.models import transformers_caches as caches
+from peftfn.models import transformers_names as hf
+from peftfn.models import transformers_positions as counted
 
 VERSION = f"transformers {transformers.__version__}"
 ANNOTATED = ("LlamaForCausalLM", "GPT2LMHeadModel", "T5ForConditionalGeneration", "BertModel", "Mamba2ForCausalLM")

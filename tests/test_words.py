@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftfn.codecs import words
+from peftfn.weights.codecs import words
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -226,8 +226,8 @@ def convert(
 
     Example: `peftfn convert old-adapter new-adapter`
     """
-    from peftfn import files
     from peftfn.cli import folders
+    from peftfn.core import files
 
     found = folders.convert(adapter, output, subfolder, adapter_name)
     typer.echo(

@@ -11,10 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from peftfn import files
 from peftfn.cli import folders, grids, progress, records
 from peftfn.cli.errors import need
 from peftfn.cli.records import Record
+from peftfn.core import files
 
 SUMMARY = "summary.csv"
 _LEGEND = 16

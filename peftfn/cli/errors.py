@@ -11,7 +11,7 @@ from typing import Any, ParamSpec
 
 import torch
 
-from peftfn import files
+from peftfn.core import files
 
 P = ParamSpec("P")
 

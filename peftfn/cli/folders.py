@@ -15,11 +15,12 @@ import torch
 import transformers
 
 import peftfn as pf
-from peftfn import files, hub, methods
+from peftfn import methods
+from peftfn.checkpoints.folders import merging
 from peftfn.cli import state
 from peftfn.cli.bases import from_pretrained, load_model, quiet
 from peftfn.cli.errors import UserError
-from peftfn.folders import merging
+from peftfn.core import files, hub
 
 AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",

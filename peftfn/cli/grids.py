@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from peftfn.cli.errors import UserError
 from peftfn.cli.settings import SweepSettings
-from peftfn.config import PeftConfig
+from peftfn.core.config import PeftConfig
 
 OF_RUN = ("lr", "weight_decay", "warmup", "max_grad_norm", "seed")
 """Options of the run, beside every number of the adapter's config, that may have several values."""

@@ -7,8 +7,8 @@ import dataclasses
 import torch
 
 import peftfn as pf
-from peftfn.adalora import State
 from peftfn.cli.errors import UserError
+from peftfn.training.adalora import State
 
 
 def with_steps(config: pf.PeftConfig, total: int) -> pf.PeftConfig:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peftfn import files
 from peftfn.cli.errors import need
+from peftfn.core import files
 
 METRICS = "metrics.jsonl"
 PICTURE = "loss.png"

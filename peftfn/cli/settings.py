@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 from peftfn.cli.errors import UserError
-from peftfn.config import PeftConfig
+from peftfn.core.config import PeftConfig
 
 
 def option(text: str, default: Any = dataclasses.MISSING, **metadata: str) -> Any:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, cast
 import torch
 
 import peftfn as pf
-from peftfn import files
 from peftfn.cli.errors import UserError
+from peftfn.core import files
 
 FOLDER = "checkpoint"
 """Checkpoints are `checkpoint/step-00000100`; at most one is kept."""

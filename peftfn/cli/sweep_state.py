@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, cast
 import torch
 
 import peftfn as pf
-from peftfn import files
 from peftfn.cli import board, records, state, training
 from peftfn.cli.errors import UserError
 from peftfn.cli.grids import Member
 from peftfn.cli.settings import SweepSettings, differences, fingerprint
+from peftfn.core import files
 
 RUNS = "sweep.json"
 """Which folders in --output are a sweep's, so that --replace removes no others, and what the sweep is."""

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn import signatures
 from peftfn.cli import labels, tables
 from peftfn.cli.columns import Columns
 from peftfn.cli.errors import UserError
 from peftfn.cli.settings import DataSettings
+from peftfn.models import signatures
 
 IGNORED = -100
 """The label that PyTorch's cross entropy leaves out."""

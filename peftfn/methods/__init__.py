@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftfn.config import PeftConfig
+from peftfn.core.config import PeftConfig
 from peftfn.methods import adalora, adaption_prompt, dora, ia3, lokr, lora, oft, p_tuning, prefix_tuning, prompt_tuning
 from peftfn.methods.method import Method
 

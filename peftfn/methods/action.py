@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from peftfn.layers import Site
-from peftfn.layouts import WeightShape
-from peftfn.runs import Runs
+from peftfn.core.runs import Runs
+from peftfn.models.layers import Site
+from peftfn.models.layouts import WeightShape
 
 Merge = Callable[[Any, Mapping[str, Tensor], WeightShape, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
@@ -66,7 +66,7 @@ class OnCall(NamedTuple):
     """A method that changes what the model is given, such as a prompt.
 
     Attributes:
-        forward: `(config, leaf, site, call) -> call`, on a `peftfn.calls.Call`; the site's layer is the model.
+        forward: `(config, leaf, site, call) -> call`, on a `peftfn.methods.calls.Call`; the site's layer is the model.
         check: as of `OnAttention`.
         silence: as of `OnAttention`.
         homes: `(model) -> paths` of the modules whose call is changed.

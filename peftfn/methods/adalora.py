@@ -19,16 +19,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import layers, layouts, targets
-from peftfn.adapter import Adapter, Leaf
-from peftfn.layers import Site
-from peftfn.layouts import WeightShape
+from peftfn.core.adapter import Adapter, Leaf
 from peftfn.methods import lora, slots, weights
 from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adalora_targets import TARGETS
 from peftfn.methods.adapted import Delta
 from peftfn.methods.method import Files, Method, Stacking, Targets, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
+from peftfn.models import layers, layouts, targets
+from peftfn.models.layers import Site
+from peftfn.models.layouts import WeightShape
 
 NAMES = ("lora_A", "lora_B", "lora_E")
 """Q (r, in), P (out, r) and Λ (r, 1)."""

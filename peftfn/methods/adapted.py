@@ -6,7 +6,7 @@ dA = zᵀ (m ∘ x), dB = dyᵀ h, dx = dy W + m ∘ (z A); products with A and 
 
 Where it takes fewer multiplications, y and dx are each one product with W + s·B·A, which is made for it and not kept;
 nothing ever computes the gradient of that sum, which is as large as W. RunLoRA (https://arxiv.org/abs/2312.03415)
-has these and the other orders of the products. A packed W is only ever multiplied with (`peftfn.codecs.packed`).
+has these and the other orders of the products. A packed W (`peftfn.weights.codecs.packed`) is only ever multiplied with.
 
 A and B may be one pair for each group of tokens (`peftfn.methods.products`).
 
@@ -25,11 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfn.codecs import packed
-from peftfn.codecs.packed import Packed
+from peftfn.core.transforms import is_transforming, unviewed
 from peftfn.methods import dropout, outermost
 from peftfn.methods.products import add_to, added, by_column, flat, laid_out_as, more, product, scaled
-from peftfn.transforms import is_transforming, unviewed
+from peftfn.weights.codecs import packed
+from peftfn.weights.codecs.packed import Packed
 
 SMALL = 2**14  # values of W below which calls, not multiplications, are what takes time
 _BLOCK = 5 * 2**15  # values of x that fit a core's cache with what is made of them

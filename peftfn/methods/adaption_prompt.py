@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfn import inserted, layers, targets
-from peftfn.adapter import Leaf
-from peftfn.config import PeftConfig
-from peftfn.layers import Place, Site
+from peftfn.core.adapter import Leaf
+from peftfn.core.config import PeftConfig
+from peftfn.methods import inserted
 from peftfn.methods.action import OnAttention
 from peftfn.methods.method import Method, Stacking, Targets
 from peftfn.methods.slots import Slot
+from peftfn.models import layers, targets
+from peftfn.models.layers import Place, Site
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftfn.core.transforms import unviewed
 from peftfn.methods.adapted import Delta
 from peftfn.methods.products import scaled
-from peftfn.transforms import unviewed
 
 _CALLS = 2**17  # see `is_cheaper`
 _TRAINING = 4

@@ -21,15 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfn import layouts
-from peftfn.adapter import Leaf
-from peftfn.layers import Site
-from peftfn.layouts import WeightShape
+from peftfn.core.adapter import Leaf
 from peftfn.methods import lora, lowrank, running, weights
 from peftfn.methods.adapted import Delta
 from peftfn.methods.lora_config import LoraConfig
 from peftfn.methods.method import Files, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
+from peftfn.models import layouts
+from peftfn.models.layers import Site
+from peftfn.models.layouts import WeightShape
 
 MAGNITUDE = "lora_magnitude_vector"
 

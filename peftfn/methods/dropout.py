@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftfn.transforms import is_transforming
+from peftfn.core.transforms import is_transforming
 
 ROWS = 8  # that share a byte of a column
 _PLANES = 7  # bits of a number

@@ -17,16 +17,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftfn import layers, layouts, targets
-from peftfn.adapter import Leaf
-from peftfn.config import TargetedConfig
-from peftfn.layers import Site
-from peftfn.layouts import WeightShape
+from peftfn.core.adapter import Leaf
+from peftfn.core.config import TargetedConfig
 from peftfn.methods import weights
 from peftfn.methods.ia3_targets import FEEDFORWARD, TARGETS
 from peftfn.methods.method import Combining, Files, Method, Stacking, Targets, like_weight
+from peftfn.methods.mixing import Recipe
 from peftfn.methods.slots import Shape, Slot
-from peftfn.mixing import Recipe
+from peftfn.models import layers, layouts, targets
+from peftfn.models.layers import Site
+from peftfn.models.layouts import WeightShape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,15 +17,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from peftfn import layouts, matching
-from peftfn.adapter import Leaf
-from peftfn.config import LayeredConfig
-from peftfn.layers import Site
-from peftfn.layouts import WeightShape
+from peftfn.core.adapter import Leaf
+from peftfn.core.config import LayeredConfig
 from peftfn.methods import lora, slots, weights
 from peftfn.methods.lora_config import check_positive, described
 from peftfn.methods.method import Method, Stacking, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
+from peftfn.models import layouts, matching
+from peftfn.models.layers import Site
+from peftfn.models.layouts import WeightShape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,16 +21,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from peftfn import layers, layouts, matching, targets
-from peftfn.adapter import Leaf
-from peftfn.layers import Place, Site
-from peftfn.layouts import WeightShape
+from peftfn.core.adapter import Leaf
 from peftfn.methods import lora_combine, ranks, slots, weights
 from peftfn.methods.adapted import Delta
 from peftfn.methods.lora_config import LoraConfig
 from peftfn.methods.lora_targets import TARGETS
 from peftfn.methods.method import Combining, Files, Method, Stacking, Targets, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
+from peftfn.models import layers, layouts, matching, targets
+from peftfn.models.layers import Place, Site
+from peftfn.models.layouts import WeightShape
 
 
 def _a(config: LoraConfig, weight: WeightShape, r: int) -> Shape | None:

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from peftfn import layers, matching
-from peftfn.adapter import Adapter, Leaf, Tree
+from peftfn.core.adapter import Adapter, Leaf, Tree
 from peftfn.methods import ranks
 from peftfn.methods.lora_config import LoraConfig
-from peftfn.mixing import Recipe, mixed
+from peftfn.methods.mixing import Recipe, mixed
+from peftfn.models import layers, matching
 
 Pair = tuple[Tensor, Tensor]
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from peftfn.config import ANY, OFF, LayeredConfig
+from peftfn.core.config import ANY, OFF, LayeredConfig
 
 
 def described(text: str) -> dict[str, str]:

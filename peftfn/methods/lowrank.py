@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfn import blocks, layers
-from peftfn.layers import Site
+from peftfn.core import blocks
+from peftfn.core.transforms import is_traced
 from peftfn.methods import widening
 from peftfn.methods.products import added, scaled
-from peftfn.transforms import is_traced
+from peftfn.models import layers
+from peftfn.models.layers import Site
 
 
 class LowRank(NamedTuple):

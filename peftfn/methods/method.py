@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftfn import layers, layouts, targets
-from peftfn.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, Tree
-from peftfn.config import PeftConfig
-from peftfn.layers import Place, Site
-from peftfn.layouts import WeightShape
+from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, Tree
+from peftfn.core.config import PeftConfig
 from peftfn.methods import slots
 from peftfn.methods.action import OnAttention, OnCall, OnWeights
+from peftfn.methods.mixing import Recipe
 from peftfn.methods.slots import Slots
-from peftfn.mixing import Recipe
+from peftfn.models import layers, layouts, targets
+from peftfn.models.layers import Place, Site
+from peftfn.models.layouts import WeightShape
 
 Padded = Callable[[Sequence[Any], str, Sequence[Leaf | None]], list[Leaf]]
 

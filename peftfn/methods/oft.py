@@ -21,16 +21,16 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import layers, layouts, targets
-from peftfn.adapter import Leaf
-from peftfn.config import LayeredConfig
-from peftfn.layers import Site
-from peftfn.layouts import WeightShape
+from peftfn.core.adapter import Leaf
+from peftfn.core.config import LayeredConfig
 from peftfn.methods import slots, weights
 from peftfn.methods.lora_config import check_positive, described
 from peftfn.methods.lora_targets import TARGETS
 from peftfn.methods.method import Files, Method, Stacking, Targets, like_weight
 from peftfn.methods.slots import Shape, Slot
+from peftfn.models import layers, layouts, targets
+from peftfn.models.layers import Site
+from peftfn.models.layouts import WeightShape
 
 
 @dataclasses.dataclass(frozen=True)

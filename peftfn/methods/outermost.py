@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn import transforms
+from peftfn.core import transforms
 
 _ENGINE = torch.autograd.grad.__code__
 

@@ -14,15 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfn import inserted
-from peftfn.adapter import Leaf
-from peftfn.calls import Call
-from peftfn.layers import Site
-from peftfn.methods import prompt_config, prompt_input, prompt_rows, prompt_tuning
+from peftfn.core.adapter import Leaf
+from peftfn.methods import inserted, prompt_config, prompt_input, prompt_rows, prompt_tuning
 from peftfn.methods.action import OnCall
+from peftfn.methods.calls import Call
 from peftfn.methods.method import Files, Method, Targets, like_weight
 from peftfn.methods.prompt_config import PromptLearningConfig
 from peftfn.methods.slots import Slot
+from peftfn.models.layers import Site
 
 _MOST_LAYERS = 16  # of the LSTM: the table of names is a finite one
 

@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from peftfn import signatures
-from peftfn import transformers_caches as caches
-from peftfn import transformers_names as hf
-from peftfn.key_shapes import Shape, key_shapes
 from peftfn.methods import prompt_config
+from peftfn.models import signatures
+from peftfn.models import transformers_caches as caches
+from peftfn.models import transformers_names as hf
+from peftfn.models.key_shapes import Shape, key_shapes
 
 Config = TypeVar("Config", bound=Any)
 

@@ -14,18 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfn import calls, inserted, places, signatures
-from peftfn import transformers_caches as caches
-from peftfn import transformers_names as hf
-from peftfn import transformers_positions as counted
-from peftfn.adapter import Leaf
-from peftfn.calls import Added, Call
-from peftfn.layers import Site
-from peftfn.methods import prefix_keys, prompt_config, prompt_rows
+from peftfn.core.adapter import Leaf
+from peftfn.methods import calls, inserted, places, prefix_keys, prompt_config, prompt_rows
 from peftfn.methods.action import OnCall
+from peftfn.methods.calls import Added, Call
 from peftfn.methods.method import Files, Method, Targets, like_weight
 from peftfn.methods.prompt_config import PromptLearningConfig
 from peftfn.methods.slots import Slot
+from peftfn.models import signatures
+from peftfn.models import transformers_caches as caches
+from peftfn.models import transformers_names as hf
+from peftfn.models import transformers_positions as counted
+from peftfn.models.layers import Site
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from peftfn import layers, matching, transforms
-from peftfn import transformers_names as hf
-from peftfn import transformers_positions as counted
-from peftfn.adapter import Leaf
-from peftfn.config import PeftConfig
-from peftfn.layers import Place
+from peftfn.core import transforms
+from peftfn.core.adapter import Leaf
+from peftfn.core.config import PeftConfig
+from peftfn.models import layers, matching
+from peftfn.models import transformers_names as hf
+from peftfn.models import transformers_positions as counted
+from peftfn.models.layers import Place
 
 Config = TypeVar("Config", bound="PromptLearningConfig")
 

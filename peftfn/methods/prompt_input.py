@@ -8,10 +8,10 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from peftfn import signatures
-from peftfn import transformers_names as hf
-from peftfn.layers import Site
 from peftfn.methods import prompt_config
+from peftfn.models import signatures
+from peftfn.models import transformers_names as hf
+from peftfn.models.layers import Site
 
 Config = TypeVar("Config", bound=prompt_config.PromptLearningConfig)
 

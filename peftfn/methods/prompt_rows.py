@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfn import signatures
-from peftfn import transformers_names as hf
-from peftfn import transformers_positions as counted
-from peftfn.adapter import Leaf
-from peftfn.calls import Added, Call
-from peftfn.inserted import LENGTH
+from peftfn.core.adapter import Leaf
 from peftfn.methods import prompt_config
+from peftfn.methods.calls import Added, Call
+from peftfn.methods.inserted import LENGTH
 from peftfn.methods.method import Stacking
+from peftfn.methods.places import Place, ones
 from peftfn.methods.prompt_config import Config
-from peftfn.places import Place, ones
+from peftfn.models import signatures
+from peftfn.models import transformers_names as hf
+from peftfn.models import transformers_positions as counted
 
 _PADDED = ("prompt_embeddings", "embedding")
 """The tensors that have one row per token."""

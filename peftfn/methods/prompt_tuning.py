@@ -9,17 +9,16 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn import cached, inserted
-from peftfn import transformers_caches as caches
-from peftfn import transformers_names as hf
-from peftfn.adapter import Leaf
-from peftfn.calls import Call
-from peftfn.layers import Site
-from peftfn.methods import prompt_config, prompt_input, prompt_rows
+from peftfn.core.adapter import Leaf
+from peftfn.methods import cached, inserted, prompt_config, prompt_input, prompt_rows
 from peftfn.methods.action import OnCall
+from peftfn.methods.calls import Call
 from peftfn.methods.method import Files, Method, Targets, like_weight
 from peftfn.methods.prompt_config import PromptLearningConfig
 from peftfn.methods.slots import Slot
+from peftfn.models import transformers_caches as caches
+from peftfn.models import transformers_names as hf
+from peftfn.models.layers import Site
 
 
 @dataclasses.dataclass(frozen=True)

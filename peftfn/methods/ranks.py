@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from peftfn.adapter import Leaf
+from peftfn.core.adapter import Leaf
 from peftfn.methods import slots
 
 

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfn import layers
-from peftfn.codecs.packed import Packed
-from peftfn.layers import Site
+from peftfn.core.transforms import is_forward_mode, is_mapped, is_transforming
 from peftfn.methods import adapted, convolved, dropout, lowrank
 from peftfn.methods.adapted import Delta
-from peftfn.transforms import is_forward_mode, is_mapped, is_transforming
+from peftfn.models import layers
+from peftfn.models.layers import Site
+from peftfn.weights.codecs.packed import Packed
 
 _LINEAR = (layers.LINEAR, layers.TRANSPOSED)
 _WHOLE = (layers.LINEAR, layers.CONVOLUTION)  # where the layer and its delta may be computed together

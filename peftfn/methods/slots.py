@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftfn.adapter import Leaf
-from peftfn.layouts import WeightShape
+from peftfn.core.adapter import Leaf
+from peftfn.models.layouts import WeightShape
 
 Shape = tuple[int, ...]
 
@@ -38,7 +38,7 @@ class Slot(NamedTuple):
         off: the value at which the method does nothing, whatever the other tensors hold.
         outputs: the axis along the weight's outputs.
         inputs: the axis along the weight's inputs.
-        by_column: whether a stack holds the columns of this matrix in one piece each (see `peftfn.slices`).
+        by_column: whether a stack holds the columns of this matrix in one piece each (see `peftfn.methods.slices`).
         also: another shape that a file of PEFT's may have.
     """
 

@@ -1,7 +1,7 @@
 """Methods that change a weight, out of one or two functions: what is added to it, or what it becomes.
 
-Functions see every weight as (out, in, *kernel), whatever the layer (`peftfn.layouts`). From the weight follow what the
-layer computes, also over a packed one, and what merging gives; a faster forward is for where there is one.
+Functions see every weight as (out, in, *kernel), whatever the layer (`peftfn.models.layouts`). From the weight follow
+what the layer computes, also over a packed one, and what merging gives; a faster forward is for where there is one.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn import layers, layouts, runs
-from peftfn.adapter import Leaf
-from peftfn.layers import Site
-from peftfn.layouts import WeightShape
+from peftfn.core import runs
+from peftfn.core.adapter import Leaf
+from peftfn.core.runs import Runs
 from peftfn.methods import adapted, lowrank, running
 from peftfn.methods import slots as slot_table
 from peftfn.methods.action import Merge, OnWeights, one_by_one
 from peftfn.methods.method import like_weight
 from peftfn.methods.slots import Slots
-from peftfn.runs import Runs
+from peftfn.models import layers, layouts
+from peftfn.models.layers import Site
+from peftfn.models.layouts import WeightShape
 
 MATRICES = (layers.LINEAR, layers.TRANSPOSED)
 LAYERS = (*MATRICES, layers.EMBEDDING, layers.CONVOLUTION)

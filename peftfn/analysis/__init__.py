@@ -1,0 +1,1 @@
+"""What gradients tell: curvature, and calibrated probabilities."""

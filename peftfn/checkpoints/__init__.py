@@ -1,0 +1,1 @@
+"""PEFT's files, both ways, and merging from file to file."""

@@ -1,0 +1,293 @@
+"""Adapters as PEFT's two files: `adapter_config.json` and `adapter_model.safetensors` (or `.bin`, read only).
+
+The key of a tensor is `base_model.model.<site path>.<name>`; names that differ between versions of PEFT are read in
+each spelling and written in the latest one.
+
+Both files are written whole, and the weights file also carries the config and a digest of the config file that it
+was written over: so one rename makes the new adapter. Whatever a kill leaves behind loads as the old one or the new
+one, and so does a folder that is written while it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from peftfn import methods
+from peftfn.checkpoints import encoders, keys, older, site_notes
+from peftfn.core import files, hub
+from peftfn.core.adapter import Adapter
+from peftfn.core.config import PeftConfig
+from peftfn.core.transforms import is_traced
+from peftfn.models import fused
+from peftfn.ops import validate
+
+_CONFIG_KEY = "peftfn.core.config"
+_REPLACES_KEY = "peftfn.replaces"
+_PARTS_KEY = "peftfn.runtime.parts"
+_BUFFERS_KEY = "peftfn.buffers"
+
+
+def save(adapter: Adapter, folder: str | Path) -> Path:
+    """Write the adapter into `folder` (made if missing) as PEFT's two files and a model card; the folder.
+
+    PEFT's files hold the prompt that P-tuning and projected prefixes make, not the network that makes it: that goes
+    into a file of its own beside them, so that training can go on.
+
+    Args:
+        adapter: a single adapter; tensors are written as they are, bit for bit.
+        folder: an adapter that is there is replaced, other files are left alone.
+
+    Raises:
+        TypeError: it is not an adapter, or it is a stack.
+        ValueError: a tensor has no values to write (it is on the meta device, or inside a `torch.func` transform).
+        NotADirectoryError: `folder` is a file.
+
+    Example:
+        >>> import tempfile, torch, peftfn as pf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> adapter = pf.init(model, pf.LoraConfig(r=2, target_modules=["0"]))
+        >>> folder = pf.save(adapter, tempfile.mkdtemp())
+        >>> torch.equal(pf.load(folder).params["0"]["lora_A"], adapter.params["0"]["lora_A"])
+        True
+    """
+    folder = Path(folder)
+    _check_single(adapter)
+    plain = {key: _plain(key, tensor) for key, tensor in keys.to_keys(adapter).items()}
+    config = methods.of(adapter.config).files.config(adapter)
+    text = fused.whole_config(adapter.replace(config=config)).to_json()
+    old = folder / files.CONFIG
+    metadata = {
+        "format": "pt",
+        _CONFIG_KEY: text,
+        _REPLACES_KEY: _digest(old.read_bytes()) if old.is_file() else "",
+        _PARTS_KEY: site_notes.written(adapter),
+    }
+    if fixed := [] if methods.of(adapter.config).whole else [key for key in keys.fixed_keys(adapter) if key in plain]:
+        metadata[_BUFFERS_KEY] = json.dumps(fixed)
+    encoder = encoders.writes(adapter, plain, _plain)
+    writes: dict[str, files.Write] = {
+        **encoder,
+        files.WEIGHTS: lambda path: safetensors.torch.save_file(plain, path, metadata),
+        files.CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
+    }
+    if not (folder / files.CARD).exists():
+        writes[files.CARD] = lambda path: path.write_text(card(adapter), encoding="utf-8")
+    files.write_together(folder, writes)
+    (folder / files.PICKLE).unlink(missing_ok=True)  # an older file of the same adapter, which readers would find too
+    encoders.remove_others(folder, encoder)
+    return folder
+
+
+def _check_single(adapter: object) -> None:
+    if not isinstance(adapter, Adapter):
+        raise TypeError(
+            f"save was given a {type(adapter).__name__}; expected a peftfn.Adapter (several go into a folder each)."
+        )
+    if adapter.members is not None:
+        raise TypeError("save was given a stack; save its adapters one by one: for a in peftfn.unstack(stacked): ...")
+
+
+def _plain(key: str, tensor: Tensor) -> Tensor:
+    if tensor.is_meta or is_traced(tensor):
+        where = "on the meta device" if tensor.is_meta else "inside a torch.func transform or torch.compile"
+        raise ValueError(f"save: {key} is {where} and has no values to write; save the adapter outside of it.")
+    # A copy, because safetensors refuses tensors that share memory (one leaf at two sites).
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def load(
+    folder_or_hub_id: str | Path,
+    model: nn.Module | None = None,
+    *,
+    adapter_name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    mmap: bool = False,
+) -> Adapter:
+    """The adapter in a folder or hub repository that peftfn or PEFT (0.5.0 to 0.21) wrote.
+
+    Args:
+        folder_or_hub_id: a folder, or a hub id.
+        model: the base. With it the adapter is held against it at once: sites that are missing or too many, and
+            shapes. Without it, that happens where the adapter is used. An adapter from before transformers gave
+            this model's modules new names (ViT, DINOv2, ... in 5.0) needs it.
+        adapter_name: an adapter that PEFT saved under a name of its own, in a sub-folder.
+        subfolder: where in the folder or repository the files are.
+        revision: for the hub: a branch, a tag or a commit.
+        token: for the hub, as `huggingface_hub` has it.
+        cache_dir: for the hub: where downloads are kept.
+        device: where the tensors go.
+        mmap: leave the tensors in their file until they are used: hundreds of adapters then cost little memory. What
+            is written to such a tensor does not reach the file. `save` and PEFT put a new file in the old one's place,
+            which changes nothing here; code that writes into the file itself does.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: a file is truncated, corrupt, or a pickle that holds more than tensors; or the config asks for
+            what is not supported, or is not the weights' own; or, with `model`, something does not fit.
+        KeyError: a key is unknown or missing.
+        TypeError: `model` is no module, or the first argument no path.
+    """
+    _check_types(folder_or_hub_id, model)
+    device = torch.device(device)
+    where = "/".join(part for part in (subfolder, adapter_name) if part and part != "default") or None
+    origin = hub.Origin(str(folder_or_hub_id), where, revision, token, cache_dir)
+    tensors, metadata, source, config = read(origin, device, mmap=mmap)
+    if model is not None:
+        tensors, config = older.in_present_names(tensors, config, model, str(source))
+    note = metadata.get(_PARTS_KEY, "")
+    ours = _CONFIG_KEY in metadata
+    noted = site_notes.read(note)
+    fixed = frozenset(json.loads(metadata.get(_BUFFERS_KEY, "[]")))
+    adapter = keys.from_keys(tensors, config, str(source), ordered=ours, model=model, noted=noted, fixed=fixed)
+    adapter = encoders.restored(adapter, origin, device)
+    if note:
+        adapter = adapter.replace(config=site_notes.named_config(adapter, note))
+    if model is not None:
+        validate.against(adapter, model, str(source))
+    return adapter
+
+
+class Read(NamedTuple):
+    """What an adapter's files hold: tensors by key, the notes beside them, the weights file, and the config."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    source: Path
+    config: PeftConfig
+
+
+def read(origin: hub.Origin, device: torch.device, *, mmap: bool = False) -> Read:
+    """Both files of an adapter, as they are; with `mmap`, tensors that are the file in memory."""
+    beside = hub.try_find(origin, files.CONFIG)
+    text = beside.read_bytes() if beside else None  # before the weights: see _config
+    origin = hub.pinned(origin, beside)
+    tensors, metadata, source = _read_weights(origin, text is None, device, mmap)
+    return Read(tensors, metadata, source, _config(origin, beside, text, metadata))
+
+
+def _check_types(folder: object, model: object) -> None:
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"load was given a {type(folder).__name__}; expected a folder or a hub id.")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"load: model is a {type(model).__name__}; expected the base, an nn.Module.")
+
+
+def _config(origin: hub.Origin, beside: Path | None, text: bytes | None, metadata: Mapping[str, str]) -> PeftConfig:
+    """The config beside the weights, or the one inside them if what is beside them is the one that they replace.
+
+    The weights are renamed before the config and read after it: a config beside them that is neither theirs nor the
+    one that they replace was put there by hand, and counts.
+    """
+    inside = metadata.get(_CONFIG_KEY)
+    if inside and (text is None or _digest(text) == metadata.get(_REPLACES_KEY)):
+        source = f"the config inside {origin.folder / files.WEIGHTS}"
+        return PeftConfig.from_dict(files.parse_json(inside, source), source=source)
+    if beside is None or text is None:
+        raise hub.missing(origin, files.CONFIG)
+    return PeftConfig.from_dict(files.parse_json(text, str(beside)), source=str(beside))
+
+
+def _read_weights(
+    origin: hub.Origin, alone: bool, device: torch.device, mmap: bool
+) -> tuple[dict[str, Tensor], dict[str, str], Path]:
+    path = hub.try_find(origin, files.WEIGHTS)
+    if path is not None:
+        return *_read_safetensors(path, device, mmap), path
+    path = hub.try_find(origin, files.PICKLE)
+    if path is not None:
+        return _read_pickle(path, device), {}, path
+    raise hub.missing(origin, files.CONFIG if alone else f"{files.WEIGHTS} or {files.PICKLE}")
+
+
+def _read_safetensors(path: Path, device: torch.device, mmap: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        opened: Any = safetensors.safe_open(path, framework="pt", device=str(device))
+        with opened:
+            names: list[str] = opened.keys()
+            found: dict[str, Tensor] = {name: opened.get_tensor(name) for name in names}
+            # A copy: on CPU what safetensors returns is the file itself in memory, and changes when it does.
+            if device.type == "cpu" and not mmap:
+                found = {name: tensor.clone() for name, tensor in found.items()}
+            return found, opened.metadata() or {}
+    except (safetensors.SafetensorError, OSError) as error:
+        with path.open("rb") as file:
+            pointer = file.read(len(files.POINTER)) == files.POINTER
+        raise ValueError(
+            f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` there."
+            if pointer
+            else f"{path} is not a whole safetensors file ({error}); it is truncated or corrupt: fetch it again."
+        ) from error
+
+
+def _read_pickle(path: Path, device: torch.device) -> dict[str, Tensor]:
+    try:
+        found: Any = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # corrupt bytes make torch's unpickler raise whatever they happen to hit
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        if asked and isinstance(error, pickle.UnpicklingError):
+            raise ValueError(
+                f"{path} holds more than tensors ({asked[1]}) and was not unpickled: a pickle can run code. Get the "
+                f"adapter as {files.WEIGHTS}."
+            ) from error
+        raise ValueError(
+            f"{path} is not a whole PyTorch file ({type(error).__name__}); it is truncated or corrupt: fetch it again."
+        ) from error
+    items: dict[Any, Any] = {**found} if isinstance(found, dict) else {None: found}
+    if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in items.items()):
+        raise ValueError(f"{path} holds no mapping from names to tensors alone; it is not the weights of an adapter.")
+    return {key: tensor.detach() for key, tensor in items.items()}
+
+
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()
+
+
+def push_to_hub(
+    adapter: Adapter,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    private: bool | None = None,
+) -> str:
+    """Upload the adapter's files and its model card to a hub repository (made if missing); the commit's address."""
+    return hub.push(repo_id, lambda folder: save(adapter, folder), token=token, private=private, revision=revision)
+
+
+def card(adapter: Adapter) -> str:
+    """A model card: what the adapter is, what it goes with, and how to use it."""
+    config: Any = adapter.config
+    base = config.base_model_name_or_path
+    hub_id = base if base and re.fullmatch(r"[\w.\-]+/[\w.\-]+", base) else None
+    head = ["---", "library_name: peft", *([f"base_model: {hub_id}"] if hub_id else []), "tags:", "- peftfn", "---"]
+    trained = sum(tensor.numel() for leaf in adapter.params.values() for tensor in leaf.values())
+    facts = [f"Method: {config.peft_type}", f"sites: {len(adapter.params)}", f"trained parameters: {trained:,}"]
+    if base:
+        facts.append(f"base: `{base}`")
+    use = [
+        "```python",
+        "import peftfn as pf",
+        "",
+        'adapter = pf.load("path/or/hub-id")',
+        "output = pf.apply(model, adapter, batch)",
+        "```",
+        "",
+        "It is in PEFT's format: `peft.PeftModel.from_pretrained(model, ...)` reads it too.",
+    ]
+    return "\n".join([*head, "", "# Adapter", "", "; ".join(facts) + ".", "", *use, ""])

@@ -1,0 +1,241 @@
+"""Tensor names in PEFT's files, both ways.
+
+| what | key, after `base_model.model.` |
+|---|---|
+| a layer's leaf | `<path>.lora_A.weight` |
+| the `out_proj` of an `nn.MultiheadAttention` at `<path>` | `<path>.base_layer.out_proj.lora_A.weight` |
+| a bare parameter of the module at `<path>` | `<path>.lora_A.weight` |
+| several of them | the last one so, the one before it `<path>.base_layer.lora_A.weight`, and so on |
+| a trained bias of an adapted layer | `<path>.base_layer.bias` (0.21), `<path>.bias` (0.5.0) |
+| any other trained bias, a head | `<path>.bias`, `<path>.weight` |
+| an embedding saved along with its adapter | `<path>.base_layer.weight` |
+| a prompt, a prefix | `prompt_embeddings`, with nothing before it; heads beside it follow `base_model.` alone |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from peftfn import methods
+from peftfn.checkpoints import prompt_keys
+from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, Sites, Tree, sorted_tree
+from peftfn.core.config import PeftConfig
+from peftfn.methods import Method, alike
+from peftfn.models import layers, matching, targets
+from peftfn.weights import codecs
+
+PREFIX = "base_model.model."
+_BASE = ".base_layer"
+_METHODS = ("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "modules_to_save", "original_module")
+
+
+def to_keys(adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's tensors by their keys in PEFT's latest layout.
+
+    Raises:
+        ValueError: PEFT has one key for two of them.
+    """
+    method = methods.of(adapter.config)
+    if method.on_call is not None:
+        return prompt_keys.to_keys(method, adapter)
+    found: list[tuple[str, Tensor]] = []
+    adapted: list[str] = []
+    for path, leaf in adapter.params.items():
+        own = {name: tensor for name, tensor in leaf.items() if not method.replaces(name)}
+        if own and "." not in path and _is_parameter(adapter.config, path):
+            raise ValueError(
+                f"{path!r} is a parameter of the model itself, and PEFT's files have keys for those of modules inside "
+                "it only. Put the model into another module (torch.nn.Sequential(model)) and adapt that."
+            )
+        if own:
+            adapted += [path.rpartition(".")[0] if _is_parameter(adapter.config, path) else path]
+            site = _site_key(adapter, path)
+            held = {name: tensor for name, tensor in adapter.buffers.get(path, {}).items() if method.is_held(name)}
+            info = adapter.sites.get(path, UNKNOWN)
+            whole = method.files.write(alike.on_all_rows(method, {**own, **held}, info))
+            found += [(f"{site}.{key}", whole[name]) for name, key in method.names.items() if name in whole]
+    for tree in (adapter.params, adapter.buffers):
+        for path, leaf in tree.items():
+            module = _nested(adapter, path) + _BASE * adapted.count(path)
+            found += [(f"{module}.{name}", leaf[name]) for name in filter(method.replaces, leaf)]
+    keyed = {f"{PREFIX}{key}": tensor for key, tensor in sorted(found, key=lambda pair: pair[0])}
+    if len(keyed) < len(found):
+        raise ValueError(
+            "two tensors of the adapter have one key in PEFT's files: target_modules and target_parameters name the "
+            "same layer. Name it in one of them."
+        )
+    return keyed
+
+
+def fixed_keys(adapter: Adapter) -> list[str]:
+    """The keys of the buffers of saved modules whose names do not say that they are buffers."""
+    replaces = methods.of(adapter.config).replaces
+    tree = {path: {name: leaf[name] for name in filter(replaces, leaf)} for path, leaf in adapter.buffers.items()}
+    found = to_keys(adapter.replace(params={}, buffers=tree))
+    return [key for key in found if key.rpartition(".")[2] not in prompt_keys.STATISTICS]
+
+
+def _is_buffer(model: nn.Module | None, path: str, name: str) -> bool:
+    module = None if model is None else layers.module_at(model, path)
+    return module is not None and name in module._buffers and codecs.of(module) is codecs.DENSE
+
+
+def _nested(adapter: Adapter, path: str) -> str:
+    """The path of a module, which PEFT moves where its parent is an adapted attention."""
+    parent, _, name = path.rpartition(".")
+    return path if layers.pattern_path(path, adapter.params) == path else f"{parent}{_BASE}.{name}"
+
+
+def _site_key(adapter: Adapter, path: str) -> str:
+    parent = path.rpartition(".")[0]
+    if not _is_parameter(adapter.config, path):
+        return _nested(adapter, path)
+    siblings = _ordered(adapter.config, [other for other in adapter.params if other.rpartition(".")[0] == parent])
+    return parent + _BASE * (len(siblings) - 1 - siblings.index(path))
+
+
+def _names(config: PeftConfig) -> Sequence[str]:
+    return cast("Sequence[str]", getattr(config, "target_parameters", None) or ())
+
+
+def _is_parameter(config: Any, path: str) -> bool:
+    return matching.ends_with(path, _names(config)) and not matching.is_target(config, path)
+
+
+def _ordered(config: PeftConfig, paths: Sequence[str]) -> list[str]:
+    # `init` and `load` keep target_parameters in the order in which the modules hold the parameters.
+    names = _names(config)
+    found = [path for path in paths if _is_parameter(config, path)]
+    return sorted(found, key=lambda path: next(i for i, name in enumerate(names) if matching.ends_with(path, [name])))
+
+
+def from_keys(
+    tensors: Mapping[str, Tensor],
+    config: PeftConfig,
+    source: str,
+    *,
+    ordered: bool,
+    model: nn.Module | None,
+    noted: Sites | None = None,
+    fixed: Collection[str] = (),
+) -> Adapter:
+    """The adapter whose tensors have these keys, in the layout of any version of PEFT.
+
+    Args:
+        tensors: a file's content.
+        config: its config.
+        source: the file, for messages.
+        ordered: whether the config's `target_parameters` are in the model's order, as this library writes them.
+        model: settles that order otherwise.
+        noted: what a note beside the tensors says of the sites (`peftfn.checkpoints.site_notes`).
+        fixed: keys of buffers of saved modules, as `fixed_keys` gives them.
+    """
+    if not tensors:
+        raise ValueError(f"{source} holds no tensor; it is not the weights of an adapter.")
+    method = methods.of(config)
+    if hasattr(config, "modules_to_save"):
+        config = dataclasses.replace(config, modules_to_save=matching.with_heads(config))
+    if method.on_call is not None:
+        return prompt_keys.from_keys(method, tensors, config, source)
+    if model is not None and _names(config):
+        config = dataclasses.replace(config, target_parameters=targets.in_model_order(model, _names(config)))
+    own: Tree = {}
+    params: Tree = {}
+    buffers: Tree = {}
+    sites: dict[str, SiteInfo] = {}
+    for key, tensor in _without_copies(tensors).items():
+        site, name = _split(method, key, source)
+        if name in method.names:
+            own.setdefault(site, {})[name] = tensor
+        else:
+            path = _owner(site)
+            is_buffer = key in fixed or not tensor.is_floating_point() or _is_buffer(model, path, name)
+            home = params if not is_buffer and _is_trained(config, path, name, site) else buffers
+            home.setdefault(path, {})[name] = tensor
+    paths = _paths(config, own, source, ordered or model is not None)
+    for site, leaf in own.items():
+        at = layers.pattern_path(paths[site], set(paths.values()))
+        try:
+            method.files.check(config, at, leaf)
+        except (KeyError, ValueError) as error:
+            raise type(error)(f"{source} has {error.args[0]} for {paths[site]!r}; expected a whole adapter.") from None
+        info = (noted or {}).get(paths[site], UNKNOWN)._replace(input_side=method.targets.input_side(config, at))
+        sites[paths[site]] = info
+        params.setdefault(paths[site], {}).update(alike.on_own_rows(method, method.files.read(leaf), info))
+        buffers.setdefault(paths[site], {}).update(method.constants(config, at, leaf))
+    return Adapter(sorted_tree(params), sorted_tree(buffers), config, sites)
+
+
+def _without_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without those that PEFT writes again, with bias="all", from inside the wrapper of a saved module."""
+    plain = {key: re.sub(r"\.(original_module|modules_to_save(\.[^.]+)?)\.", ".", key) for key in tensors}
+    return {key: tensor for key, tensor in tensors.items() if plain[key] == key or plain[key] not in tensors}
+
+
+def _split(method: Method, key: str, source: str) -> tuple[str, str]:
+    if not key.startswith(PREFIX):
+        raise KeyError(f"{source} has the key {key!r}; expected keys that start with {PREFIX!r}, as PEFT writes them.")
+    rest = key.removeprefix(PREFIX).removeprefix("_orig_mod.")
+    for name, ending in method.names.items():
+        if rest.endswith(f".{ending}"):
+            return rest.removesuffix(f".{ending}"), name
+    site, _, name = rest.rpartition(".")
+    if any(part.startswith(_METHODS) for part in rest.split(".")[-3:]):
+        raise KeyError(
+            f"{source} has the key {key!r}, which {method.config.__name__} does not know: the file is another "
+            "config's, or was not written by save_pretrained."
+        )
+    return site, name
+
+
+def _is_trained(config: Any, path: str, name: str, site: str) -> bool:
+    if name in prompt_keys.STATISTICS:
+        return False
+    if name.endswith("bias") and getattr(config, "bias", "none") != "none":
+        return True
+    return not site.endswith(_BASE) and any(
+        path.endswith(head) or f"{head}." in path for head in getattr(config, "modules_to_save", None) or ()
+    )
+
+
+def _paths(config: Any, own: Mapping[str, Leaf], source: str, ordered: bool) -> dict[str, str]:
+    """The site path of each key: attention's output projection and bare parameters are nested in PEFT's keys."""
+    paths: dict[str, str] = {}
+    together: dict[str, list[str]] = {}
+    for site in own:
+        together.setdefault(_owner(site), []).append(site)
+    for site in own:
+        if site.endswith(f"{_BASE}.out_proj"):
+            paths[site] = _owner(site)
+            continue
+        owner = _owner(site)
+        nested = sorted(together[owner], key=len, reverse=True)  # in the module's order
+        names = [name for name in _names(config) if _owns(name, owner)]
+        if nested == [owner] and (not names or matching.is_target(config, owner)):
+            paths[site] = owner
+        elif len(names) != len(nested) or (len(nested) > 1 and not ordered):
+            raise ValueError(
+                f"{source}: {owner!r} has {len(nested)} adapted parameters of {names or 'unknown names'}, and PEFT's "
+                "keys do not say which is which without the model; pass it: peftfn.load(folder, model=model)."
+            )
+        else:
+            paths[site] = f"{owner}.{names[nested.index(site)].rpartition('.')[2]}"
+    return paths
+
+
+def _owner(site: str) -> str:
+    """The module of a key, without the wrappers that PEFT puts around it."""
+    while site.endswith(_BASE):
+        site = site.removesuffix(_BASE)
+    attention = site.removesuffix(f"{_BASE}.out_proj")
+    return site if attention == site else f"{attention}.out_proj"
+
+
+def _owns(name: str, owner: str) -> bool:
+    suffix = name.rpartition(".")[0]
+    return not suffix or matching.ends_with(owner, [suffix])

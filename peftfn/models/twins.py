@@ -1,0 +1,291 @@
+"""Twins: new module objects in the base's shape, made for one call, that share its tensors and none of its containers.
+
+The twin of a module is an object of the same class with a copy of its `__dict__`. So a forward may set attributes,
+register hooks, move BatchNorm's statistics or raise half-way, in any thread, and the base does not notice; and what is
+put on a twin stays there for as long as autograd holds it, so that a checkpointed block finds it again in the backward
+pass. Parameters are detached on the way in: a base whose parameters require grad is still a constant.
+
+Twins are made anew at each call, in a few µs a module. A kept copy would have to be held against the base each time
+(tensors, flags, attributes, hooks), which costs as much; and `torch.compile` traces this, so that the base's tensors
+are inputs of the graph and a changed base is seen.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftfn.core import transforms
+from peftfn.models import copies
+from peftfn.weights import codecs, offloaded
+
+# What every module has, and the guards of a view (`peftfn.models.guards`), which stay the view's: nothing to rebind.
+_STANDARD = frozenset((*vars(nn.Module()), "_load_from_state_dict", "apply", "requires_grad_"))
+_ATOMS = frozenset((str, int, float, bool, type(None), torch.dtype, torch.device, torch.Size))
+_SMALL_BUFFER = 65536
+_SMALL_CONTAINER = 256
+
+# torch's own layers keep nothing in their `__dict__` but numbers; nothing there can point back into the base.
+_PLAIN_HOMES = ("linear", "normalization", "dropout", "sparse", "activation", "conv", "batchnorm", "pooling", "padding")
+_PLAIN = frozenset(f"torch.nn.modules.{home}" for home in _PLAIN_HOMES)
+
+
+class Twins:
+    """The twins of one base, by path, and the tensors that were given by name.
+
+    Args:
+        model: the base.
+        params: parameters and buffers to put in place of the base's, by name. Tied names follow each other, as in
+            `torch.func.functional_call`, unless each is given.
+
+    Attributes:
+        root: the twin of the model.
+        by_path: every module's twin, under each of its paths.
+        checkpointing: whether a module asks for activation checkpointing, as transformers spells it.
+        tables: twins of tables with `max_norm`, whose own forward would write to the weight.
+    """
+
+    def __init__(self, model: nn.Module, params: Mapping[str, Tensor] | None = None) -> None:
+        self.by_path: dict[str, nn.Module] = {}
+        self.checkpointing = False
+        self.tables: list[nn.Module] = []
+        self._twin: dict[int, nn.Module] = {}
+        self._tensor: dict[int, Tensor] = {}
+        self._given = params or {}
+        self._tracing = torch.compiler.is_compiling()
+        self._functions: dict[int, Any] = {}
+        self._to_rebind: list[nn.Module] = []
+        if params:
+            self._tie(model, params)
+        self.root = self._make(model, "")
+        for twin in self._to_rebind:
+            self._rebind(twin)
+            offloaded.bring(twin)
+        if params:
+            self._refuse_meta()
+
+    def tensor(self, name: str) -> Tensor:
+        """The parameter or buffer of that name, as it is in the twins now."""
+        path, _, own = name.rpartition(".")
+        twin = self.by_path[path]
+        return cast("Tensor", twin._parameters[own] if own in twin._parameters else twin._buffers[own])
+
+    def _tie(self, model: nn.Module, params: Mapping[str, Tensor]) -> None:
+        every = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+        lost = [name for name in params if name not in every and not _is_packed(model, name)]
+        if lost:
+            raise KeyError(
+                f"params has {lost[:4]}{'...' if len(lost) > 4 else ''}, which {type(model).__name__} does not have; "
+                "expected names as in dict(model.named_parameters()) or model.state_dict()."
+            )
+        for name, tensor in params.items():
+            if name in every:
+                self._tensor.setdefault(id(every[name]), tensor)
+
+    def _refuse_meta(self) -> None:
+        named = [*self.root.named_parameters(), *self.root.named_buffers()]
+        left = [name for name, tensor in offloaded.filled(self.root, dict(named)).items() if tensor.is_meta]
+        if left:
+            raise ValueError(
+                f"the model is on the meta device and params has no value for {len(left)} of its tensors: "
+                f"{', '.join(left[:4])}, ...; give every parameter and buffer by name."
+            )
+
+    def _make(self, module: nn.Module, path: str) -> nn.Module:
+        twin = self._twin.get(id(module))
+        if twin is not None:
+            self.by_path[path] = twin
+            return twin
+        twin = object.__new__(type(module))
+        self._twin[id(module)] = self.by_path[path] = twin
+        own = dict(module.__dict__)
+        prefix = f"{path}." if path else ""
+        own["_parameters"] = self._parameters(own["_parameters"], prefix) if own["_parameters"] else {}
+        if self._given:
+            self._put_dense(module, own, prefix)
+        own["_buffers"] = self._buffers(module, prefix) if own["_buffers"] else {}
+        own["_non_persistent_buffers_set"] = set(own["_non_persistent_buffers_set"])
+        if own["_modules"]:
+            own["_modules"] = {k: v if v is None else self._make(v, prefix + k) for k, v in own["_modules"].items()}
+        else:
+            own["_modules"] = {}
+        _own_hooks(own)
+        if "_hf_hook" in own:
+            own["_hf_hook"] = offloaded.own(own["_hf_hook"])
+        if self._tracing:
+            twin.__dict__.update(own)
+        else:
+            object.__setattr__(twin, "__dict__", own)  # past nn.Module's, and without copying it once more
+        if own.get("gradient_checkpointing") and own["training"]:
+            self.checkpointing = True
+        if own.get("max_norm") is not None:
+            self.tables.append(twin)
+        if type(module).__module__ not in _PLAIN or "forward" in own:
+            self._to_rebind.append(twin)
+        return twin
+
+    def _put_dense(self, module: nn.Module, own: dict[str, Any], prefix: str) -> None:
+        """Put what is given for a packed weight or bias, which the module has under other names."""
+        for name in ("weight", "bias"):
+            if prefix + name in self._given and name not in {*module._parameters, *module._buffers}:
+                own["_parameters"][name] = self._given[prefix + name]
+                codecs.keep(own, codecs.of(module))
+
+    def _parameters(self, parameters: Mapping[str, Tensor | None], prefix: str) -> dict[str, Tensor | None]:
+        made: dict[str, Tensor | None] = {}
+        for name, parameter in parameters.items():
+            twin = self._given.get(prefix + name) if self._given else None
+            if twin is None and parameter is not None:
+                twin = self._known(parameter)
+                if twin is None:
+                    # A packed weight (bitsandbytes' Params4bit) would lose its class if it were detached, and never
+                    # requires grad.
+                    twin = self._remember(parameter, parameter.detach() if parameter.requires_grad else parameter)
+            made[name] = twin
+        return made
+
+    def _buffers(self, module: nn.Module, prefix: str) -> dict[str, Tensor | None]:
+        made: dict[str, Tensor | None] = {}
+        fixed = {id(tensor) for tensor in codecs.of(module).shared(module)}  # packed weights: nobody writes to them
+        training = module.training
+        for name, buffer in module._buffers.items():
+            twin = self._given.get(prefix + name) if self._given else None
+            if twin is None and buffer is not None:
+                twin = self._known(buffer)
+            if twin is not None:
+                made[name] = twin.clone() if training and id(buffer) not in fixed else twin
+            elif buffer is not None:
+                # A forward may write to a buffer (BatchNorm's statistics, a counter): it gets its own. A large one is
+                # only written in training; in evaluation it is a mask or a table, and copying it would be the cost.
+                copied = (training or buffer.numel() <= _SMALL_BUFFER) and id(buffer) not in fixed
+                made[name] = self._remember(buffer, buffer.clone() if copied else buffer)
+            else:
+                made[name] = None
+        return made
+
+    def _known(self, tensor: Tensor) -> Tensor | None:
+        return self._tensor.get(id(tensor)) if self._tensor else None
+
+    def _remember(self, tensor: Tensor, twin: Tensor) -> Tensor:
+        # Not while Dynamo traces: it would guard on the tensor's identity, and compile again for every new one.
+        if not self._tracing or self._given:
+            self._tensor[id(tensor)] = twin
+        return twin
+
+    def _rebind(self, twin: nn.Module) -> None:
+        """Point a twin's attributes that lead back into the base (bound methods, lists of layers) at the twins."""
+        own = twin.__dict__
+        for name in own.keys() - _STANDARD:
+            value = own[name]
+            if type(value) not in _ATOMS:
+                changed = self._mapped(value)
+                if changed is not value:
+                    own[name] = changed
+        if self._tracing:
+            # Dynamo follows a method of an object made while it traces only through something that it can guard on.
+            for name in _method_names(type(twin)):
+                own.setdefault(name, functools.partial(getattr(type(twin), name), twin))
+
+    def _mapped(self, value: Any) -> Any:
+        kind = cast("type[object]", type(value))
+        changed = value
+        if kind in _ATOMS:
+            pass
+        elif issubclass(kind, nn.Module):  # of the type: isinstance asks a config of transformers, which takes longer
+            changed = self._twin.get(id(value)) or self._make(value, f"<outside>.{id(value)}")
+        elif issubclass(kind, Tensor):
+            known = self._known(value)
+            changed = value if known is None else known
+        elif kind is types.MethodType:
+            changed = self._mapped_method(value)
+        elif kind is types.FunctionType:
+            if (value.__closure__ or value.__defaults__ or value.__kwdefaults__) and not self._tracing:
+                changed = copies.reclosed(value, self._mapped, self._functions)
+        elif kind is functools.partial:
+            changed = self._mapped_partial(value)
+        elif kind in (list, tuple, dict, set) and len(value) <= _SMALL_CONTAINER:
+            changed = self._mapped_container(value)
+        elif not self._tracing and copies.is_callable_object(value):
+            changed = self._mapped_callable(value)
+        return changed
+
+    def _mapped_method(self, value: types.MethodType) -> Any:
+        owner, function = self._mapped(value.__self__), self._mapped(value.__func__)
+        if owner is value.__self__ and function is value.__func__:
+            return value
+        if self._tracing:
+            return functools.partial(function, owner)
+        return types.MethodType(function, owner)
+
+    def _mapped_partial(self, value: functools.partial[Any]) -> Any:
+        arguments = [self._mapped(argument) for argument in value.args]
+        keywords = {name: self._mapped(argument) for name, argument in value.keywords.items()}
+        made = functools.partial(self._mapped(value.func), *arguments, **keywords)
+        made.__dict__.update(value.__dict__)
+        return made
+
+    def _mapped_callable(self, value: Any) -> Any:
+        """The object; or, where it leads into the base, another one of its class that leads to the twins."""
+        if id(value) in self._functions:
+            return self._functions[id(value)]
+        self._functions[id(value)] = value  # it may lead to itself
+        if any(self._mapped(one) is not one for one in value.__dict__.values()):
+            made = self._functions[id(value)] = copies.another(value)
+            made.__dict__.update({name: self._mapped(one) for name, one in value.__dict__.items()})
+        return self._functions[id(value)]
+
+    def _mapped_container(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: self._mapped(item) for key, item in cast("dict[Any, Any]", value).items()}
+        if isinstance(value, set):
+            return set(cast("set[Any]", value))
+        items = [self._mapped(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+
+
+def _is_packed(model: nn.Module, name: str) -> bool:
+    """Whether a name is that of a weight that its module holds packed, under other names, or of a bias beside it."""
+    path, _, own = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return False
+    return own in ("weight", "bias") and codecs.of(module) is not codecs.DENSE
+
+
+def _own_hooks(own: dict[str, Any]) -> None:
+    """Put the module's hooks in dictionaries of the twin's own: a forward may register some."""
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        own.update({name: OrderedDict(own[name]) for name in _HOOKS})
+    else:
+        for name in _HOOKS:
+            own[name] = OrderedDict()
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+@transforms.constant_result
+def _method_names(cls: type[nn.Module]) -> tuple[str, ...]:
+    """The methods of a model's own classes (those with a forward), not what they have from a library's base."""
+    classes = [
+        one
+        for one in cls.__mro__
+        if "forward" in vars(one) and not one.__module__.startswith("torch.nn.modules.module")
+    ]
+    found = {name: value for one in reversed(classes) for name, value in vars(one).items()}
+    return tuple(name for name, value in found.items() if isinstance(value, types.FunctionType) and name[:2] != "__")

@@ -1,0 +1,1 @@
+"""Adapters in, values out, and nothing runs: init, stacks, merges, combinations, checks."""

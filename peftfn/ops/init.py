@@ -1,0 +1,133 @@
+"""`init` makes an adapter for a base."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftfn import methods
+from peftfn.core.adapter import Adapter, SiteInfo, Tree, sorted_tree
+from peftfn.core.config import PeftConfig
+from peftfn.models import layers, layouts, matching, targets
+from peftfn.weights import codecs
+
+
+def init(
+    model: nn.Module,
+    config: PeftConfig,
+    generator: torch.Generator | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Adapter:
+    """A fresh adapter for the model: with the default init, one that changes nothing yet.
+
+    A pure function: the same arguments give the same adapter, and the model and the global random state are left
+    as they are.
+
+    Args:
+        model: the base; only its structure, shapes, dtypes and devices are read. It may be on the meta device.
+        config: what to adapt, and how.
+        generator: where random numbers come from; by default a new one seeded with 0. Give differently seeded ones
+            to get different adapters.
+        dtype: of the method's tensors. By default the weight's own, but float32 for a half-precision or packed one.
+
+    Returns:
+        The adapter. Its `config` is the given one with what the model decided filled in: target modules, heads, the
+        base's name.
+
+    Raises:
+        ValueError: the config names nothing in this model (near names are offered), or something that its method
+            cannot act on.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> adapter = pf.init(model, pf.LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"]))
+        >>> {path: sorted(leaf) for path, leaf in adapter.params.items()}
+        {'0': ['lora_A', 'lora_B'], '2': ['bias', 'weight']}
+    """
+    method = methods.of(config)
+    targets.check_task(model, config.task_type)
+    heads = matching.HEADS.get(config.task_type or "", ())
+    resolved = method.targets.resolve(model, config)
+    generator = generator if generator is not None else torch.Generator().manual_seed(0)
+    params: Tree = {}
+    buffers: Tree = {}
+    sites: dict[str, SiteInfo] = {}
+    places = method.targets.sites(model, resolved)
+    with generator.device:  # where numbers are drawn, whatever torch's default device is; methods move them
+        for path, place in places.items():
+            owner, at = model.get_submodule(place.owner), layers.pattern_path(path, places)
+            side = method.targets.input_side(resolved, at)
+            site = layers.Site(path, place.kind, owner, place.weight, rows=place.rows, input_side=side)
+            sites[path] = _noted(site)
+            params[path], buffers[path] = method.fresh(resolved, at, site, generator, dtype)
+            params[path] = _detached(params[path])
+    _add_replaced(model, resolved, heads, places, params, buffers)
+    resolved = _with_base(model, resolved, any(place.kind == layers.TRANSPOSED for place in places.values()))
+    return Adapter(sorted_tree(params), sorted_tree(buffers), resolved, sites)
+
+
+def _noted(site: layers.Site) -> SiteInfo:
+    outputs = 0 if site.rows is None else site.shape[layouts.output_axis(site.kind)]
+    return SiteInfo(site.kind, site.rows, outputs, site.input_side)
+
+
+def _detached(leaf: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in leaf.items()}
+
+
+def _add_replaced(
+    model: nn.Module,
+    config: PeftConfig,
+    heads: Sequence[str],
+    places: Mapping[str, layers.Place],
+    params: Tree,
+    buffers: Tree,
+) -> None:
+    """Whole modules (`modules_to_save`) and biases that are trained beside the method: copies of the base's own."""
+    names = cast("Sequence[str]", getattr(config, "modules_to_save", None) or ())
+    for path, module in targets.saved_modules(model, names, optional=heads).items():
+        trained, kept = _own(module)
+        params.setdefault(path, {}).update(_copies(trained))
+        buffers.setdefault(path, {}).update(_copies(kept))
+    bias = getattr(config, "bias", "none")
+    adapted = list(places) if bias.endswith("_only") else []
+    paths = [path for path, _ in layers.named_modules(model)] if bias == "all" else adapted
+    for path in paths:
+        owner = model.get_submodule(places[path].owner) if path in places else model.get_submodule(path)
+        at = places[path].owner if path in places else path
+        params.setdefault(at, {}).update(_copies({"bias": codecs.bias(owner)}))
+
+
+def _own(module: nn.Module) -> tuple[Mapping[str, Tensor | None], Mapping[str, Tensor | None]]:
+    """A module's parameters and persistent buffers; a packed weight, which cannot be trained as it is, is dense."""
+    codec = codecs.of(module)
+    if codec is not codecs.DENSE:
+        return {"weight": codec.read(module, "weight"), "bias": codecs.bias(module)}, {}
+    gone = module._non_persistent_buffers_set
+    return module._parameters, {name: buffer for name, buffer in module._buffers.items() if name not in gone}
+
+
+def _copies(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items() if tensor is not None}
+
+
+def _with_base(model: nn.Module, config: PeftConfig, transposed: bool) -> PeftConfig:
+    changes: dict[str, Any] = {}
+    if config.base_model_name_or_path is None:
+        found = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+        if isinstance(found, str) and found:
+            changes["base_model_name_or_path"] = found
+    if config.task_type is None and config.auto_mapping is None:
+        changes["auto_mapping"] = {
+            "base_model_class": type(model).__name__,
+            "parent_library": type(model).__module__,
+        }
+    if getattr(config, "fan_in_fan_out", transposed) != transposed:
+        changes["fan_in_fan_out"] = transposed  # as PEFT, which corrects it from the layers that it finds
+    return dataclasses.replace(config, **changes)

@@ -1,0 +1,180 @@
+"""Stacks: K adapters as one, every tensor with a leading axis K."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peftfn import methods
+from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, Members, SiteInfo, Tree, as_tuple, sorted_tree
+from peftfn.core.config import LayeredConfig
+from peftfn.methods import Method, alike, slices
+from peftfn.models import layers
+
+
+def stack(adapters: Sequence[Adapter]) -> Adapter:
+    """One adapter whose tensors have a leading axis K = len(adapters).
+
+    Adapters may differ in rank (the smaller ones are padded with zeros, exact in training too), in alpha, and in
+    which sites they have. `torch.vmap(lambda a: pf.apply(model, a, batch))(stacked)` runs all of them, and
+    `pf.apply(model, stacked, batch, index=i)` runs adapter `i[n]` on row n.
+
+    Raises:
+        ValueError: they are of unlike methods, or differ in what a forward reads (dropout), or one of them lacks a
+            whole module that another one replaces.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> made = [pf.init(model, pf.LoraConfig(r=r, target_modules=["0"])) for r in (2, 3)]
+        >>> pf.stack(made).params["0"]["lora_A"].shape
+        torch.Size([2, 3, 4])
+    """
+    adapters = as_tuple(adapters)
+    if not adapters:
+        raise ValueError("stack was given no adapter; expected at least one.")
+    method = _common_method(adapters)
+    sites: dict[str, SiteInfo] = {}
+    params: Tree = {}
+    buffers: Tree = {}
+    for path in sorted({path for adapter in adapters for path in (*adapter.params, *adapter.buffers)}):
+        sites[path], own = _stack_own(method, adapters, path)
+        params[path] = {name: tensor for name, tensor in own.items() if name in method.names}
+        params[path] |= _stack_rest(method, [adapter.params.get(path) for adapter in adapters], path)
+        buffers[path] = {name: tensor for name, tensor in own.items() if method.is_held(name)}
+        buffers[path] |= _stack_rest(method, [adapter.buffers.get(path) for adapter in adapters], path, fill=True)
+    params, buffers = sorted_tree(params), sorted_tree(buffers)
+    members = Members(
+        configs=tuple(adapter.config for adapter in adapters),
+        paths=tuple(tuple(adapter.params) for adapter in adapters),
+        sites=tuple(adapter.sites for adapter in adapters),
+        axes=_first(params).dim(),
+        buffer_axes=_first(buffers).dim() if buffers else 0,
+    )
+    return Adapter(params, buffers, method.stacking.shared(members.configs), sites, members)
+
+
+def unstack(stacked: Adapter) -> list[Adapter]:
+    """The adapters of a stack, as they went in: ranks, sites and configs restored.
+
+    A stack that `torch.vmap` or `tree_map` changed keeps its config, so trained stacks come apart the same way.
+    """
+    if stacked.members is None:
+        raise TypeError(
+            f"unstack was given a single adapter ({type(stacked.config).__name__}); expected peftfn.stack(...)."
+        )
+    return [_slice(stacked, stacked.members, number) for number in range(size(stacked))]
+
+
+def is_whole(adapter: Adapter) -> bool:
+    """Whether this is a stack as `stack` made it, and not what `torch.vmap` shows of one."""
+    return adapter.members is not None and _first(adapter.params).dim() == adapter.members.axes
+
+
+def is_half(adapter: Adapter) -> bool:
+    """Whether the parameters of a stack are mapped and its buffers are not, or the other way round."""
+    members = adapter.members
+    if members is None or not any(adapter.buffers.values()):
+        return False
+    return (_first(adapter.params).dim() == members.axes) != (_first(adapter.buffers).dim() == members.buffer_axes)
+
+
+def _first(tree: Tree) -> Tensor:
+    return next(iter(next(iter(tree.values())).values()))
+
+
+def size(stacked: Adapter) -> int:
+    """K, the number of adapters in a stack."""
+    assert stacked.members is not None
+    return len(stacked.members.configs)
+
+
+def _common_method(adapters: Sequence[Adapter]) -> Method:
+    if any(adapter.members is not None for adapter in adapters):
+        raise ValueError("stack was given a stack; expected single adapters: [*peftfn.unstack(stacked), another].")
+    kinds = sorted({methods.of(adapter.config).called for adapter in adapters})
+    if len(kinds) > 1:
+        raise ValueError(f"stack was given adapters of {kinds}; expected single adapters of one method.")
+    method = methods.of(adapters[0].config)
+    free = {*(field.name for field in dataclasses.fields(LayeredConfig)), *method.stacking.varies}
+    for field in [field.name for field in dataclasses.fields(method.config) if field.name not in free]:
+        values = {getattr(adapter.config, field) for adapter in adapters}
+        if len(values) > 1:
+            raise ValueError(
+                f"stack was given adapters with {field} of {sorted(map(str, values))}; expected one value."
+            )
+    return method
+
+
+def _stack_own(method: Method, adapters: Sequence[Adapter], path: str) -> tuple[SiteInfo, Leaf]:
+    found = [_own(method, adapter, path) or None for adapter in adapters]
+    info, own = alike.together("stack", method, path, found, adapters)
+    if not any(own):
+        return info, {}
+    at = layers.pattern_path(path, {path for adapter in adapters for path in adapter.params})
+    by_column = frozenset(name for name, slot in method.slots.items() if slot.by_column)
+    padded = method.pad([adapter.config for adapter in adapters], at, own)
+    return info, _stack_plain(padded, path, by_column=by_column)
+
+
+def _own(method: Method, adapter: Adapter, path: str) -> Leaf:
+    """The method's tensors of an adapter at one site, params and buffers together."""
+    both = {**adapter.params.get(path, {}), **adapter.buffers.get(path, {})}
+    return {name: tensor for name, tensor in both.items() if not method.replaces(name)}
+
+
+def _stack_rest(method: Method, leaves: Sequence[Leaf | None], path: str, fill: bool = False) -> Leaf:
+    """The tensors that replace the base's, stacked."""
+    rest = [{n: t for n, t in (leaf or {}).items() if method.replaces(n)} or None for leaf in leaves]
+    return _stack_plain(rest, path, fill) if any(rest) else {}
+
+
+def _stack_plain(
+    leaves: Sequence[Leaf | None], path: str, fill: bool = False, by_column: frozenset[str] = frozenset()
+) -> Leaf:
+    model = next(leaf for leaf in leaves if leaf is not None)
+    filled: list[Leaf] = []
+    for leaf in leaves:
+        if leaf is None and not fill:
+            raise ValueError(f"stack: only some of the adapters replace {path}; expected all of them, or none.")
+        filled.append({name: torch.zeros_like(tensor) for name, tensor in model.items()} if leaf is None else leaf)
+    if any(leaf.keys() != model.keys() for leaf in filled):
+        raise ValueError(
+            f"stack: the adapters hold different tensors at {path}: {sorted({n for f in filled for n in f})}."
+        )
+    return {
+        name: _stack_tensors([leaf[name] for leaf in filled], f"{path}.{name}", name in by_column) for name in model
+    }
+
+
+def _stack_tensors(tensors: Sequence[Tensor], name: str, by_column: bool) -> Tensor:
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    if len(shapes) > 1:
+        raise ValueError(f"stack: {name} has shapes {sorted(shapes)}; expected adapters of one base.")
+    return slices.stacked(tensors, by_column)
+
+
+def _slice(stacked: Adapter, members: Members, number: int) -> Adapter:
+    config, paths, sites = members.configs[number], set(members.paths[number]), members.sites[number]
+    method = methods.of(config)
+    params, buffers = (
+        {
+            path: {name: tensor[number] for name, tensor in leaf.items()}
+            for path, leaf in tree.items()
+            if path in paths or path not in stacked.params
+        }
+        for tree in (stacked.params, stacked.buffers)
+    )
+    for path in sorted(paths):
+        own = _own(method, Adapter(params, buffers, config), path)
+        if own:
+            there = [c for c, has in zip(members.configs, members.paths, strict=True) if path in has]
+            own = method.trim(config, there, layers.pattern_path(path, set(stacked.params)), own)
+            own = alike.on_own_rows(method, own, sites.get(path, UNKNOWN), stacked.sites.get(path, UNKNOWN))
+            params[path].update({name: tensor for name, tensor in own.items() if name in method.names})
+            rest = {name: tensor for name, tensor in buffers.get(path, {}).items() if method.replaces(name)}
+            buffers[path] = rest | {name: tensor for name, tensor in own.items() if method.is_held(name)}
+    return Adapter(sorted_tree(params), sorted_tree(buffers), config, sites)

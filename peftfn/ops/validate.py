@@ -1,0 +1,128 @@
+"""Whether an adapter fits a model: its tensors against the layers that they are for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfn import methods
+from peftfn.core.adapter import UNKNOWN, Adapter, SiteInfo
+from peftfn.core.config import PeftConfig
+from peftfn.methods import Method
+from peftfn.models import layers, matching, targets
+from peftfn.models.layers import Place, Site
+from peftfn.weights import codecs
+
+
+def site_of(
+    layer: nn.Module,
+    place: Place,
+    path: str,
+    info: SiteInfo,
+    run: Callable[..., Any] | None = None,
+    adapted: Callable[[], Mapping[str, Tensor | None]] | None = None,
+) -> Site:
+    """The site at a path as an adapter acts on it, which knows more of it than the model does."""
+    rows, input_side = info.rows, info.input_side
+    return Site(path, place.kind, layer, place.weight, run, rows=rows, input_side=input_side, adapted=adapted)
+
+
+def refuse_leaf(method: Method, config: Any, leaf: Mapping[str, Tensor], site: Site) -> None:
+    """A `ValueError` if one adapter's tensors do not fit the site."""
+    wrong = method.check(config, leaf, site)
+    if wrong:
+        name = site.path or type(site.layer).__name__
+        raise ValueError(f"{name}: the adapter {wrong}. It was made for a model of another size.")
+
+
+def refuse_replacement(layer: nn.Module, path: str, name: str, shape: torch.Size, fixed: bool) -> None:
+    """A `KeyError` or `ValueError` if a tensor cannot take the place of one of the layer's.
+
+    Args:
+        layer: the module at `path`.
+        path: where it is.
+        name: the tensor's name there.
+        shape: what the adapter has for it.
+        fixed: whether it is not trained: then it may have any number of rows (an embedding saved along).
+    """
+    full, old = f"{path}.{name}", _shape(layer, name)
+    if old is None:
+        raise KeyError(f"the adapter replaces {full}, which this {type(layer).__name__} does not have.")
+    if shape == old or (fixed and shape[1:] == old[1:]):
+        return
+    raise ValueError(
+        f"{full}: the adapter has shape {tuple(shape)}, the model {tuple(old)}; build the model as it was when "
+        "the adapter was made (num_labels, vocabulary size)."
+    )
+
+
+def _shape(layer: nn.Module, name: str) -> torch.Size | None:
+    codec = codecs.of(layer)  # a packed weight has another shape, and perhaps no tensor of that name
+    if name == "weight" and codec is not codecs.DENSE:
+        return codec.shape(layer, name)
+    home: dict[str, Any] = layer._parameters if name in layer._parameters else layer._buffers
+    return getattr(codecs.bias(layer) if name == "bias" else home.get(name), "shape", None)
+
+
+def against(adapter: Adapter, model: nn.Module, source: str) -> None:
+    """Hold an adapter against the model it is for.
+
+    Raises:
+        KeyError: it has sites that the model has not, or lacks sites that its config names in the model.
+        ValueError: a shape does not fit.
+    """
+    method = methods.of(adapter.config)
+    try:
+        places = method.targets.sites(model, _without_patterns(adapter.config))
+        replaced = _replaced(model, adapter.config, places)
+    except ValueError as error:
+        raise ValueError(f"{source} does not fit this {type(model).__name__}: {error}") from error
+    adapted = [path for path, leaf in adapter.params.items() if not all(map(method.replaces, leaf))]
+    missing = [path for path in places if path not in adapted]
+    missing += [path for path, names in replaced.items() if names - adapter.params.get(path, {}).keys()]
+    unexpected = [path for path in adapted if path not in places]
+    unexpected += [path for path in adapter.params if path not in adapted and layers.module_at(model, path) is None]
+    if missing or unexpected:
+        raise KeyError(
+            f"{source} does not fit this {type(model).__name__}: missing sites {_few(missing)}, unexpected sites "
+            f"{_few(unexpected)}. It was made for another architecture, or its config was changed."
+        )
+    for path in adapted:
+        place, info = places[path], adapter.sites.get(path, UNKNOWN)
+        own = {**adapter.params[path], **adapter.buffers.get(path, {})}
+        leaf = {name: tensor for name, tensor in own.items() if not method.replaces(name)}
+        refuse_leaf(method, adapter.config, leaf, site_of(model.get_submodule(place.owner), place, path, info))
+    for tree in (adapter.params, adapter.buffers):
+        for path, name in [(path, name) for path, leaf in tree.items() for name in filter(method.replaces, leaf)]:
+            refuse_replacement(model.get_submodule(path), path, name, tree[path][name].shape, tree is adapter.buffers)
+
+
+def _without_patterns(config: PeftConfig) -> PeftConfig:
+    """The config without patterns: one that matches nothing is an error where it is written, not where it is read."""
+    fields = {field.name for field in dataclasses.fields(config)} & {"rank_pattern", "alpha_pattern"}
+    return dataclasses.replace(config, **dict[str, Any].fromkeys(fields))
+
+
+def _replaced(model: nn.Module, config: Any, places: Mapping[str, layers.Place]) -> dict[str, set[str]]:
+    """The parameters that the config trains beside the method's own (heads, biases), by module path."""
+    heads = targets.saved_modules(
+        model, getattr(config, "modules_to_save", None) or (), optional=matching.HEADS.get(config.task_type, ())
+    )
+    found = {path: codecs.replaceable(part) for path, part in heads.items()}
+    everywhere = [path for path, _ in layers.named_modules(model)]
+    bias: str = getattr(config, "bias", "none")
+    adapted = [place.owner for place in places.values()] if bias.endswith("_only") else []
+    for path in everywhere if bias == "all" else adapted:
+        in_attention = isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention)
+        # PEFT 0.17 leaves the bias of an attention's out_proj out of its files.
+        if codecs.bias(model.get_submodule(path)) is not None and not in_attention:
+            found.setdefault(path, set()).add("bias")
+    return found
+
+
+def _few(paths: Sequence[str], most: int = 4) -> str:
+    return f"{len(paths)} ({', '.join(paths[:most])}{', ...' if len(paths) > most else ''})" if paths else "none"

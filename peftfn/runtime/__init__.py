@@ -1,0 +1,1 @@
+"""A base run with adapters: in one call, or bound to a module."""

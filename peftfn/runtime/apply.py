@@ -1,0 +1,117 @@
+"""`apply` runs a base with adapters, and writes to nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftfn.core.adapter import Adapter, as_tuple
+from peftfn.models import graft, masks, twins
+from peftfn.runtime import attach, checked, parts, rows
+
+
+def apply(
+    model: nn.Module,
+    adapter: Adapter | Iterable[Adapter],
+    batch: Any,
+    *,
+    params: Mapping[str, Tensor] | None = None,
+    index: Any = None,
+) -> Any:
+    """What `model(**batch)` returns, adapted.
+
+    The model is a constant: nothing is written to it, it gets no gradient, and other threads may use it. Everything
+    else is differentiable and can be mapped: the adapter's tensors, the batch, and `params`.
+
+    Args:
+        model: the base, any `nn.Module`, in training or evaluation mode as it is to be run.
+        adapter: one adapter, or several that are active together (in this order); `()` is the base itself. A stack
+            is mapped by `torch.vmap`, or routed by `index`.
+        batch: a mapping is keyword arguments, a tuple or list positional ones, a tensor the only argument.
+        params: base parameters and buffers by name, in place of the model's own: any part of
+            `dict(model.named_parameters())` or a state dict; all of them for a model on the meta device.
+        index: for a stack, the number of the adapter for each row of the batch, -1 for the bare base. With a number
+            for each token, (rows, tokens), linear and embedding layers treat each token with its own adapter.
+
+    Raises:
+        TypeError: batch, adapter or index is of the wrong type.
+        KeyError: the adapter or `params` names something that the model does not have.
+        ValueError: a tensor does not fit.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> adapter = pf.init(model, pf.LoraConfig(r=2, target_modules=["0"]))
+        >>> x = torch.ones(3, 4)
+        >>> torch.equal(pf.apply(model, adapter, x), model(x))
+        True
+    """
+    adapters = as_tuple(adapter)
+    arguments, keywords = as_call(batch)
+    which = rows.of_adapters(adapters, index)
+    if which is not None:
+        rows.refuse_other_batch(which, (*arguments, *keywords.values()))
+    made = twins.Twins(model, params)
+    tracing = torch.compiler.is_compiling()
+    graft.run_packed(made.by_path.values(), apart=not tracing)
+    for table in made.tables:
+        graft.keep_norms(table)
+    masks.suit(made.by_path.values(), keywords)
+    how = parts.How(
+        hold=_put,
+        armed=_always if torch.is_grad_enabled() and not tracing else None,
+        check=tracing or not checked.are_known(model, adapters, made.by_path),
+        apart=not tracing,
+    )
+    attach.attach(made.root, made.by_path, parts.of(adapters, which), how)
+    if how.check and not tracing:
+        checked.remember(model, adapters, made.by_path)
+    if made.checkpointing:
+        graft.let_inputs_require_grad(made.root)
+    try:
+        # The twins hold every tensor already, and keep it for the backward pass (a checkpointed block looks for it
+        # there): functional_call finds each in its place, and leaves it there.
+        named = {name: made.tensor(name) for name in params or ()}
+        return torch.func.functional_call(made.root, named, arguments, keywords, tie_weights=False)
+    except RuntimeError as error:
+        clearer = graft.explained(error, made.checkpointing)
+        if clearer is None:
+            raise
+        raise clearer from error
+
+
+def _always() -> bool:
+    return True
+
+
+def _put(twin: nn.Module, name: str, compute: Any) -> None:
+    graft.put(twin, name, compute())
+
+
+def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The batch as positional and keyword arguments."""
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        items = cast("Mapping[Any, Any]", batch)
+        wrong = [key for key in items if not isinstance(key, str)]
+        if wrong:
+            raise TypeError(
+                f"batch is a mapping with keys {wrong[:3]} of type {type(wrong[0]).__name__}; expected the names of "
+                "the model's arguments, e.g. 'input_ids'. Positional arguments go in a tuple."
+            )
+        if items:
+            return (), dict(items)
+    elif isinstance(batch, (tuple, list)):
+        if batch:
+            return tuple(cast("Sequence[Any]", batch)), {}
+    else:
+        raise TypeError(
+            f"batch is a {type(batch).__name__}; expected a mapping (keyword arguments), a tuple or list (positional "
+            "arguments) or a tensor (the only argument)."
+        )
+    given = type(cast("Any", batch)).__name__
+    raise ValueError(f"batch is an empty {given}; expected the model's inputs.")

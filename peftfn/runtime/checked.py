@@ -1,0 +1,113 @@
+"""Which adapters were held against which models, so that the next call need not do it again.
+
+What a check looks at are classes and shapes of layers, and names and shapes of leaves. They are remembered, and
+compared at each call, which costs a tenth of the check: a layer that was replaced or resized since is held against the
+adapter again, and an adapter of new tensors in the shapes of the last one, as each step of functional training makes,
+is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftfn import methods
+from peftfn.core.adapter import Adapter
+from peftfn.core.config import PeftConfig
+from peftfn.models import layers
+from peftfn.models.layers import Place
+
+
+class _Layer(NamedTuple):
+    """A layer as it was: its path, its weight's name there, its class and the weight's shape."""
+
+    owner: str
+    name: str
+    cls: type[nn.Module]
+    shape: torch.Size
+
+
+class _Fit(NamedTuple):
+    """An adapter that fitted: its config, its layers as they were, and the shapes of its tensors."""
+
+    config: PeftConfig
+    layers: Sequence[_Layer]
+    shapes: Mapping[str, torch.Size]
+
+
+@dataclasses.dataclass(eq=False)
+class _Memory:
+    """What fitted one model, by adapter, and what fitted last."""
+
+    fits: weakref.WeakKeyDictionary[Adapter, _Fit] = dataclasses.field(
+        default_factory=weakref.WeakKeyDictionary[Adapter, _Fit]
+    )
+    last: _Fit | None = None
+
+
+_MEMORIES: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictionary()
+
+
+def are_known(model: nn.Module, adapters: Sequence[Adapter], twins: Mapping[str, nn.Module]) -> bool:
+    """Whether nothing that a check looks at is new.
+
+    Args:
+        model: the base.
+        adapters: what is to act on it.
+        twins: its layers by path, as they are now.
+    """
+    memory = _MEMORIES.get(model)
+    on_weights = [adapter for adapter in adapters if _acts_on_weights(adapter)]
+    return not on_weights or (memory is not None and all(_is_known(memory, one, twins) for one in on_weights))
+
+
+def _acts_on_weights(adapter: Adapter) -> bool:
+    return methods.of(adapter.config).on_weights is not None
+
+
+def _is_known(memory: _Memory, adapter: Adapter, twins: Mapping[str, nn.Module]) -> bool:
+    fit = memory.fits.get(adapter)
+    if fit is None:
+        fit = memory.last
+        if fit is None or fit.config is not adapter.config or fit.shapes != _shapes(adapter):
+            return False
+        memory.fits[adapter] = fit
+    return all(_is_as_it_was(one, twins.get(one.owner)) for one in fit.layers)
+
+
+def _is_as_it_was(layer: _Layer, now: nn.Module | None) -> bool:
+    if now is None or type(now) is not layer.cls:
+        return False
+    weight = now._parameters.get(layer.name)
+    is_plain = type(cast("object", weight)) in (nn.Parameter, Tensor)
+    return (cast("Tensor", weight).shape if is_plain else layers.shape_of(now, layer.name)) == layer.shape
+
+
+def remember(model: nn.Module, adapters: Sequence[Adapter], twins: Mapping[str, nn.Module]) -> None:
+    """Take it that these adapters fit the model. Those that change no weight have few sites, and are checked anew."""
+    for adapter in filter(_acts_on_weights, adapters):
+        config, method = adapter.config, methods.of(adapter.config)
+        sites = [path for path, leaf in adapter.params.items() if not all(map(method.replaces, leaf))]
+        fit = _Fit(config, [_layer(layers.find(model, path), twins) for path in sites], _shapes(adapter))
+        memory = _MEMORIES.setdefault(model, _Memory())
+        memory.fits[adapter] = memory.last = fit
+
+
+def _layer(place: Place | None, twins: Mapping[str, nn.Module]) -> _Layer:
+    assert place is not None, "an adapter that fits has no other sites"
+    twin = twins[place.owner]
+    return _Layer(place.owner, place.weight, type(twin), layers.shape_of(twin, place.weight))
+
+
+def _shapes(adapter: Adapter) -> dict[str, torch.Size]:
+    return {
+        f"{path}.{name}": tensor.shape
+        for tree in (adapter.params, adapter.buffers)
+        for path, leaf in tree.items()
+        for name, tensor in leaf.items()
+    }

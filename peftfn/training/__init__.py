@@ -1,0 +1,1 @@
+"""Optimizers, many adapters trained at once, allocation of ranks."""

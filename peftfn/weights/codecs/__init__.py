@@ -1,0 +1,112 @@
+"""What is known of each kind of base weight: how to run the layer, read its weight, and write it back.
+
+A method never asks how a weight is stored. `of(module)` picks the codec from one table; a new format is one
+file here and one line in the table, and every method works on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftfn.weights.codecs import bitsandbytes_4bit, bitsandbytes_8bit, dense, gptq, opaque
+from peftfn.weights.codecs.packed import Packed
+from peftfn.weights.codecs.stored import Entry
+
+
+class Codec(NamedTuple):
+    """One kind of base weight.
+
+    Attributes:
+        matches: whether a module's weight is of this kind.
+        is_linear: whether such a module is a linear layer although it is no `nn.Linear`.
+        run: `(module, *args) -> output`, what the layer's own forward computes; writes nothing to the module.
+        product: `(module, x) -> (W, b)` where that is one product with W, dense or packed, and no more; else `None`.
+        shape: `(module, name) -> shape` of the weight as a dense tensor.
+        read: `(module, name) -> tensor`, the weight as a dense tensor in the layer's own layout.
+        find: `(params, name, module or None) -> Entry`: the weight among parameters by name, or `None` where what has
+            that name is not of this kind.
+        shared: `(module) -> objects` that belong to the weight and are never copied.
+    """
+
+    matches: Callable[[nn.Module], bool]
+    is_linear: bool
+    run: Callable[..., Any]
+    product: Callable[[nn.Module, Tensor], tuple[Tensor | Packed, Tensor | None] | None]
+    shape: Callable[[nn.Module, str], torch.Size]
+    read: Callable[[nn.Module, str], Tensor]
+    find: Callable[[Mapping[str, Tensor], str, nn.Module | None], Entry | None]
+    shared: Callable[[nn.Module], list[Any]]
+
+
+def _codec(of: Any, is_linear: bool = False) -> Codec:
+    return Codec(of.matches, is_linear, of.run, of.product, of.shape, of.read, of.find, of.shared)
+
+
+DENSE = _codec(dense)
+TABLE: tuple[Codec, ...] = (
+    _codec(bitsandbytes_4bit),
+    _codec(bitsandbytes_8bit),
+    _codec(gptq, is_linear=True),
+    _codec(opaque, is_linear=True),
+    DENSE,
+)
+BY_RUN: dict[Any, Codec] = {codec.run: codec for codec in TABLE}
+
+_KEPT = "_peftfn_codec"
+_BY_CLASS: dict[tuple[type, type], Codec] = {}
+
+
+def of(module: nn.Module) -> Codec:
+    """The codec of a module's weight: the first of the table that matches its class, and that of its weight."""
+    if _KEPT in module.__dict__:
+        return cast("Codec", module.__dict__[_KEPT])
+    if torch.compiler.is_compiling():  # Dynamo would guard on what is in the dictionary, and compile again
+        return next(codec for codec in TABLE if codec.matches(module))
+    cls = type(module), type(cast("object", module._parameters.get("weight")))
+    found = _BY_CLASS.get(cls)
+    if found is None:
+        found = _BY_CLASS[cls] = next(codec for codec in TABLE if codec.matches(module))
+    return found
+
+
+def keep(attributes: dict[str, Any], codec: Codec) -> None:
+    """Make the twin with these attributes stay what it was, also with a dense weight in place of its packed one."""
+    if codec is not DENSE:
+        attributes[_KEPT] = codec
+
+
+def bias(module: nn.Module) -> Tensor | None:
+    """A module's bias; a packed layer may hold it as a buffer, or as an attribute that is neither (HQQ's)."""
+    if of(module) is DENSE:
+        return module._parameters.get("bias")
+    return {**module.__dict__, **module._buffers, **module._parameters}.get("bias")
+
+
+def replaceable(module: nn.Module) -> set[str]:
+    """The names of the parameters that can be trained in place of a module's own: a packed weight's is `weight`."""
+    if of(module) is DENSE:
+        return {name for name, one in module._parameters.items() if one is not None}
+    return {"weight"} | ({"bias"} if bias(module) is not None else set())
+
+
+def packed_modules(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Codec]]:
+    """Those of the modules whose weight is packed, with their codecs."""
+    for module in modules:
+        codec = of(module)
+        if codec is not DENSE:
+            yield module, codec
+
+
+def shared(root: nn.Module) -> list[Any]:
+    """What a copy of a model that shares its weights shares with them."""
+    return [one for module, codec in packed_modules(root.modules()) for one in codec.shared(module)]
+
+
+def find(params: Mapping[str, Tensor], name: str, module: nn.Module | None = None) -> Entry | None:
+    """The packed weight of that name among parameters by name, or `None` for a dense one."""
+    found = (codec.find(params, name, module) for codec in TABLE)
+    return next((entry for entry in found if entry is not None), None)
