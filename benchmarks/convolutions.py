@@ -1,9 +1,9 @@
 """A convolution with LoRA, by shape, in training and without gradients: peftfn, peft and the bare base.
 
 A convolution and its low-rank delta run beside each other, or with one kernel that is made for the call
-(`peftfn.methods.convolved` has the rule). Both are timed as well, and the last table has what the rule picks against
-the better of the two. "base alone" is the frozen convolution, forward and, in training, backward to its input. Each
-case is held against peft, outputs and gradients, before it is timed.
+(`peftfn.methods.low_rank.convolved` has the rule). Both are timed as well, and the last table has what the rule picks
+against the better of the two. "base alone" is the frozen convolution, forward and, in training, backward to its input.
+Each case is held against peft, outputs and gradients, before it is timed.
 
     python benchmarks/convolutions.py --quick
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import peftfn as pf
-from peftfn.methods import running
+from peftfn.methods.low_rank import running
 
 OURS, APART, AS_ONE = "peftfn", "always apart", "always as one"
 

@@ -1,7 +1,7 @@
 """Rows that get a copy of their adapter's weights, against rows sorted by adapter: where one way overtakes the other.
 
 One linear layer of LoRA in each case, no gradients, process CPU time, the ways in turns, medians. The library
-(`peftfn.runtime.segments`) chooses between them by the memory that each one moves; the last column is what it chose.
+(`peftfn.runtime.by_row.segments`) chooses between them by the memory that each one moves; the last column is its pick.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import peftfn as pf
 from peftfn.methods import lora
 from peftfn.models import graft
 from peftfn.models.layers import LINEAR, Site
-from peftfn.runtime import routing, rows, segments
+from peftfn.runtime.by_row import routing, rows, segments
 
 WIDTH = 512
 ROWS = 32

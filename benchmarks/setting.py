@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfn as pf
-from peftfn.methods import dropout
+from peftfn.methods.low_rank import dropout
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VOCABULARY = 2048  # small: the layers are what adapters act on

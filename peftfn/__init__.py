@@ -13,10 +13,10 @@ from peftfn.methods.ia3 import IA3Config
 from peftfn.methods.lokr import LoKrConfig
 from peftfn.methods.lora import LoraConfig
 from peftfn.methods.oft import OFTConfig
-from peftfn.methods.p_tuning import PromptEncoderConfig
-from peftfn.methods.prefix_tuning import PrefixTuningConfig
-from peftfn.methods.prompt_config import PromptLearningConfig
-from peftfn.methods.prompt_tuning import PromptTuningConfig
+from peftfn.methods.prompt.p_tuning import PromptEncoderConfig
+from peftfn.methods.prompt.prefix_tuning import PrefixTuningConfig
+from peftfn.methods.prompt.prompt_config import PromptLearningConfig
+from peftfn.methods.prompt.prompt_tuning import PromptTuningConfig
 from peftfn.ops.combine import combine
 from peftfn.ops.init import init
 from peftfn.ops.inits import loftq, olora, pissa
@@ -24,7 +24,7 @@ from peftfn.ops.kbit import prepare_for_kbit_training
 from peftfn.ops.merge import merge
 from peftfn.ops.stacking import stack, unstack
 from peftfn.runtime.apply import apply
-from peftfn.runtime.bound import bind, unbind
+from peftfn.runtime.bind.bound import bind, unbind
 from peftfn.runtime.ensemble import Ensemble, ensemble
 from peftfn.training import adalora, optimizers, sweep
 

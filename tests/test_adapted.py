@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.func import grad
 
 import peftfn as pf
-from peftfn.methods import adapted, dropout, outermost
-from peftfn.methods.adapted import Delta
+from peftfn.methods.low_rank import adapted, dropout, outermost
+from peftfn.methods.low_rank.adapted import Delta
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}  # float64, sums in another order
 WIDE = (1400, 130, 140)

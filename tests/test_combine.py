@@ -12,7 +12,7 @@ from oracle import IS_OLD, called, distance, loaded, outputs, quiet_peft, random
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn.methods import mixing
+from peftfn.methods.low_rank import mixing
 
 pytestmark = pytest.mark.skipif(IS_OLD, reason="other formulas for negative weights")
 

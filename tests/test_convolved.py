@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
 import peftfn as pf
-from peftfn.methods import convolved, running
-from peftfn.methods.adapted import Delta
+from peftfn.methods.low_rank import convolved, running
+from peftfn.methods.low_rank.adapted import Delta
 
 LAYERS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "1d": (lambda: nn.Conv1d(6, 5, 3), (2, 6, 11)),

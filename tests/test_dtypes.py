@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftfn as pf
 from peftfn.checkpoints import keys
-from peftfn.methods import running
+from peftfn.methods.low_rank import running
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [*HALVES, torch.float32, torch.float64]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import grad, jvp
 
 import peftfn as pf
-from peftfn.methods import slices
-from peftfn.runtime import rows, segments
+from peftfn.core import slices
+from peftfn.runtime.by_row import rows, segments
 
 # The same sums in another order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}

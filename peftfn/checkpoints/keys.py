@@ -25,8 +25,9 @@ from peftfn import methods
 from peftfn.checkpoints import prompt_keys
 from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, Sites, Tree, sorted_tree
 from peftfn.core.config import PeftConfig
-from peftfn.methods import Method, alike
+from peftfn.methods import Method
 from peftfn.models import layers, matching, targets
+from peftfn.ops import alike
 from peftfn.weights import codecs
 
 PREFIX = "base_model.model."

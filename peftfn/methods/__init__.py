@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from peftfn.core.config import PeftConfig
-from peftfn.methods import adalora, adaption_prompt, dora, ia3, lokr, lora, oft, p_tuning, prefix_tuning, prompt_tuning
+from peftfn.methods import adalora, adaption_prompt, dora, ia3, lokr, lora, oft
 from peftfn.methods.method import Method
+from peftfn.methods.prompt import p_tuning, prefix_tuning, prompt_tuning
 
 TABLE: tuple[Method, ...] = (
     dora.METHOD,  # of a LoraConfig that asks for it: before the one of any other

@@ -66,7 +66,8 @@ class OnCall(NamedTuple):
     """A method that changes what the model is given, such as a prompt.
 
     Attributes:
-        forward: `(config, leaf, site, call) -> call`, on a `peftfn.methods.calls.Call`; the site's layer is the model.
+        forward: `(config, leaf, site, call) -> call`, on a `peftfn.methods.prompt.calls.Call`; the site's layer is the
+            model.
         check: as of `OnAttention`.
         silence: as of `OnAttention`.
         homes: `(model) -> paths` of the modules whose call is changed.

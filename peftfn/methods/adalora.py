@@ -23,7 +23,7 @@ from peftfn.core.adapter import Adapter, Leaf
 from peftfn.methods import lora, slots, weights
 from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adalora_targets import TARGETS
-from peftfn.methods.adapted import Delta
+from peftfn.methods.low_rank.adapted import Delta
 from peftfn.methods.method import Files, Method, Stacking, Targets, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
 from peftfn.models import layers, layouts, targets

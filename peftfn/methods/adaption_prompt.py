@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from peftfn.core.adapter import Leaf
 from peftfn.core.config import PeftConfig
-from peftfn.methods import inserted
 from peftfn.methods.action import OnAttention
 from peftfn.methods.method import Method, Stacking, Targets
+from peftfn.methods.prompt import inserted
 from peftfn.methods.slots import Slot
 from peftfn.models import layers, targets
 from peftfn.models.layers import Place, Site

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfn.core.adapter import Leaf
-from peftfn.methods import lora, lowrank, running, weights
-from peftfn.methods.adapted import Delta
+from peftfn.methods import lora, weights
 from peftfn.methods.lora_config import LoraConfig
+from peftfn.methods.low_rank import lowrank, running
+from peftfn.methods.low_rank.adapted import Delta
 from peftfn.methods.method import Files, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
 from peftfn.models import layouts

@@ -21,8 +21,8 @@ from peftfn.core.adapter import Leaf
 from peftfn.core.config import TargetedConfig
 from peftfn.methods import weights
 from peftfn.methods.ia3_targets import FEEDFORWARD, TARGETS
+from peftfn.methods.low_rank.mixing import Recipe
 from peftfn.methods.method import Combining, Files, Method, Stacking, Targets, like_weight
-from peftfn.methods.mixing import Recipe
 from peftfn.methods.slots import Shape, Slot
 from peftfn.models import layers, layouts, targets
 from peftfn.models.layers import Site

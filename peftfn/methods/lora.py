@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from peftfn.core.adapter import Leaf
-from peftfn.methods import lora_combine, ranks, slots, weights
-from peftfn.methods.adapted import Delta
+from peftfn.methods import slots, weights
 from peftfn.methods.lora_config import LoraConfig
 from peftfn.methods.lora_targets import TARGETS
+from peftfn.methods.low_rank import lora_combine, ranks
+from peftfn.methods.low_rank.adapted import Delta
 from peftfn.methods.method import Combining, Files, Method, Stacking, Targets, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
 from peftfn.models import layers, layouts, matching, targets

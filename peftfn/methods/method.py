@@ -14,7 +14,7 @@ from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, Tree
 from peftfn.core.config import PeftConfig
 from peftfn.methods import slots
 from peftfn.methods.action import OnAttention, OnCall, OnWeights
-from peftfn.methods.mixing import Recipe
+from peftfn.methods.low_rank.mixing import Recipe
 from peftfn.methods.slots import Slots
 from peftfn.models import layers, layouts, targets
 from peftfn.models.layers import Place, Site

@@ -38,7 +38,7 @@ class Slot(NamedTuple):
         off: the value at which the method does nothing, whatever the other tensors hold.
         outputs: the axis along the weight's outputs.
         inputs: the axis along the weight's inputs.
-        by_column: whether a stack holds the columns of this matrix in one piece each (see `peftfn.methods.slices`).
+        by_column: whether a stack holds the columns of this matrix in one piece each (see `peftfn.core.slices`).
         also: another shape that a file of PEFT's may have.
     """
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from peftfn.core import runs
 from peftfn.core.adapter import Leaf
 from peftfn.core.runs import Runs
-from peftfn.methods import adapted, lowrank, running
 from peftfn.methods import slots as slot_table
 from peftfn.methods.action import Merge, OnWeights, one_by_one
+from peftfn.methods.low_rank import adapted, lowrank, running
 from peftfn.methods.method import like_weight
 from peftfn.methods.slots import Slots
 from peftfn.models import layers, layouts

@@ -13,9 +13,11 @@ from torch import Tensor
 from peftfn import methods
 from peftfn.core.adapter import Adapter, Leaf, SiteInfo, Sites, Tree, as_tuple, sorted_tree
 from peftfn.core.config import PeftConfig
-from peftfn.methods import Method, alike, mixing
-from peftfn.methods.mixing import Recipe
+from peftfn.methods import Method
+from peftfn.methods.low_rank import mixing
+from peftfn.methods.low_rank.mixing import Recipe
 from peftfn.models import layers, matching
+from peftfn.ops import alike
 
 
 def combine(
@@ -33,7 +35,7 @@ def combine(
 ) -> Adapter:
     """The weighted combination of adapters of one method: PEFT's `add_weighted_adapter`, with the formulas of 0.21.2.
 
-    For LoRA, with ΔW = s·B·A for each adapter (see `peftfn.methods.lora_combine`):
+    For LoRA, with ΔW = s·B·A for each adapter (see `peftfn.methods.low_rank.lora_combine`):
 
     | method | what it gives | rank |
     |---|---|---|

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from peftfn import methods
+from peftfn.core import slices
 from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, Members, SiteInfo, Tree, as_tuple, sorted_tree
 from peftfn.core.config import LayeredConfig
-from peftfn.methods import Method, alike, slices
+from peftfn.methods import Method
 from peftfn.models import layers
+from peftfn.ops import alike
 
 
 def stack(adapters: Sequence[Adapter]) -> Adapter:

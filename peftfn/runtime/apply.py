@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from peftfn.core.adapter import Adapter, as_tuple
 from peftfn.models import graft, masks, twins
-from peftfn.runtime import attach, checked, parts, rows
+from peftfn.runtime import attach, checked, parts
+from peftfn.runtime.by_row import rows
 
 
 def apply(

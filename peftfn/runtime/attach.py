@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfn.methods import cached, calls, inserted
+from peftfn.methods.prompt import cached, calls, inserted
 from peftfn.models import graft, layers, masks, recompute
 from peftfn.models import transformers_names as hf
 from peftfn.models.layers import Place, Site
 from peftfn.ops import validate
-from peftfn.runtime import parts, readers, routing
+from peftfn.runtime import parts
+from peftfn.runtime.by_row import readers, routing
 from peftfn.runtime.parts import How, Part
 from peftfn.weights import codecs
 

@@ -12,7 +12,7 @@ from peftfn.core.adapter import UNKNOWN, Adapter, SiteInfo
 from peftfn.core.config import PeftConfig
 from peftfn.methods import Method
 from peftfn.models import layouts
-from peftfn.runtime.rows import Rows
+from peftfn.runtime.by_row.rows import Rows
 
 
 class How(NamedTuple):

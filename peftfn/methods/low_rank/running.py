@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfn.core.transforms import is_forward_mode, is_mapped, is_transforming
-from peftfn.methods import adapted, convolved, dropout, lowrank
-from peftfn.methods.adapted import Delta
+from peftfn.methods.low_rank import adapted, convolved, dropout, lowrank
+from peftfn.methods.low_rank.adapted import Delta
 from peftfn.models import layers
 from peftfn.models.layers import Site
 from peftfn.weights.codecs.packed import Packed

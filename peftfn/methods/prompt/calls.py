@@ -1,4 +1,4 @@
-"""The call of a model as a value, which prompt methods change (`peftfn.methods.inserted`, `peftfn.methods.cached`)."""
+"""The call of a model as a value, which the methods of this folder change."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Call(NamedTuple):
         takes: what the model's forward takes.
         first: whether nothing is cached yet. Later calls of a generation bring new tokens only, and a cache that
             begins with the prompt.
-        prompts: what is cached of prompts, and the arguments do not know of (`peftfn.methods.cached.settled`).
+        prompts: what is cached of prompts, and the arguments do not know of (`peftfn.methods.prompt.cached.settled`).
         prefixes: the same of prefixes, which are in the cache before everything else.
         guessed: whether the position ids are ours: those that the model would have counted in each row alone.
         whole_mask: whether the mask has a number for each place of a static cache, also the empty ones.

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from peftfn.core import blocks
 from peftfn.core.transforms import is_traced
-from peftfn.methods import widening
-from peftfn.methods.products import added, scaled
+from peftfn.methods.low_rank import widening
+from peftfn.methods.low_rank.products import added, scaled
 from peftfn.models import layers
 from peftfn.models.layers import Site
 

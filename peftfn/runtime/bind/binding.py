@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peftfn.core.adapter import Adapter, Tree, sorted_tree
 from peftfn.models import layers
-from peftfn.runtime import held
+from peftfn.runtime.bind import held
 
 KEY = "_peftfn_binding"
 """The attribute of a bound module that is its `Binding`."""

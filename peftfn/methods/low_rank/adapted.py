@@ -1,14 +1,14 @@
 """A linear layer and its low-rank delta as one `torch.autograd.Function`: x Wᵀ + b + s·B·A·(m ∘ x).
 
 Autograd's own way keeps m ∘ x and m, in A's dtype, for each of the layers that read x. Here x is kept as it came, with
-h = s·(m ∘ x) Aᵀ, r numbers a token, and m as bits (`peftfn.methods.dropout`). With z = s·(dy B):
+h = s·(m ∘ x) Aᵀ, r numbers a token, and m as bits (`peftfn.methods.low_rank.dropout`). With z = s·(dy B):
 dA = zᵀ (m ∘ x), dB = dyᵀ h, dx = dy W + m ∘ (z A); products with A and B are taken in their dtype.
 
 Where it takes fewer multiplications, y and dx are each one product with W + s·B·A, which is made for it and not kept;
 nothing ever computes the gradient of that sum, which is as large as W. RunLoRA (https://arxiv.org/abs/2312.03415)
-has these and the other orders of the products. A packed W (`peftfn.weights.codecs.packed`) is only ever multiplied with.
+has these and the other orders of the products. A packed W (`peftfn.weights.codecs.packed`) is only multiplied with.
 
-A and B may be one pair for each group of tokens (`peftfn.methods.products`).
+A and B may be one pair for each group of tokens (`peftfn.methods.low_rank.products`).
 
 The backward pass is made of ordinary operations of torch, so derivatives of any order follow. Under `vmap`, in forward
 mode and while Dynamo traces the caller has no use for this: plain operations are as fast there, or faster.
@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfn.core.transforms import is_transforming, unviewed
-from peftfn.methods import dropout, outermost
-from peftfn.methods.products import add_to, added, by_column, flat, laid_out_as, more, product, scaled
+from peftfn.methods.low_rank import dropout, outermost
+from peftfn.methods.low_rank.products import add_to, added, by_column, flat, laid_out_as, more, product, scaled
 from peftfn.weights.codecs import packed
 from peftfn.weights.codecs.packed import Packed
 

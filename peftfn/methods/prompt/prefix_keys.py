@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from peftfn.methods import prompt_config
+from peftfn.methods.prompt import prompt_config
 from peftfn.models import signatures
 from peftfn.models import transformers_caches as caches
 from peftfn.models import transformers_names as hf

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfn.core.adapter import Leaf
-from peftfn.methods import prompt_config
-from peftfn.methods.calls import Added, Call
-from peftfn.methods.inserted import LENGTH
 from peftfn.methods.method import Stacking
-from peftfn.methods.places import Place, ones
-from peftfn.methods.prompt_config import Config
+from peftfn.methods.prompt import prompt_config
+from peftfn.methods.prompt.calls import Added, Call
+from peftfn.methods.prompt.inserted import LENGTH
+from peftfn.methods.prompt.places import Place, ones
+from peftfn.methods.prompt.prompt_config import Config
 from peftfn.models import signatures
 from peftfn.models import transformers_names as hf
 from peftfn.models import transformers_positions as counted

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn.methods.calls import Added, Call
-from peftfn.methods.places import IGNORED, Place, ones
+from peftfn.methods.prompt.calls import Added, Call
+from peftfn.methods.prompt.places import IGNORED, Place, ones
 from peftfn.models import transformers_names as hf
 
 LENGTH = "tokens"

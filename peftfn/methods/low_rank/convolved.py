@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfn.core.transforms import unviewed
-from peftfn.methods.adapted import Delta
-from peftfn.methods.products import scaled
+from peftfn.methods.low_rank.adapted import Delta
+from peftfn.methods.low_rank.products import scaled
 
 _CALLS = 2**17  # see `is_cheaper`
 _TRAINING = 4

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfn.core import transforms
-from peftfn.methods.calls import Added, Call, tokens_of, without_empty_places
-from peftfn.methods.places import Place, check_mask, left_padding, ones
+from peftfn.methods.prompt.calls import Added, Call, tokens_of, without_empty_places
+from peftfn.methods.prompt.places import Place, check_mask, left_padding, ones
 from peftfn.models import transformers_caches as caches
 from peftfn.models import transformers_names as hf
 

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from peftfn.core.adapter import Adapter, Leaf, Tree
-from peftfn.methods import ranks
 from peftfn.methods.lora_config import LoraConfig
-from peftfn.methods.mixing import Recipe, mixed
+from peftfn.methods.low_rank import ranks
+from peftfn.methods.low_rank.mixing import Recipe, mixed
 from peftfn.models import layers, matching
 
 Pair = tuple[Tensor, Tensor]

@@ -11,7 +11,7 @@ from torch import Tensor
 from peftfn.core.adapter import Adapter
 from peftfn.core.transforms import is_traced
 from peftfn.ops import stacking
-from peftfn.runtime import segments
+from peftfn.runtime.by_row import segments
 
 
 class Rows(NamedTuple):

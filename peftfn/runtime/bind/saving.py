@@ -17,7 +17,7 @@ from peftfn.checkpoints import checkpoint, plain
 from peftfn.core import files
 from peftfn.core.adapter import Adapter
 from peftfn.models import layers
-from peftfn.runtime import binding
+from peftfn.runtime.bind import binding
 
 _SAFE, _PICKLE = "model.safetensors", "pytorch_model.bin"
 """Where Trainer looks for the weights of a model that is none of peft's classes."""

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftfn.core import slices
 from peftfn.core.config import PeftConfig
-from peftfn.methods import Method, calls, slices
+from peftfn.methods import Method
+from peftfn.methods.prompt import calls
 from peftfn.models.layers import Site
-from peftfn.runtime import rows, segments
-from peftfn.runtime.rows import Rows
-from peftfn.runtime.segments import Segments
+from peftfn.runtime.by_row import rows, segments
+from peftfn.runtime.by_row.rows import Rows
+from peftfn.runtime.by_row.segments import Segments
 from peftfn.weights import codecs
 
 

@@ -16,12 +16,13 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
-from peftfn.methods import slices
+from peftfn.core import slices
 from peftfn.models import graft, signatures
 from peftfn.models.layers import Place
-from peftfn.runtime import parts, rows, segments
+from peftfn.runtime import parts
+from peftfn.runtime.by_row import rows, segments
+from peftfn.runtime.by_row.rows import Rows
 from peftfn.runtime.parts import Part
-from peftfn.runtime.rows import Rows
 from peftfn.weights import codecs
 
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from peftfn.core.adapter import Adapter, as_tuple
 from peftfn.models import copies, graft, guards, layers, recompute
 from peftfn.models import transformers_names as hf
-from peftfn.runtime import attach, binding, held, parts, rows, saving
+from peftfn.runtime import attach, parts
+from peftfn.runtime.bind import binding, held, saving
+from peftfn.runtime.by_row import rows
 from peftfn.weights import codecs, offloaded
 
 

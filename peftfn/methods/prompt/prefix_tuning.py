@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfn.core.adapter import Leaf
-from peftfn.methods import calls, inserted, places, prefix_keys, prompt_config, prompt_rows
 from peftfn.methods.action import OnCall
-from peftfn.methods.calls import Added, Call
 from peftfn.methods.method import Files, Method, Targets, like_weight
-from peftfn.methods.prompt_config import PromptLearningConfig
+from peftfn.methods.prompt import calls, inserted, places, prefix_keys, prompt_config, prompt_rows
+from peftfn.methods.prompt.calls import Added, Call
+from peftfn.methods.prompt.prompt_config import PromptLearningConfig
 from peftfn.methods.slots import Slot
 from peftfn.models import signatures
 from peftfn.models import transformers_caches as caches

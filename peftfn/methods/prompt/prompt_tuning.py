@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from peftfn.core.adapter import Leaf
-from peftfn.methods import cached, inserted, prompt_config, prompt_input, prompt_rows
 from peftfn.methods.action import OnCall
-from peftfn.methods.calls import Call
 from peftfn.methods.method import Files, Method, Targets, like_weight
-from peftfn.methods.prompt_config import PromptLearningConfig
+from peftfn.methods.prompt import cached, inserted, prompt_config, prompt_input, prompt_rows
+from peftfn.methods.prompt.calls import Call
+from peftfn.methods.prompt.prompt_config import PromptLearningConfig
 from peftfn.methods.slots import Slot
 from peftfn.models import transformers_caches as caches
 from peftfn.models import transformers_names as hf

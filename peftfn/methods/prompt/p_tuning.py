@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfn.core.adapter import Leaf
-from peftfn.methods import inserted, prompt_config, prompt_input, prompt_rows, prompt_tuning
 from peftfn.methods.action import OnCall
-from peftfn.methods.calls import Call
 from peftfn.methods.method import Files, Method, Targets, like_weight
-from peftfn.methods.prompt_config import PromptLearningConfig
+from peftfn.methods.prompt import inserted, prompt_config, prompt_input, prompt_rows, prompt_tuning
+from peftfn.methods.prompt.calls import Call
+from peftfn.methods.prompt.prompt_config import PromptLearningConfig
 from peftfn.methods.slots import Slot
 from peftfn.models.layers import Site
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from peftfn.methods import prompt_config
+from peftfn.methods.prompt import prompt_config
 from peftfn.models import signatures
 from peftfn.models import transformers_names as hf
 from peftfn.models.layers import Site

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from peftfn.methods import slices
+from peftfn.core import slices
 
 Numbers = NDArray[np.int64]
 
