@@ -145,7 +145,8 @@ if hasattr(transformers, "BltForCausalLM"):
         blt,
         PROMPT,
     )
-    INITS["BltForCausalLM has a cache of two halves"] = (blt, pf.PrefixTuningConfig(**TOKENS))
+    said = "BltConfig: transformers makes no cache" if oracle.IS_OLD else "BltForCausalLM has a cache of two halves"
+    INITS[said] = (blt, pf.PrefixTuningConfig(**TOKENS))
 if hasattr(transformers, "EsmcForSequenceClassification"):
     INITS["EsmcModel in EsmcForSequenceClassification takes no inputs_embeds"] = (esmc, PROMPT)
 

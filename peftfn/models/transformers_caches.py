@@ -170,7 +170,13 @@ def new_cache(config: Any) -> Any:
     """An empty cache for a model of this config."""
     from transformers import DynamicCache, EncoderDecoderCache
 
-    cache = DynamicCache(config=config)
+    try:
+        cache = DynamicCache(config=config)
+    except AttributeError as error:  # BLT's config of transformers 4 does not say how many layers it has
+        raise ValueError(
+            f"{type(config).__name__}: transformers makes no cache of keys and values for it ({error}), and a prefix "
+            "goes into one. Use a method that changes layers."
+        ) from error
     is_pair = getattr(config, "is_encoder_decoder", False)
     return EncoderDecoderCache(cache, DynamicCache(config=config)) if is_pair else cache
 
