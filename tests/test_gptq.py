@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev, jvp, vmap
 
 import peftfn as pf
+from peftfn.weights import codecs
 from peftfn.weights.codecs import packed as product
 
 pytest.importorskip("auto_gptq", reason="auto-gptq has an environment of its own: make test-gptq")
@@ -154,10 +155,10 @@ def test_weights_are_unpacked_in_blocks(kind: dict[str, Any], monkeypatch: pytes
         grad(lambda x: pf.apply(model, (), x).square().sum())(x),
         jvp(lambda x: pf.apply(model, (), x), (x,), (x,))[1],
     )
-    whole, weight = results(), pf.codecs.of(layer).read(layer, "weight")
+    whole, weight = results(), codecs.of(layer).read(layer, "weight")
     monkeypatch.setattr(product, "_BLOCK", 100)
     close(results(), whole)
-    assert pf.codecs.of(layer).read(layer, "weight").equal(weight)
+    assert codecs.of(layer).read(layer, "weight").equal(weight)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13's compiler does so

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
 import peftfn as pf
+from peftfn.weights import codecs
 
 pytest.importorskip("gptqmodel", reason="GPTQModel has an environment of its own: make test-gptqmodel")
 with warnings.catch_warnings():
@@ -169,13 +170,13 @@ def test_a_bound_model_is_what_apply_computes_and_shares_the_weights(method: str
 
 def test_zero_points_of_version_1_are_read_as_such() -> None:
     layer = packed(nn.Linear(96, 64))
-    weight = pf.codecs.of(layer).read(layer, "weight")
+    weight = codecs.of(layer).read(layer, "weight")
     older = copy.deepcopy(layer)
     older.qzeros.sub_(0x11111111)
     older.qzero_format(format=1)
     stored = layer.qzeros.view(torch.uint8)
     assert ((stored & 15) > 0).all() and ((stored >> 4) > 0).all(), "a zero point of 0 has no version 1"
-    assert pf.codecs.of(older).read(older, "weight").equal(weight)
+    assert codecs.of(older).read(older, "weight").equal(weight)
 
 
 @pytest.mark.parametrize(

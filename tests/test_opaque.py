@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
 import peftfn as pf
+from peftfn.weights import codecs
 from peftfn.weights.codecs import packed as product
 
 # A dense weight is read by running the layer, in its own dtype: the same numbers, multiplied in another order.
@@ -126,10 +127,10 @@ def test_merged_it_is_a_plain_model(kind: str) -> None:
 def test_the_identity_is_run_in_blocks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = model_of(kind), torch.randn(4, 64)
     gradient = lambda: grad(lambda x: pf.apply(model, (), x).square().sum())(x)  # noqa: E731  # twice
-    whole, weight = gradient(), pf.codecs.of(model[0]).read(model[0], "weight")  # type: ignore[index]
+    whole, weight = gradient(), codecs.of(model[0]).read(model[0], "weight")  # type: ignore[index]
     monkeypatch.setattr(product, "_BLOCK", 500)
     assert distance(gradient(), whole) < CLOSE
-    assert distance(pf.codecs.of(model[0]).read(model[0], "weight"), weight) < CLOSE  # type: ignore[index]
+    assert distance(codecs.of(model[0]).read(model[0], "weight"), weight) < CLOSE  # type: ignore[index]
 
 
 @every_kind

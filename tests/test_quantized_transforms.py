@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev, jvp, vjp, vmap
 
 import peftfn as pf
+from peftfn.weights import codecs
 from peftfn.weights.codecs import packed as product
 
 SAME = {"rtol": 1e-5, "atol": 1e-6}
@@ -200,7 +201,7 @@ def test_weights_are_unpacked_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None
         whole = grad(f)(x), jvp(f, (x,), (x,))[1]
         monkeypatch.setattr(product, "_BLOCK", 400)
         close((grad(f)(x), jvp(f, (x,), (x,))[1]), whole)
-        read = pf.codecs.of(model[0]).read(model[0], "weight")
+        read = codecs.of(model[0]).read(model[0], "weight")
         monkeypatch.undo()
-        assert read.equal(pf.codecs.of(model[0]).read(model[0], "weight")), kind
+        assert read.equal(codecs.of(model[0]).read(model[0], "weight")), kind
     assert ROUNDING

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,17 @@ def refuse_leaf(method: Method, config: Any, leaf: Mapping[str, Tensor], site: S
     if wrong:
         name = site.path or type(site.layer).__name__
         raise ValueError(f"{name}: the adapter {wrong}. It was made for a model of another size.")
+
+
+def no_such_site(model: nn.Module, path: str, known: Iterable[str]) -> KeyError:
+    """The error about a site that the model does not have, with paths that end alike."""
+    last = path.rpartition(".")[2]
+    near = [name for name in known if name.rpartition(".")[2] == last][:3]
+    hint = f"; paths that end in {last!r} here: {', '.join(near)}" if near else ""
+    return KeyError(
+        f"the adapter has a site {path!r}, which {type(model).__name__} does not have{hint}. It was made for another "
+        "architecture, or for this one inside a wrapper."
+    )
 
 
 def refuse_replacement(layer: nn.Module, path: str, name: str, shape: torch.Size, fixed: bool) -> None:
@@ -98,7 +109,10 @@ def against(adapter: Adapter, model: nn.Module, source: str) -> None:
         refuse_leaf(method, adapter.config, leaf, site_of(model.get_submodule(place.owner), place, path, info))
     for tree in (adapter.params, adapter.buffers):
         for path, name in [(path, name) for path, leaf in tree.items() for name in filter(method.replaces, leaf)]:
-            refuse_replacement(model.get_submodule(path), path, name, tree[path][name].shape, tree is adapter.buffers)
+            module = layers.module_at(model, path)
+            if module is None:
+                raise no_such_site(model, path, (name for name, _ in layers.named_modules(model)))
+            refuse_replacement(module, path, name, tree[path][name].shape, tree is adapter.buffers)
 
 
 def _without_patterns(config: PeftConfig) -> PeftConfig:

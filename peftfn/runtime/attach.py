@@ -64,13 +64,7 @@ def _parameter_place(root: nn.Module, by_path: Mapping[str, nn.Module], path: st
     twin = by_path.get(owner)
     if twin is not None and name in twin._parameters:
         return layers.place_of_parameter(root, path)
-    last = path.rpartition(".")[2]
-    near = [name for name in by_path if name.rpartition(".")[2] == last][:3]
-    hint = f"; paths that end in {last!r} here: {', '.join(near)}" if near else ""
-    raise KeyError(
-        f"the adapter has a site {path!r}, which {type(root).__name__} does not have{hint}. It was made for another "
-        "architecture, or for this one inside a wrapper."
-    )
+    raise validate.no_such_site(root, path, by_path)
 
 
 def _adapt_model(root: nn.Module, by_path: Mapping[str, nn.Module], here: Sequence[Part], how: How) -> None:
