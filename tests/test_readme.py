@@ -186,13 +186,6 @@ def test_names_in_prose_are_there(page: Path) -> None:
             assert (ROOT / path).exists(), one
 
 
-def test_files_of_the_table_of_the_layout_are_there() -> None:
-    section = (ROOT / "CONTRIBUTING.md").read_text().split("## How it is laid out")[1].split("\n## ")[0]
-    named = [one for line in section.splitlines() for one in re.findall(r"`([\w./]+(?:\.py|/))`", line.split("|")[1:2][0] if "|" in line else "")]  # fmt: skip  # noqa: E501
-    assert len(named) > 40
-    assert [name for name in named if not (ROOT / "peftfn" / name).exists()] == []
-
-
 def test_notebooks_that_the_readme_names_are_those_that_there_are() -> None:
     text = README.read_text().split("- `notebooks/`:")[1].split("\n- ")[0]
     assert set(re.findall(r"`(\w+)`", text)) == {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
