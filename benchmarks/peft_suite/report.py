@@ -47,12 +47,14 @@ def against(found: Found, before: kept.Kept, *, whole: bool) -> int:
     """Print what is not right; 1 where a verdict is worse than the kept one."""
     worse: list[str] = []
     for case, verdict in found:
+        counts = before.counts.get((kept.test(case), kept.method(case)), {})
         if verdict.word not in WORSE[1:]:
-            counts = before.counts.get((kept.test(case), kept.method(case)), {})
             if verdict.word != RIGHT and counts and verdict.word not in counts:
                 worse.append(f"{case.name}: {verdict.word} ({verdict.why}); none was before")
             continue
         known = before.bad.get(case.name, RIGHT)
+        if verdict.word == REFUSED and counts.get(NOT_OFFERED) and known == RIGHT:
+            continue  # it may be one of those that were not offered: the kept run does not say which
         if WORSE.index(verdict.word) > WORSE.index(known):
             worse.append(f"{case.name}: {verdict.word}, was {known}: {verdict.why}")
         elif whole:
