@@ -12,6 +12,7 @@ import torch
 import transformers
 from bases import BASES
 from oracle import furthest, quiet_peft
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from same import adapter_of, assert_same, assert_same_tensors, assert_says, flat, mlp, on_disk
 from torch import Tensor, nn
@@ -29,6 +30,31 @@ def test_tensors_keep_their_dtype_in_a_file(dtype: torch.dtype, tmp_path: Path) 
     loaded = pf.load(pf.save(made, tmp_path))
     assert_same(loaded, made)
     assert {tensor.dtype for tensor in loaded.params["0"].values()} == {dtype}
+
+
+def test_notes_in_a_file_have_the_names_that_files_before_have(tmp_path: Path) -> None:
+    adapter = pf.init(mlp(), pf.LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"]))
+    pf.save(adapter, tmp_path)
+    with safe_open(tmp_path / files.WEIGHTS, "pt") as opened:
+        notes = opened.metadata()
+    assert notes.keys() == {"format", "peftfn.config", "peftfn.replaces", "peftfn.parts"}
+    assert json.loads(notes["peftfn.config"]) == json.loads((tmp_path / files.CONFIG).read_text())
+    assert json.loads(notes["peftfn.parts"]) == {"sites": {"0": {"kind": "linear"}}, "named": ["0"]}
+
+
+def test_notes_of_files_before_are_read(tmp_path: Path) -> None:
+    adapter = pf.init(BASES["gpt2"].make(), pf.LoraConfig(r=2, target_modules=["c_attn.q", "c_attn.v"]))
+    pf.save(adapter, tmp_path)
+    path, tensors = tmp_path / files.WEIGHTS, load_file(tmp_path / files.WEIGHTS)
+    with safe_open(path, "pt") as opened:
+        notes = opened.metadata()
+    parts = json.loads(notes["peftfn.parts"])
+    for site in parts["sites"].values():
+        assert site.pop("kind") == "transposed linear"
+        site["transposed"] = True
+    save_file(tensors, path, {**notes, "peftfn.parts": json.dumps(parts)})
+    assert_same(pf.load(tmp_path), adapter)
+    assert pf.load(tmp_path).sites == adapter.sites
 
 
 def test_patterns_keep_the_order_in_which_they_count(tmp_path: Path) -> None:

@@ -33,9 +33,10 @@ from peftfn.core.transforms import is_traced
 from peftfn.models import fused
 from peftfn.ops import validate
 
-_CONFIG_KEY = "peftfn.core.config"
+# Names in files that are out there: they are not those of modules, and never change.
+_CONFIG_KEY = "peftfn.config"
 _REPLACES_KEY = "peftfn.replaces"
-_PARTS_KEY = "peftfn.runtime.parts"
+_PARTS_KEY = "peftfn.parts"
 _BUFFERS_KEY = "peftfn.buffers"
 
 

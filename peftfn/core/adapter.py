@@ -149,7 +149,7 @@ def as_tuple(adapters: Adapter | Iterable[Adapter]) -> tuple[Adapter, ...]:
             return tuple(several)
         given += " of " + ", ".join(sorted({type(one).__name__ for one in several}))
     raise TypeError(
-        f"adapter is a {given}; expected a peftfn.Adapter or a tuple of them, as peftfn.ops.init and peftfn.load "
+        f"adapter is a {given}; expected a peftfn.Adapter or a tuple of them, as peftfn.init and peftfn.load "
         "return it (an empty tuple is the bare base)."
     )
 

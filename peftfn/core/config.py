@@ -83,7 +83,7 @@ class PeftConfig:
     Attributes:
         task_type: what the model is for; `SEQ_CLS` and its like also train the model's head, as PEFT does.
         auto_mapping: base model class and library, kept from and for files.
-        base_model_name_or_path: the base's folder or hub id, filled by `peftfn.ops.init` where the model knows it.
+        base_model_name_or_path: the base's folder or hub id, filled by `peftfn.init` where the model knows it.
         revision: the base's revision.
         inference_mode: kept from and for files; it changes nothing here.
         peft_version: the version of PEFT that wrote the file, if one did.

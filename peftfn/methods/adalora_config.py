@@ -15,7 +15,7 @@ class AdaLoraConfig(LowRankConfig):
     """AdaLoRA's config, with PEFT's fields and defaults.
 
     `r`, `use_rslora` and `alpha_pattern` are PEFT's and change nothing: the rank is `init_r`. Files may have them,
-    `peftfn.ops.init` refuses them. `total_step` may be left out here, as in files of PEFT 0.5.0; allocation needs it.
+    `peftfn.init` refuses them. `total_step` may be left out here, as in files of PEFT 0.5.0; allocation needs it.
 
     Example:
         >>> config = AdaLoraConfig(init_r=12, target_r=4, total_step=1000, tinit=100, tfinal=200, deltaT=10)
