@@ -11,6 +11,7 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from torch import Tensor, nn
 
 import peftfn as pf
@@ -20,6 +21,7 @@ Tensors = dict[str, Tensor]
 
 # Before that, peft lays out the factors of experts the other way round, does not save the biases of
 # bias="lora_only", and takes the last index of a path for that of the layer.
+IS_TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 IS_OLD = tuple(int(part) for part in peft.__version__.split(".")[:2]) < (0, 21)
 
 

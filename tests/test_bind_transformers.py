@@ -14,7 +14,7 @@ import torch
 import transformers
 from bases import BASES, ids, llama
 from binding import EXPERTS, adapter_for, flat
-from oracle import called, loaded, outputs, quiet_peft
+from oracle import IS_TRANSFORMERS_4, called, loaded, outputs, quiet_peft
 from snapshot import snapshot
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ import peftfn as pf
 
 # Merging adds the delta to the weight where `apply` adds it to the output: sums in another order.
 MERGED: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
-IS_TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 TEXTS = [
     line for topic in ("assert", "lambda", "with") for line in pydoc_data.topics.topics[topic].splitlines() if line
 ][:24]

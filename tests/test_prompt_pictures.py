@@ -182,8 +182,9 @@ def test_beside_pictures_outputs_are_those_by_hand(name: str, kind: str) -> None
     assert distance(found, blind) > 0.001, "the pictures are seen"
 
 
-IS_OLD = transformers.__version__.startswith("4.")
-only_new = pytest.mark.skipif(IS_OLD, reason="the bare model says something else without a cache (transformers 4)")
+only_new = pytest.mark.skipif(
+    oracle.IS_TRANSFORMERS_4, reason="the bare model says something else without a cache (transformers 4)"
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param("paligemma", marks=only_new), "llava", "florence"])
@@ -200,7 +201,7 @@ def test_generate_beside_pictures_says_what_it_says_without_a_cache(name: str, k
         assert distance(said, by_hand(case, adapter, grown)[:, -1]) < SINGLE, f"step {step}"
 
 
-@pytest.mark.skipif(IS_OLD, reason="they have no force in evaluation there")
+@pytest.mark.skipif(oracle.IS_TRANSFORMERS_4, reason="they have no force in evaluation there")
 def test_token_types_that_a_prefix_puts_out_of_force_are_one_clear_error() -> None:
     case = CASES["paligemma"]()
     bound = pf.bind(case.model, case.adapter("prefix"))
@@ -250,7 +251,7 @@ def test_rows_beside_pictures_are_those_of_each_row_alone_or_refused(name: str, 
         assert distance(found[number, -4:], alone[0, -4:]) < ROUNDING, f"row {number}"
 
 
-@pytest.mark.skipif(IS_OLD, reason="it counts positions in space otherwise")
+@pytest.mark.skipif(oracle.IS_TRANSFORMERS_4, reason="it counts positions in space otherwise")
 @kinds
 def test_positions_in_space_are_those_that_generate_counts(kind: str) -> None:
     case = CASES["qwen"]()
@@ -276,7 +277,8 @@ def test_positions_in_space_that_nobody_counts_are_one_clear_error(kind: str) ->
 
 
 @pytest.mark.skipif(
-    IS_OLD, reason="there the bare model runs on no embedded text, and starts at 0 after a filled cache"
+    oracle.IS_TRANSFORMERS_4,
+    reason="there the bare model runs on no embedded text, and starts at 0 after a filled cache",
 )
 @kinds
 @pytest.mark.parametrize("padding", [0, 2])

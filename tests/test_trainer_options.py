@@ -12,6 +12,7 @@ import trainers
 import transformers
 from bases import BASES, bert, ids
 from binding import adapter_for
+from oracle import IS_TRANSFORMERS_4
 from safetensors.torch import load_file
 from same import assert_same_tensors, flat
 from snapshot import snapshot
@@ -20,9 +21,6 @@ from torch import Tensor, nn
 from trainers import CASES, EVERY, STEPS
 
 import peftfn as pf
-
-IS_TRANSFORMERS_4 = transformers.__version__.startswith("4.")
-
 
 # --- Seq2SeqTrainer --------------------------------------------------------------------------------------------------
 

@@ -293,11 +293,3 @@ def refuse_other_kinds(method: Method, site: Site) -> None:
             f"{site.path}: {name} cannot act on {what}; expected {' or '.join(action.kinds)}. Leave it out: "
             f"exclude_modules=[{site.path!r}]."
         )
-
-
-def refuse_merge(config: Any) -> None:
-    """A `ValueError`, of methods that change what a module is given, not a weight."""
-    raise ValueError(
-        f"{type(config).__name__}: this method changes what the model is given, not its weights, so it cannot be "
-        "merged. Run it with peftfn.apply or peftfn.bind."
-    )

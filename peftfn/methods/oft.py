@@ -208,9 +208,10 @@ def forward(config: OFTConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor
         return _turned(config, leaf, y, False, dropout).to(y.dtype)
     if site.kind != layers.CONVOLUTION:
         return site(_turned(config, leaf, x, False, dropout).to(x.dtype), *args, **kwargs)
-    weight = site.weight
+    tensors = site.tensors
+    weight = cast("Tensor", tensors["weight"])
     turned = _turned(config, leaf, weight.flatten(1), True, dropout).view(weight.shape).to(weight.dtype)
-    return site.run_with({**site.tensors, "weight": turned}, x, *args, **kwargs)
+    return site.run_with({**tensors, "weight": turned}, x, *args, **kwargs)
 
 
 # --- its files --------------------------------------------------------------------------------------------------------

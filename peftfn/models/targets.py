@@ -108,6 +108,14 @@ def sites(model: nn.Module, config: TargetedConfig) -> dict[str, layers.Place]:
     return found
 
 
+def biased(model: nn.Module, config: Any, places: Mapping[str, layers.Place]) -> list[str]:
+    """The modules whose biases the config trains: all, or (`lora_only` and its like) those that its sites are of."""
+    bias: str = getattr(config, "bias", "none")
+    if bias == "all":
+        return [path for path, _ in layers.named_modules(model)]
+    return [place.owner for place in places.values()] if bias.endswith("_only") else []
+
+
 def saved_modules(model: nn.Module, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, nn.Module]:
     """The modules that `modules_to_save` names (a path that ends with the name), by path, with what is in them."""
     found: dict[str, nn.Module] = {}

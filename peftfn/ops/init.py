@@ -95,13 +95,8 @@ def _add_replaced(
         trained, kept = _own(module)
         params.setdefault(path, {}).update(_copies(trained))
         buffers.setdefault(path, {}).update(_copies(kept))
-    bias = getattr(config, "bias", "none")
-    adapted = list(places) if bias.endswith("_only") else []
-    paths = [path for path, _ in layers.named_modules(model)] if bias == "all" else adapted
-    for path in paths:
-        owner = model.get_submodule(places[path].owner) if path in places else model.get_submodule(path)
-        at = places[path].owner if path in places else path
-        params.setdefault(at, {}).update(_copies({"bias": codecs.bias(owner)}))
+    for path in targets.biased(model, config, places):
+        params.setdefault(path, {}).update(_copies({"bias": codecs.bias(model.get_submodule(path))}))
 
 
 def _own(module: nn.Module) -> tuple[Mapping[str, Tensor | None], Mapping[str, Tensor | None]]:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from peftfn import methods
 from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, as_tuple
+from peftfn.core.config import PeftConfig
 from peftfn.core.transforms import is_traced
 from peftfn.methods import Method
-from peftfn.methods.method import refuse_merge
 from peftfn.models import layers, layouts
 from peftfn.models.layers import Place
 from peftfn.weights import codecs, offloaded
@@ -173,13 +173,21 @@ def change(params: Mapping[str, Tensor], adapter: Adapter, path: str, model: nn.
     place = None
     if leaf:
         if method.on_weights is None:
-            refuse_merge(adapter.config)
+            raise _without_weights(adapter.config)
         place = layers.find(model, path) if model is not None else _guess(params, adapter, method, path, leaf)
         if place is None:
             raise KeyError(f"the adapter has a site {path!r}, which {type(model).__name__} does not have.")
         if place.name not in params:
             raise _missing(place.name, params)
     return Change(adapter, method, path, leaf, place, replaced)
+
+
+def _without_weights(config: PeftConfig) -> ValueError:
+    """The error about a method that changes what a module is given, not a weight."""
+    return ValueError(
+        f"{type(config).__name__}: this method changes what the model is given, not its weights, so it cannot be "
+        "merged. Run it with peftfn.apply or peftfn.bind."
+    )
 
 
 def changed(one: Change, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -127,10 +127,7 @@ def _replaced(model: nn.Module, config: Any, places: Mapping[str, layers.Place])
         model, getattr(config, "modules_to_save", None) or (), optional=matching.HEADS.get(config.task_type, ())
     )
     found = {path: codecs.replaceable(part) for path, part in heads.items()}
-    everywhere = [path for path, _ in layers.named_modules(model)]
-    bias: str = getattr(config, "bias", "none")
-    adapted = [place.owner for place in places.values()] if bias.endswith("_only") else []
-    for path in everywhere if bias == "all" else adapted:
+    for path in targets.biased(model, config, places):
         in_attention = isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention)
         # PEFT 0.17 leaves the bias of an attention's out_proj out of its files.
         if codecs.bias(model.get_submodule(path)) is not None and not in_attention:
