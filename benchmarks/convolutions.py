@@ -1,7 +1,7 @@
 """A convolution with LoRA, by shape, in training and without gradients: peftfn, peft and the bare base.
 
 A convolution and its low-rank delta run beside each other, or with one kernel that is made for the call
-(`peftfn.methods.low_rank.convolved` has the rule). Both are timed as well, and the last table has what the rule picks
+(`peftfn.methods.low_rank.conv_kernel` has the rule). Both are timed as well, and the last table has what the rule picks
 against the better of the two. "base alone" is the frozen convolution, forward and, in training, backward to its input.
 Each case is held against peft, outputs and gradients, before it is timed.
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import peftfn as pf
-from peftfn.methods.low_rank import running
+from peftfn.methods.low_rank import site_forward
 
 OURS, APART, AS_ONE = "peftfn", "always apart", "always as one"
 
@@ -68,12 +68,12 @@ Case = Callable[[], list[Tensor]]
 
 @contextlib.contextmanager
 def forced(as_one: bool) -> Iterator[None]:
-    rule = running.is_cheaper_as_one
-    running.is_cheaper_as_one = lambda *_: as_one
+    rule = site_forward.is_cheaper_as_one
+    site_forward.is_cheaper_as_one = lambda *_: as_one
     try:
         yield
     finally:
-        running.is_cheaper_as_one = rule
+        site_forward.is_cheaper_as_one = rule
 
 
 def cases(shape: Shape, training: bool) -> dict[str, Case]:

@@ -1,7 +1,7 @@
 """Rows that get a copy of their adapter's weights, against rows sorted by adapter: where one way overtakes the other.
 
 One linear layer of LoRA in each case, no gradients, process CPU time, the ways in turns, medians. The library
-(`peftfn.runtime.by_row.segments`) chooses between them by the memory that each one moves; the last column is its pick.
+(`peftfn.runtime.routing.segments`) chooses between them by the memory that each one moves; the last column is its pick.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import peftfn as pf
 from peftfn.methods import lora
-from peftfn.models import graft
+from peftfn.models import surgery
 from peftfn.models.layers import LINEAR, Site
-from peftfn.runtime.by_row import routing, rows, segments
+from peftfn.runtime.routing import routed_sites, row_index, segments
 
 WIDTH = 512
 ROWS = 32
@@ -53,14 +53,14 @@ def ways_of(case: Case) -> tuple[dict[str, Callable[[], Tensor]], str]:
     index = torch.randint(case.adapters, (ROWS,), generator=draw)
     if case.even:
         index = torch.randperm(ROWS, generator=draw) % case.adapters
-    found = rows.of_index(index, case.adapters)
+    found = row_index.of_index(index, case.adapters)
     x = torch.randn(ROWS, case.tokens, WIDTH, generator=draw)
     leaf = {**stacked.params["0"], **stacked.buffers["0"]}
-    run = graft.base_forward(base[0])
+    run = surgery.base_forward(base[0])
     site = Site("0", LINEAR, base[0], "weight", run)
 
     def call(ways: tuple[segments.Segments, ...]) -> Callable[[], Tensor]:
-        step = routing.step(lora.METHOD, config, leaf, found._replace(ways=ways), run, site)
+        step = routed_sites.step(lora.METHOD, config, leaf, found._replace(ways=ways), run, site)
         return torch.no_grad()(lambda: step(x))
 
     numbers = sum(tensor[0].numel() for tensor in leaf.values())

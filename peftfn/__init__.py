@@ -1,10 +1,10 @@
 """peftfn: parameter-efficient fine-tuning as pure functions on `torch.func`."""
 
 from peftfn.analysis import curvature, laplace
-from peftfn.checkpoints.auto import load_with_model
 from peftfn.checkpoints.checkpoint import load, push_to_hub, save
-from peftfn.checkpoints.folders.merging import merge_folder
-from peftfn.checkpoints.shelf import load_stack
+from peftfn.checkpoints.load_stack import load_stack
+from peftfn.checkpoints.load_with_model import load_with_model
+from peftfn.checkpoints.merge_folder.merging import merge_folder
 from peftfn.core.adapter import Adapter, Count, count, leaves
 from peftfn.core.config import PeftConfig
 from peftfn.methods.adalora_config import AdaLoraConfig
@@ -19,10 +19,10 @@ from peftfn.methods.prompt.prompt_config import PromptLearningConfig
 from peftfn.methods.prompt.prompt_tuning import PromptTuningConfig
 from peftfn.ops.combine import combine
 from peftfn.ops.init import init
-from peftfn.ops.inits import loftq, olora, pissa
 from peftfn.ops.kbit import prepare_for_kbit_training
 from peftfn.ops.merge import merge
 from peftfn.ops.stacking import stack, unstack
+from peftfn.ops.weight_inits import loftq, olora, pissa
 from peftfn.runtime.apply import apply
 from peftfn.runtime.bind.bound import bind, unbind
 from peftfn.runtime.ensemble import Ensemble, ensemble

@@ -15,7 +15,7 @@ from bases import llama
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn.weights.codecs import packed as product
+from peftfn.weights.codecs import packed_linear as product
 
 # bitsandbytes says at each call that it computes in float16 what it is given in float32.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

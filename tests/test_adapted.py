@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.func import grad
 
 import peftfn as pf
-from peftfn.methods.low_rank import adapted, dropout, outermost
-from peftfn.methods.low_rank.adapted import Delta
+from peftfn.methods.low_rank import dropout, linear_kernel, outermost
+from peftfn.methods.low_rank.linear_kernel import Delta
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}  # float64, sums in another order
 WIDE = (1400, 130, 140)
@@ -55,8 +55,8 @@ def bits_of(shape: tuple[int, int, int], drops: bool) -> tuple[Tensor | None, Te
 def ours(tensors: Sequence[Tensor], bits: Tensor | None, apart: bool) -> Tensor:
     x, weight, bias, *delta = tensors
     if apart:
-        return adapted.add(x, F.linear(x, weight, bias), Delta(*delta), bits)
-    return adapted.linear(x, weight, bias, Delta(*delta), bits)
+        return linear_kernel.add(x, F.linear(x, weight, bias), Delta(*delta), bits)
+    return linear_kernel.linear(x, weight, bias, Delta(*delta), bits)
 
 
 def first_and_second(value: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -111,7 +111,7 @@ def test_a_delta_of_zero_in_any_dtype_changes_no_bit_of_a_layer_in_any_other(
     a, b, s = (one.detach().to(given) for one in made(WIDE, groups)[3:])
     x.requires_grad_()
     delta, (bits, _) = Delta(a, b.zero_().requires_grad_(), s.float()), bits_of(WIDE, drops)
-    y, expected = adapted.linear(x, weight, bias, delta, bits), F.linear(x, weight, bias)
+    y, expected = linear_kernel.linear(x, weight, bias, delta, bits), F.linear(x, weight, bias)
     assert torch.equal(y, expected)
     (dx, _), (base,) = torch.autograd.grad(y.sum(), (x, b)), torch.autograd.grad(expected.sum(), x)
     assert torch.equal(dx, base)

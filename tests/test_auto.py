@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn.checkpoints import auto
+from peftfn.checkpoints import load_with_model
 
 CLOSE = 1e-5  # the same products, added up in another order
 
@@ -51,7 +51,7 @@ def on_disk(task: str | None, folder: Path) -> tuple[Any, dict[str, Any]]:
     """The base of a task as `from_pretrained` gives it, and the options of an adapter."""
     build, names = BUILD[task]
     seeded(build).save_pretrained(folder)
-    loader = getattr(transformers, auto.CLASSES[task]) if task else transformers.BertForMaskedLM
+    loader = getattr(transformers, load_with_model.CLASSES[task]) if task else transformers.BertForMaskedLM
     return loader.from_pretrained(folder), {"r": 2, "target_modules": names, "task_type": task}
 
 
@@ -157,7 +157,7 @@ def test_the_number_of_labels_follows_the_saved_head(task: str, tmp_path: Path) 
     seeded(bert("Model")).save_pretrained(tmp_path / "bare")
     seeded(bert(head)).save_pretrained(tmp_path / "two")
     for name in ("bare", "two"):
-        loader = getattr(transformers, auto.CLASSES[task])
+        loader = getattr(transformers, load_with_model.CLASSES[task])
         base = loader.from_pretrained(tmp_path / name, num_labels=5, ignore_mismatched_sizes=True)
         config = pf.LoraConfig(r=2, target_modules=["query"], task_type=task)
         adapter = randomised(pf.init(base, config))

@@ -16,7 +16,7 @@ from torch.func import grad
 
 import peftfn as pf
 from peftfn.methods.method import Method
-from peftfn.runtime import checked
+from peftfn.runtime import remembered_checks
 
 
 def put(layer: nn.Module) -> Callable[[Any], None]:
@@ -60,13 +60,13 @@ def test_what_is_new_is_checked_once(name: str, monkeypatch: pytest.MonkeyPatch)
     model, batch = BASES[name].make(), BASES[name].inputs()
     adapter = trained(pf.init(model, pf.LoraConfig(r=2, target_modules=["0"] if name == "mlp" else "all-linear")))
     counted: list[int] = []
-    remember = checked.remember
+    remember = remembered_checks.remember
 
     def counting(*args: Any) -> None:
         counted.append(1)
         remember(*args)
 
-    monkeypatch.setattr(checked, "remember", counting)
+    monkeypatch.setattr(remembered_checks, "remember", counting)
     for _ in range(3):
         pf.apply(model, adapter, batch)
         adapter = adapter.replace(params={path: dict(leaf) for path, leaf in adapter.params.items()})

@@ -12,7 +12,7 @@ from oracle import IS_OLD, called, distance, loaded, outputs, quiet_peft, random
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn.methods.low_rank import mixing
+from peftfn.methods.low_rank import weighted_sum
 
 pytestmark = pytest.mark.skipif(IS_OLD, reason="other formulas for negative weights")
 
@@ -41,8 +41,8 @@ CASES = {
     "regex": Case("mlp", {"target_modules": "0|3"}, {"target_modules": "[35]"}),
 }
 # PEFT's svd flattens kernels of two dimensions only; those of one and three are held against the mathematics below.
-PAIRS = [(name, m) for name in CASES for m in mixing.NAMES if name != "convolutions" or not m.endswith("svd")]
-ADDING = [name for name in mixing.NAMES if name != "cat" and not name.endswith("svd")]
+PAIRS = [(name, m) for name in CASES for m in weighted_sum.NAMES if name != "convolutions" or not m.endswith("svd")]
+ADDING = [name for name in weighted_sum.NAMES if name != "cat" and not name.endswith("svd")]
 
 
 def both(case: Case, **more: Options) -> tuple[nn.Module, list[pf.Adapter]]:
@@ -111,7 +111,7 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 def options_of(method: str) -> Options:
-    return {"density": 0.6} if method in mixing.PRUNED else {}
+    return {"density": 0.6} if method in weighted_sum.PRUNED else {}
 
 
 @pytest.mark.parametrize("weights", [[0.7, 0.4], [1.5, -0.6]], ids=str)

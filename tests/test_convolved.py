@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
 import peftfn as pf
-from peftfn.methods.low_rank import convolved, running
-from peftfn.methods.low_rank.adapted import Delta
+from peftfn.methods.low_rank import conv_kernel, site_forward
+from peftfn.methods.low_rank.linear_kernel import Delta
 
 LAYERS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "1d": (lambda: nn.Conv1d(6, 5, 3), (2, 6, 11)),
@@ -44,7 +44,7 @@ def plain(layer: Any, tensors: Sequence[Tensor]) -> Tensor:
 
 def ours(layer: Any, tensors: Sequence[Tensor]) -> Tensor:
     x, weight, bias, *delta = tensors
-    return convolved.convolution(layer, x, weight, bias, Delta(*delta))
+    return conv_kernel.convolution(layer, x, weight, bias, Delta(*delta))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -102,7 +102,7 @@ def test_what_is_kept_is_x_and_r_numbers_a_position() -> None:
 def test_in_apply_the_gradients_are_those_of_the_two_apart() -> None:
     base, adapter, x = net()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "is_cheaper_as_one", lambda *_: False)
+        patch.setattr(site_forward, "is_cheaper_as_one", lambda *_: False)
         expected = gradients(base, adapter, x)
     for one, other in zip(gradients(base, adapter, x), expected, strict=True):
         assert float((one - other).abs().max()) <= 1e-5 * float(other.abs().max())  # float32, sums in another order
@@ -116,9 +116,9 @@ def test_in_apply_the_gradients_are_those_of_the_two_apart() -> None:
 def test_few_positions_dropout_and_every_other_transform_run_as_plain_operations() -> None:
     base, adapter, x = net()
     calls: list[int] = []
-    real = convolved.convolution
+    real = conv_kernel.convolution
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convolved, "convolution", lambda *given: calls.append(1) or real(*given))
+        patch.setattr(conv_kernel, "convolution", lambda *given: calls.append(1) or real(*given))
         gradients(base, adapter, x)
         assert len(calls) == 1
         gradients(base, adapter, x[:, :, :4, :4])
@@ -140,7 +140,7 @@ def test_derivatives_of_derivatives_in_apply_are_those_of_the_two_apart() -> Non
 
     found = grad(second)(adapter.params)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "is_cheaper_as_one", lambda *_: False)
+        patch.setattr(site_forward, "is_cheaper_as_one", lambda *_: False)
         expected = grad(second)(adapter.params)
     for path, leaf in expected.items():
         for name, tensor in leaf.items():

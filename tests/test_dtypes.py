@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftfn as pf
 from peftfn.checkpoints import keys
-from peftfn.methods.low_rank import running
+from peftfn.methods.low_rank import site_forward
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [*HALVES, torch.float32, torch.float64]
@@ -146,7 +146,7 @@ def test_with_a_scaling_that_rounds_nothing_outputs_are_pefts_bit_for_bit(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A convolution beside its delta, as peft's are.
-    monkeypatch.setattr(running, "is_cheaper_as_one", lambda *_: False)
+    monkeypatch.setattr(site_forward, "is_cheaper_as_one", lambda *_: False)
     base, batch = base_of(name, dtype)
     adapter = adapter_of(name, base, alpha=8)  # s = 8 / 4
     pf.save(adapter, tmp_path)

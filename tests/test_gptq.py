@@ -23,7 +23,7 @@ from torch.func import grad, jacrev, jvp, vmap
 
 import peftfn as pf
 from peftfn.weights import codecs
-from peftfn.weights.codecs import packed as product
+from peftfn.weights.codecs import packed_linear as product
 
 pytest.importorskip("auto_gptq", reason="auto-gptq has an environment of its own: make test-gptq")
 

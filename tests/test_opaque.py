@@ -19,7 +19,7 @@ from torch.func import grad, jvp, vmap
 
 import peftfn as pf
 from peftfn.weights import codecs
-from peftfn.weights.codecs import packed as product
+from peftfn.weights.codecs import packed_linear as product
 
 # A dense weight is read by running the layer, in its own dtype: the same numbers, multiplied in another order.
 CLOSE = 1e-5

@@ -19,7 +19,7 @@ from torch.func import grad, jacrev, jvp, vjp, vmap
 
 import peftfn as pf
 from peftfn.weights import codecs
-from peftfn.weights.codecs import packed as product
+from peftfn.weights.codecs import packed_linear as product
 
 SAME = {"rtol": 1e-5, "atol": 1e-6}
 KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {

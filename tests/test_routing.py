@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import grad, jvp
 
 import peftfn as pf
-from peftfn.core import slices
-from peftfn.runtime.by_row import rows, segments
+from peftfn.core import stack_slices
+from peftfn.runtime.routing import row_index, segments
 
 # The same sums in another order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -81,7 +81,7 @@ def test_every_way_to_route_computes_the_same(count: int, config: Any, length: i
 
 
 def test_sorted_rows_are_what_is_chosen_for_one_token_of_many_rows() -> None:
-    found = rows.of_index([0, 1, 2, 3] * 8, 4)
+    found = row_index.of_index([0, 1, 2, 3] * 8, 4)
     one, many = torch.empty(32, 1, 512), torch.empty(32, 128, 512)
     assert segments.cheapest(found.ways, 32, 16 * 1024, one, one.numel()) is found.ways[0]
     assert segments.cheapest(found.ways, 32, 16 * 1024, many, many.numel()) is None
@@ -90,7 +90,7 @@ def test_sorted_rows_are_what_is_chosen_for_one_token_of_many_rows() -> None:
 def test_rows_in_another_order_are_computed_in_the_adapters_own() -> None:
     """And every tensor gets the gradient that `backward()` gives it alone."""
     model, x, order = linears(), torch.randn(6, 1, 8), [3, 0, 5, 1, 4, 2]
-    way = segments.cheapest(rows.of_index(order, 6).ways, 6, 8 * (8 + 12) + 1, x, 6 * 12)
+    way = segments.cheapest(row_index.of_index(order, 6).ways, 6, 8 * (8 + 12) + 1, x, 6 * 12)
     assert way is not None
     assert way.is_order
     adapters = adapters_of(model, pf.LoraConfig(r=8, target_modules=["0", "2"]), 6)
@@ -139,7 +139,7 @@ def test_tall_factors_of_a_stack_lie_by_column_and_so_do_copies_of_them() -> Non
     stacked = pf.stack(adapters)
     b = stacked.params["0"]["lora_B"]
     assert b.mT.is_contiguous()
-    copies = slices.picked(stacked.params["0"], torch.tensor([2, 0]))
+    copies = stack_slices.picked(stacked.params["0"], torch.tensor([2, 0]))
     assert copies["lora_B"].mT.is_contiguous()
     assert copies["lora_B"].equal(b[[2, 0]])
     pf.leaves(stacked)

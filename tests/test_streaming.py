@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn.checkpoints.folders import flushing, shards
+from peftfn.checkpoints.merge_folder import flushing, shards
 
 # Of a merged model and an adapted one: products in another order, in float32.
 SUMS = 2e-5

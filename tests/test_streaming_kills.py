@@ -17,7 +17,7 @@ from test_streaming import CASES, tensors_of
 from torch import Tensor
 
 import peftfn as pf
-from peftfn.checkpoints.folders import shards, unfinished
+from peftfn.checkpoints.merge_folder import shards, unfinished
 
 # Each order is one forked child. It dies at its Nth step: a look at a file below the folder, or half-way in writing a
 # tensor or copying a range.
@@ -25,7 +25,7 @@ MERGER = """
 import os, signal, sys
 import torch
 import peftfn as pf
-from peftfn.checkpoints.folders import shards
+from peftfn.checkpoints.merge_folder import shards
 
 torch.set_num_threads(1)
 folder, first, second = sys.argv[1], pf.load(sys.argv[2]), pf.load(sys.argv[3])

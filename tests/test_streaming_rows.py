@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn.checkpoints.folders import shards
-from peftfn.core import blocks
+from peftfn.checkpoints.merge_folder import shards
+from peftfn.core import row_blocks
 
 ODD = (1, 63, 64, 65, 127, 129, 1000, 4097, 4099)
 
@@ -26,7 +26,7 @@ def test_the_product_of_each_block_is_those_rows_of_the_product_of_all(rows: int
     made = torch.Generator().manual_seed(0)
     b, a = torch.randn(rows, 16, generator=made), torch.randn(16, width, generator=made)
     for most in (64 * width, 200 * width):
-        every = list(blocks.of_rows(rows, width, most))
+        every = list(row_blocks.of_rows(rows, width, most))
         assert [0, *(one.stop for one in every)] == [*(one.start for one in every), rows]
         assert torch.equal(torch.cat([b[one] @ a for one in every]), b @ a)
         assert all(one.stop - one.start >= 64 for one in every) or rows < 64

@@ -23,7 +23,7 @@ import peftfn as pf
 from peftfn.checkpoints import keys
 from peftfn.methods import adalora_targets, ia3_targets
 from peftfn.methods.lora_targets import TARGETS
-from peftfn.models import matching, renamed
+from peftfn.models import matching, renamed_modules
 
 
 def nested() -> nn.Module:
@@ -283,7 +283,9 @@ OLD_NAMES = {
 }
 
 
-@pytest.mark.skipif(not renamed.old_paths(MODELS["vit"]()), reason="this transformers has not renamed ViT's layers")
+@pytest.mark.skipif(
+    not renamed_modules.old_paths(MODELS["vit"]()), reason="this transformers has not renamed ViT's layers"
+)
 @pytest.mark.parametrize(("names", "expected"), OLD_NAMES.values(), ids=OLD_NAMES)
 def test_a_layer_that_transformers_renamed_is_found_by_its_old_name(names: Any, expected: set[str]) -> None:
     found = init(MODELS["vit"](), names)
@@ -292,7 +294,9 @@ def test_a_layer_that_transformers_renamed_is_found_by_its_old_name(names: Any, 
     assert found.params.keys() == init(MODELS["vit"](), list(expected)).params.keys()
 
 
-@pytest.mark.skipif(not renamed.old_paths(MODELS["vit"]()), reason="this transformers has not renamed ViT's layers")
+@pytest.mark.skipif(
+    not renamed_modules.old_paths(MODELS["vit"]()), reason="this transformers has not renamed ViT's layers"
+)
 def test_a_layer_that_transformers_renamed_is_left_out_by_its_old_name() -> None:
     found = init(MODELS["vit"](), ["query", "value"], exclude_modules=["layer.0.attention.attention.query"])
     assert [path.split("vit.layers.")[1] for path in found.params] == [

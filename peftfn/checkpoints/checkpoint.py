@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from peftfn import methods
-from peftfn.checkpoints import encoders, keys, older, site_notes
+from peftfn.checkpoints import keys, prompt_encoder, renamed_keys, site_notes
 from peftfn.core import files, hub
 from peftfn.core.adapter import Adapter
 from peftfn.core.config import PeftConfig
 from peftfn.core.transforms import is_traced
-from peftfn.models import fused
+from peftfn.models import fused_projections
 from peftfn.ops import validate
 
 # Names in files that are out there: they are not those of modules, and never change.
@@ -67,7 +67,7 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
     _check_single(adapter)
     plain = {key: _plain(key, tensor) for key, tensor in keys.to_keys(adapter).items()}
     config = methods.of(adapter.config).files.config(adapter)
-    text = fused.whole_config(adapter.replace(config=config)).to_json()
+    text = fused_projections.whole_config(adapter.replace(config=config)).to_json()
     old = folder / files.CONFIG
     metadata = {
         "format": "pt",
@@ -77,7 +77,7 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
     }
     if fixed := [] if methods.of(adapter.config).whole else [key for key in keys.fixed_keys(adapter) if key in plain]:
         metadata[_BUFFERS_KEY] = json.dumps(fixed)
-    encoder = encoders.writes(adapter, plain, _plain)
+    encoder = prompt_encoder.writes(adapter, plain, _plain)
     writes: dict[str, files.Write] = {
         **encoder,
         files.WEIGHTS: lambda path: safetensors.torch.save_file(plain, path, metadata),
@@ -87,7 +87,7 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
         writes[files.CARD] = lambda path: path.write_text(card(adapter), encoding="utf-8")
     files.write_together(folder, writes)
     (folder / files.PICKLE).unlink(missing_ok=True)  # an older file of the same adapter, which readers would find too
-    encoders.remove_others(folder, encoder)
+    prompt_encoder.remove_others(folder, encoder)
     return folder
 
 
@@ -150,13 +150,13 @@ def load(
     origin = hub.Origin(str(folder_or_hub_id), where, revision, token, cache_dir)
     tensors, metadata, source, config = read(origin, device, mmap=mmap)
     if model is not None:
-        tensors, config = older.in_present_names(tensors, config, model, str(source))
+        tensors, config = renamed_keys.in_present_names(tensors, config, model, str(source))
     note = metadata.get(_PARTS_KEY, "")
     ours = _CONFIG_KEY in metadata
     noted = site_notes.read(note)
     fixed = frozenset(json.loads(metadata.get(_BUFFERS_KEY, "[]")))
     adapter = keys.from_keys(tensors, config, str(source), ordered=ours, model=model, noted=noted, fixed=fixed)
-    adapter = encoders.restored(adapter, origin, device)
+    adapter = prompt_encoder.restored(adapter, origin, device)
     if note:
         adapter = adapter.replace(config=site_notes.named_config(adapter, note))
     if model is not None:

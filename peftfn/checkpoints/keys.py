@@ -27,7 +27,7 @@ from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, Sites, Tree, s
 from peftfn.core.config import PeftConfig
 from peftfn.methods import Method
 from peftfn.models import layers, matching, targets
-from peftfn.ops import alike
+from peftfn.ops import common_sites
 from peftfn.weights import codecs
 
 PREFIX = "base_model.model."
@@ -58,7 +58,7 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
             site = _site_key(adapter, path)
             held = {name: tensor for name, tensor in adapter.buffers.get(path, {}).items() if method.is_held(name)}
             info = adapter.sites.get(path, UNKNOWN)
-            whole = method.files.write(alike.on_all_rows(method, {**own, **held}, info))
+            whole = method.files.write(common_sites.on_all_rows(method, {**own, **held}, info))
             found += [(f"{site}.{key}", whole[name]) for name, key in method.names.items() if name in whole]
     for tree in (adapter.params, adapter.buffers):
         for path, leaf in tree.items():
@@ -167,7 +167,7 @@ def from_keys(
             raise type(error)(f"{source} has {error.args[0]} for {paths[site]!r}; expected a whole adapter.") from None
         info = (noted or {}).get(paths[site], UNKNOWN)._replace(input_side=method.targets.input_side(config, at))
         sites[paths[site]] = info
-        params.setdefault(paths[site], {}).update(alike.on_own_rows(method, method.files.read(leaf), info))
+        params.setdefault(paths[site], {}).update(common_sites.on_own_rows(method, method.files.read(leaf), info))
         buffers.setdefault(paths[site], {}).update(method.constants(config, at, leaf))
     return Adapter(sorted_tree(params), sorted_tree(buffers), config, sites)
 

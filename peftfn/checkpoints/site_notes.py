@@ -17,7 +17,7 @@ from typing import Any, cast
 from peftfn import methods
 from peftfn.core.adapter import Adapter, SiteInfo, Sites
 from peftfn.core.config import PeftConfig
-from peftfn.models import fused, layers
+from peftfn.models import fused_projections, layers
 
 
 def written(adapter: Adapter) -> str:
@@ -51,4 +51,4 @@ def _read(one: Mapping[str, Any]) -> SiteInfo:
 def named_config(adapter: Adapter, text: str) -> PeftConfig:
     """The config with parts by their names, if the one beside the note is the one that was written with it."""
     back = dataclasses.replace(cast("Any", adapter.config), target_modules=json.loads(text)["named"])
-    return back if fused.whole_config(adapter.replace(config=back)) == adapter.config else adapter.config
+    return back if fused_projections.whole_config(adapter.replace(config=back)) == adapter.config else adapter.config

@@ -16,7 +16,7 @@ import transformers
 
 import peftfn as pf
 from peftfn import methods
-from peftfn.checkpoints.folders import merging
+from peftfn.checkpoints.merge_folder import merging
 from peftfn.cli import state
 from peftfn.cli.bases import from_pretrained, load_model, quiet
 from peftfn.cli.errors import UserError

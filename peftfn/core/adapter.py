@@ -11,7 +11,7 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
 from peftfn.core.config import FrozenDict, PeftConfig
-from peftfn.core.runs import Runs
+from peftfn.core.row_runs import Runs
 from peftfn.core.transforms import OPTREE_GLOBAL
 
 Leaf = dict[str, Tensor]
@@ -26,7 +26,8 @@ class SiteInfo(NamedTuple):
 
     Attributes:
         kind: the kind of layer that it was made for, of those in `peftfn.models.layers`; "" where that is not known.
-        rows: the output rows that it acts on, where they are a part of a fused projection (`peftfn.models.fused`).
+        rows: the output rows that it acts on, where they are a part of a fused projection
+            (`peftfn.models.fused_projections`).
         outputs: how many output rows that projection has; 0 where `rows` is `None`.
         input_side: whether it acts on what goes in there, of a method that could act on either side.
     """

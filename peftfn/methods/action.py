@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from peftfn.core.runs import Runs
+from peftfn.core.row_runs import Runs
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape
 
@@ -20,7 +20,7 @@ def one_by_one(kind: str, rows: Runs | None) -> bool:
 
 
 class OnWeights(NamedTuple):
-    """A method that changes weights, and so can be merged. `peftfn.methods.weights` makes one of one or two functions.
+    """A method that changes weights, and so can be merged. `peftfn.methods.builders` makes one of one or two functions.
 
     Attributes:
         kinds: the kinds of layer that it acts on; it is refused on others.
@@ -50,12 +50,12 @@ class OnAttention(NamedTuple):
         forward: `(config, leaf, site, *args, **kwargs) -> what the module returns`; where each row has a leaf of its
             own, the tensors have an axis for the rows before the others.
         check: `(leaf, site) -> what is wrong with the leaf's names or shapes`, or `None`.
-        silence: `(leaf of each row, keep) -> leaf` that does nothing where `keep` is false.
+        disabled: `(leaf of each row, keep) -> leaf` that does nothing where `keep` is false.
     """
 
     forward: Callable[..., Any]
     check: Callable[[Mapping[str, Tensor], Site], str | None]
-    silence: Callable[[Mapping[str, Tensor], Tensor], Mapping[str, Tensor]]
+    disabled: Callable[[Mapping[str, Tensor], Tensor], Mapping[str, Tensor]]
 
 
 def _itself(model: nn.Module) -> Sequence[str]:
@@ -66,17 +66,17 @@ class OnCall(NamedTuple):
     """A method that changes what the model is given, such as a prompt.
 
     Attributes:
-        forward: `(config, leaf, site, call) -> call`, on a `peftfn.methods.prompt.calls.Call`; the site's layer is the
-            model.
+        forward: `(config, leaf, site, call) -> call`, on a `peftfn.methods.prompt.model_call.Call`; the site's layer is
+            the model.
         check: as of `OnAttention`.
-        silence: as of `OnAttention`.
-        homes: `(model) -> paths` of the modules whose call is changed.
+        disabled: as of `OnAttention`.
+        call_sites: `(model) -> paths` of the modules whose call is changed.
         encoded: `(config, leaf, site) -> leaf`: what the leaf's network makes of it, which is what rows share; of a
             method that has one.
     """
 
     forward: Callable[..., Any]
     check: Callable[[Mapping[str, Tensor], Site], str | None]
-    silence: Callable[[Mapping[str, Tensor], Tensor], Mapping[str, Tensor]]
-    homes: Callable[[nn.Module], Sequence[str]] = _itself
+    disabled: Callable[[Mapping[str, Tensor], Tensor], Mapping[str, Tensor]]
+    call_sites: Callable[[nn.Module], Sequence[str]] = _itself
     encoded: Callable[[Any, Mapping[str, Tensor], Site], Mapping[str, Tensor]] | None = None

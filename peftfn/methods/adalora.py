@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from peftfn.core.adapter import Adapter, Leaf
-from peftfn.methods import lora, slots, weights
+from peftfn.methods import builders, lora, slots
 from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adalora_targets import TARGETS
-from peftfn.methods.low_rank.adapted import Delta
+from peftfn.methods.low_rank.linear_kernel import Delta
 from peftfn.methods.method import Files, Method, Stacking, Targets, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
 from peftfn.models import layers, layouts, targets
@@ -50,7 +50,7 @@ def _lambda(config: AdaLoraConfig, weight: WeightShape, r: int) -> Shape:
 
 SLOTS = {
     "lora_A": Slot(_q, rank=0, inputs=1),
-    "lora_B": Slot(_p, rank=1, outputs=0, by_column=True),
+    "lora_B": Slot(_p, rank=1, outputs=0, column_major=True),
     "lora_E": Slot(_lambda, rank=0),
     "scaling": Slot(trained=False, off=0.0),
     "ranknum": Slot(trained=False),
@@ -169,7 +169,7 @@ METHOD = Method(
     slots=SLOTS,
     init=init,
     constants=constants,
-    action=weights.low_rank(_factors, kinds=(*weights.MATRICES, layers.CONVOLUTION)),
+    action=builders.low_rank(_factors, kinds=(*builders.MATRICES, layers.CONVOLUTION)),
     targets=Targets(resolve),
     stacking=Stacking(rows_of, varies=(*lora.VARIES, *SCHEDULE)),
     files=Files(check_file, file_config, to_file),

@@ -19,7 +19,7 @@ from peftfn.core.adapter import Leaf
 from peftfn.core.config import PeftConfig
 from peftfn.methods.action import OnAttention
 from peftfn.methods.method import Method, Stacking, Targets
-from peftfn.methods.prompt import inserted
+from peftfn.methods.prompt import insert_tokens
 from peftfn.methods.slots import Slot
 from peftfn.models import layers, targets
 from peftfn.models.layers import Place, Site
@@ -157,7 +157,7 @@ def forward(
     output, *rest = site(*args, **kwargs)
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     family = _FAMILIES[attention.config.model_type]
-    prompts, gate, own = leaf["adaption_prompt"].squeeze(-3), leaf["adaption_gate"], leaf.get(inserted.LENGTH)
+    prompts, gate, own = leaf["adaption_prompt"].squeeze(-3), leaf["adaption_gate"], leaf.get(insert_tokens.LENGTH)
     q, k, v = family.read(attention, prompts, hidden, kwargs)
     groups = q.shape[-3] // k.shape[-3]  # heads that share keys
     k, v = (one.repeat_interleave(groups, -3).to(q.dtype) for one in (k, v))
@@ -174,10 +174,10 @@ def forward(
     return ((output + added).to(q.dtype), *rest)
 
 
-def silence(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+def disabled(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
     """The leaf of each row, of no prompt tokens where `keep` is false."""
     count = torch.tensor(leaf["adaption_prompt"].shape[-2], device=keep.device)
-    return {**leaf, inserted.LENGTH: torch.where(keep, leaf.get(inserted.LENGTH, count), 0)}
+    return {**leaf, insert_tokens.LENGTH: torch.where(keep, leaf.get(insert_tokens.LENGTH, count), 0)}
 
 
 def _pad(configs: Sequence[AdaptionPromptConfig], path: str, leaves: Sequence[Leaf | None]) -> list[Leaf]:
@@ -194,7 +194,7 @@ def _pad(configs: Sequence[AdaptionPromptConfig], path: str, leaves: Sequence[Le
         {
             "adaption_prompt": F.pad(leaf["adaption_prompt"], (0, 0, 0, max(lengths) - length)),
             "adaption_gate": leaf["adaption_gate"],
-            inserted.LENGTH: torch.tensor(length, device=leaf["adaption_gate"].device),
+            insert_tokens.LENGTH: torch.tensor(length, device=leaf["adaption_gate"].device),
         }
         for leaf, length in zip([leaf or empty for leaf in leaves], lengths, strict=True)
     ]
@@ -202,13 +202,13 @@ def _pad(configs: Sequence[AdaptionPromptConfig], path: str, leaves: Sequence[Le
 
 def _trim(config: AdaptionPromptConfig, configs: Sequence[AdaptionPromptConfig], path: str, leaf: Leaf) -> Leaf:
     """The leaf without the zeros that `_pad` added."""
-    own = {name: tensor for name, tensor in leaf.items() if name != inserted.LENGTH}
+    own = {name: tensor for name, tensor in leaf.items() if name != insert_tokens.LENGTH}
     return {**own, "adaption_prompt": own["adaption_prompt"][:, : config.adapter_len]}
 
 
 def check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
     """What is wrong with the leaf for this attention, or `None`."""
-    if set(leaf) - {inserted.LENGTH} != {"adaption_prompt", "adaption_gate"}:
+    if set(leaf) - {insert_tokens.LENGTH} != {"adaption_prompt", "adaption_gate"}:
         return f"has {sorted(leaf)}, expected adaption_gate and adaption_prompt"
     shape, width = (
         tuple(leaf["adaption_prompt"].shape),
@@ -219,9 +219,9 @@ def check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
 
 METHOD = Method(
     config=AdaptionPromptConfig,
-    slots={"adaption_gate": Slot(), "adaption_prompt": Slot(), inserted.LENGTH: Slot(trained=False)},
+    slots={"adaption_gate": Slot(), "adaption_prompt": Slot(), insert_tokens.LENGTH: Slot(trained=False)},
     init=init,
-    action=OnAttention(forward, check, silence),
+    action=OnAttention(forward, check, disabled),
     targets=Targets(resolve, sites),
     stacking=Stacking(pad=_pad, trim=_trim, varies=("target_modules", "adapter_len", "adapter_layers")),
 )

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfn.core.adapter import Leaf
-from peftfn.methods import lora, weights
+from peftfn.methods import builders, lora
 from peftfn.methods.lora_config import LoraConfig
-from peftfn.methods.low_rank import lowrank, running
-from peftfn.methods.low_rank.adapted import Delta
+from peftfn.methods.low_rank import layer_deltas, site_forward
+from peftfn.methods.low_rank.linear_kernel import Delta
 from peftfn.methods.method import Files, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
 from peftfn.models import layouts
@@ -67,7 +67,7 @@ def _norms(delta: Delta, kind: str, weight: Tensor) -> Tensor:
     """‖W + s·B·A‖ of each output, (out,), of a weight as it is stored; a constant."""
     a, b, scaling = (one.detach() for one in delta)
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    whole = layouts.seen(kind, lowrank.merged(kind, a, b, scaling, wide))
+    whole = layouts.seen(kind, layer_deltas.merged(kind, a, b, scaling, wide))
     return cast("Tensor", torch.linalg.vector_norm(whole.flatten(1), dim=1))  # torch does not say what it returns
 
 
@@ -81,7 +81,7 @@ def _weight(config: LoraConfig, leaf: Mapping[str, Tensor], shape: WeightShape, 
     """m ∘ (W + s·B·A) / ‖W + s·B·A‖."""
     stored = layouts.stored(shape.kind, weight)
     delta = lora.factors(config, leaf, shape.kind, stored.shape)
-    whole = layouts.seen(shape.kind, lowrank.merged(shape.kind, *delta, stored))
+    whole = layouts.seen(shape.kind, layer_deltas.merged(shape.kind, *delta, stored))
     gain = _gain(delta, leaf, shape.kind, stored)
     return gain.view(-1, *(1 for _ in whole.shape[1:])) * whole
 
@@ -99,7 +99,7 @@ def forward(config: LoraConfig, leaf: Mapping[str, Tensor], site: Site, x: Tenso
         x = F.dropout(x, config.lora_dropout, training=True)
         own = site.run_with({"weight": weight, "bias": None}, x, *args, **kwargs)
     scaled = delta._replace(b=delta.b * gain.view(-1, *(1 for _ in delta.b.shape[1:])))
-    return running.add(site, scaled, 0.0, x, (y + (gain.view(spread) - 1) * own).to(y.dtype))
+    return site_forward.add(site, scaled, 0.0, x, (y + (gain.view(spread) - 1) * own).to(y.dtype))
 
 
 def check_file(config: LoraConfig, path: str, leaf: Leaf) -> None:
@@ -114,7 +114,7 @@ METHOD = dataclasses.replace(
     slots=SLOTS,
     init=init,
     constants=constants,
-    action=weights.reweighted(_weight, forward=forward, kinds=weights.LAYERS),
+    action=builders.reweighted(_weight, forward=forward, kinds=builders.LAYERS),
     files=Files(check_file, write=lora.METHOD.files.write, read=lora.METHOD.files.read),
     combining=None,
     variant="use_dora",

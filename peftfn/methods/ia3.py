@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from peftfn.core.adapter import Leaf
 from peftfn.core.config import TargetedConfig
-from peftfn.methods import weights
+from peftfn.methods import builders
 from peftfn.methods.ia3_targets import FEEDFORWARD, TARGETS
-from peftfn.methods.low_rank.mixing import Recipe
+from peftfn.methods.low_rank.weighted_sum import Recipe
 from peftfn.methods.method import Combining, Files, Method, Stacking, Targets, like_weight
 from peftfn.methods.slots import Shape, Slot
 from peftfn.models import layers, layouts, targets
@@ -174,7 +174,7 @@ METHOD = Method(
     config=IA3Config,
     slots=SLOTS,
     init=init,
-    action=weights.reweighted(_weight, bias=_bias, forward=forward, kinds=(*weights.MATRICES, layers.CONVOLUTION)),
+    action=builders.reweighted(_weight, bias=_bias, forward=forward, kinds=(*builders.MATRICES, layers.CONVOLUTION)),
     targets=Targets(resolve, input_side=is_feedforward),
     stacking=Stacking(varies=("feedforward_modules", "init_ia3_weights")),
     files=Files(check_file),

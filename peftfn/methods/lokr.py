@@ -19,7 +19,7 @@ from torch import Tensor
 
 from peftfn.core.adapter import Leaf
 from peftfn.core.config import LayeredConfig
-from peftfn.methods import lora, slots, weights
+from peftfn.methods import builders, lora, slots
 from peftfn.methods.lora_config import check_positive, described
 from peftfn.methods.method import Method, Stacking, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
@@ -178,7 +178,7 @@ def forward(config: LoKrConfig, leaf: Mapping[str, Tensor], site: Site, x: Tenso
     y, change = site(x, *args, **kwargs), delta(config, leaf, layouts.of_site(site))
     if site.training:
         change = _dropped(config, change)
-    return weights.added(site, y, change, x, *args, **kwargs)
+    return builders.added(site, y, change, x, *args, **kwargs)
 
 
 def _dropped(config: LoKrConfig, change: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ METHOD = Method(
     slots=SLOTS,
     init=init,
     constants=constants,
-    action=weights.additive(delta, forward=forward),
+    action=builders.additive(delta, forward=forward),
     targets=lora.METHOD.targets,  # as in PEFT
     stacking=Stacking(matching.rank, _resized, varies=("r", "alpha", "rank_pattern", "alpha_pattern", "init_weights")),
 )

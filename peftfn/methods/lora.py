@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from peftfn.core.adapter import Leaf
-from peftfn.methods import slots, weights
+from peftfn.methods import builders, slots
 from peftfn.methods.lora_config import LoraConfig
 from peftfn.methods.lora_targets import TARGETS
-from peftfn.methods.low_rank import lora_combine, ranks
-from peftfn.methods.low_rank.adapted import Delta
+from peftfn.methods.low_rank import leaf_shapes, lora_combine
+from peftfn.methods.low_rank.linear_kernel import Delta
 from peftfn.methods.method import Combining, Files, Method, Stacking, Targets, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
 from peftfn.models import layers, layouts, matching, targets
@@ -65,7 +65,7 @@ def _embedding_b(config: LoraConfig, weight: WeightShape, r: int) -> Shape | Non
 
 SLOTS = {
     "lora_A": Slot(_a, "lora_A.weight", rank=0, inputs=1, also=_dense_a),
-    "lora_B": Slot(_b, "lora_B.weight", rank=1, outputs=0, by_column=True, also=_dense_b),
+    "lora_B": Slot(_b, "lora_B.weight", rank=1, outputs=0, column_major=True, also=_dense_b),
     "lora_embedding_A": Slot(_embedding_a, rank=0, inputs=1),
     "lora_embedding_B": Slot(_embedding_b, rank=1, outputs=0),
     "scaling": Slot(trained=False, off=0.0),
@@ -174,9 +174,9 @@ METHOD = Method(
     slots=SLOTS,
     init=init,
     constants=constants,
-    action=weights.low_rank(factors, takes_rows=True, takes_parts=True),
+    action=builders.low_rank(factors, takes_rows=True, takes_parts=True),
     targets=Targets(resolve, sites),
-    stacking=Stacking(matching.rank, resize=ranks.resized, varies=VARIES),
-    files=Files(check_file, write=ranks.to_file, read=ranks.from_file),
+    stacking=Stacking(matching.rank, resize=leaf_shapes.resized, varies=VARIES),
+    files=Files(check_file, write=leaf_shapes.to_file, read=leaf_shapes.from_file),
     combining=Combining(lora_combine.combine, lora_combine.combined),
 )

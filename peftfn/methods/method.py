@@ -14,7 +14,7 @@ from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, Tree
 from peftfn.core.config import PeftConfig
 from peftfn.methods import slots
 from peftfn.methods.action import OnAttention, OnCall, OnWeights
-from peftfn.methods.low_rank.mixing import Recipe
+from peftfn.methods.low_rank.weighted_sum import Recipe
 from peftfn.methods.slots import Slots
 from peftfn.models import layers, layouts, targets
 from peftfn.models.layers import Place, Site
@@ -241,11 +241,11 @@ class Method:
 
         return [kind for kind in found if any(map(fits, layouts.possible(kind, shape)))]
 
-    def silence(self, leaf: Mapping[str, Tensor], keep: Tensor) -> Mapping[str, Tensor]:
+    def disabled(self, leaf: Mapping[str, Tensor], keep: Tensor) -> Mapping[str, Tensor]:
         """The leaf, or one for each row, that does nothing where `keep` is false (routing's index -1)."""
         if isinstance(self.action, OnWeights):
-            return slots.silenced(self.slots, leaf, keep)
-        return self.action.silence(leaf, keep)
+            return slots.disabled(self.slots, leaf, keep)
+        return self.action.disabled(leaf, keep)
 
     def of_rows(self, leaf: Leaf, kind: str, rows: slice) -> Leaf | None:
         """The leaf that merges into these rows of a layer's weight alone as the given one does into all of it."""

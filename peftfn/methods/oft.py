@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from peftfn.core.adapter import Leaf
 from peftfn.core.config import LayeredConfig
-from peftfn.methods import slots, weights
+from peftfn.methods import builders, slots
 from peftfn.methods.lora_config import check_positive, described
 from peftfn.methods.lora_targets import TARGETS
 from peftfn.methods.method import Files, Method, Stacking, Targets, like_weight
@@ -233,7 +233,7 @@ METHOD = Method(
     config=OFTConfig,
     slots=SLOTS,
     init=init,
-    action=weights.reweighted(_weight, forward=forward),
+    action=builders.reweighted(_weight, forward=forward),
     targets=Targets(resolve),
     files=Files(check_file),
     stacking=Stacking(varies=("bias", "init_weights")),

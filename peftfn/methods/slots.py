@@ -38,7 +38,7 @@ class Slot(NamedTuple):
         off: the value at which the method does nothing, whatever the other tensors hold.
         outputs: the axis along the weight's outputs.
         inputs: the axis along the weight's inputs.
-        by_column: whether a stack holds the columns of this matrix in one piece each (see `peftfn.core.slices`).
+        column_major: whether a stack holds the columns of this matrix in one piece each (see `core.stack_slices`).
         also: another shape that a file of PEFT's may have.
     """
 
@@ -49,7 +49,7 @@ class Slot(NamedTuple):
     off: float | None = None
     outputs: int | None = None
     inputs: int | None = None
-    by_column: bool = False
+    column_major: bool = False
     also: Callable[[Any, WeightShape, int], Shape | None] = _none
 
 
@@ -111,7 +111,7 @@ def neutral(slots: Slots, like: Leaf) -> Leaf:
     }
 
 
-def silenced(slots: Slots, leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+def disabled(slots: Slots, leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
     """The leaf, or one for each row, that does nothing where `keep` is false."""
     keep = keep.bool()
 

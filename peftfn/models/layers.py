@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfn.core.runs import Runs
+from peftfn.core.row_runs import Runs
 from peftfn.weights import codecs
-from peftfn.weights.codecs.packed import Packed
+from peftfn.weights.codecs.packed_linear import Packed
 
 LINEAR = "linear"
 TRANSPOSED = "transposed linear"  # transformers' Conv1D: the weight is stored (in, out)
@@ -34,7 +34,7 @@ class Place(NamedTuple):
         owner: the path of the module that owns the tensor.
         weight: the tensor's name there.
         kind: one of the kinds of this file.
-        rows: the output rows that the site is, where it is a part of a fused projection (see `peftfn.models.fused`).
+        rows: the output rows that the site is, where it is a part of a fused projection (`models.fused_projections`).
     """
 
     owner: str

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftfn.core import runs
+from peftfn.core import row_runs
 from peftfn.core.adapter import SiteInfo
-from peftfn.core.runs import Runs
+from peftfn.core.row_runs import Runs
 from peftfn.models import layers
 from peftfn.models.layers import Site
 
@@ -72,7 +72,7 @@ def of_site(site: Site) -> WeightShape:
 
 def acted_on(weight: WeightShape, rows: Runs | None, input_side: bool) -> WeightShape:
     """The shape of what a method acts on there: of these rows alone, on this side."""
-    outputs = weight.outputs if rows is None else runs.count(rows)
+    outputs = weight.outputs if rows is None else row_runs.count(rows)
     return weight._replace(outputs=outputs, rows=rows, input_side=input_side)
 
 

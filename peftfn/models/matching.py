@@ -12,7 +12,7 @@ HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"
 """Heads that PEFT's task wrappers add to `modules_to_save`."""
 
 PARTS = frozenset(("q", "k", "v", "gate", "up"))
-"""Names of the parts of fused projections (`peftfn.models.fused`)."""
+"""Names of the parts of fused projections (`peftfn.models.fused_projections`)."""
 
 
 def with_heads(config: PeftConfig) -> tuple[str, ...] | None:

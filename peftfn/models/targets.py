@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from peftfn.core.config import TargetedConfig
-from peftfn.models import fused, layers, matching, renamed
+from peftfn.models import fused_projections, layers, matching, renamed_modules
 
 ALL_LINEAR = "all-linear"
 Config = TypeVar("Config", bound=TargetedConfig)
@@ -101,7 +101,7 @@ def sites(model: nn.Module, config: TargetedConfig) -> dict[str, layers.Place]:
             )
         found.update(at)
     if matching.may_name_parts(config.target_modules):
-        found = {**fused.places(model, lambda path: matching.names_part(config, path)), **found}
+        found = {**fused_projections.places(model, lambda path: matching.names_part(config, path)), **found}
     for name in _parameters(model, parameters_of(config)):
         found[name] = layers.place_of_parameter(model, name)
     _refuse_unmatched(model, config, paths, found)
@@ -181,7 +181,7 @@ def in_present_names(model: nn.Module, names: Sequence[str] | str | None) -> Seq
     if not names or (isinstance(names, str) and any(re.fullmatch(names, path) for path in paths)):
         return names
     lost = [names] if isinstance(names, str) else _lost(names, paths)
-    old = renamed.old_paths(model) if lost else {}
+    old = renamed_modules.old_paths(model) if lost else {}
     present: list[str] = []
     for name in lost if isinstance(names, str) else names:
         hits = {path for path, before in old.items() if _is_called(name, before, names)} if name in lost else set[str]()
@@ -211,7 +211,7 @@ def refuse_lost_names(model: nn.Module, names: Sequence[str] | str | None) -> No
     """A `ValueError` if a name of a list that the user gave matches no module (PEFT ignores it in silence)."""
     paths = [path for path, _ in layers.named_modules(model) if path]
     fused_too = (
-        [f"{path}.{part}" for path in paths for part in fused.parts(model, path)]
+        [f"{path}.{part}" for path in paths for part in fused_projections.parts(model, path)]
         if matching.may_name_parts(names)
         else []
     )

@@ -25,7 +25,8 @@ from peftfn.core import transforms
 from peftfn.models import copies
 from peftfn.weights import codecs, offloaded
 
-# What every module has, and the guards of a view (`peftfn.models.guards`), which stay the view's: nothing to rebind.
+# What every module has, and the guards of a view (`peftfn.models.write_protection`), which stay the view's: nothing to
+# rebind.
 _STANDARD = frozenset((*vars(nn.Module()), "_load_from_state_dict", "apply", "requires_grad_"))
 _ATOMS = frozenset((str, int, float, bool, type(None), torch.dtype, torch.device, torch.Size))
 _SMALL_BUFFER = 65536

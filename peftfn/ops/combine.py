@@ -14,10 +14,10 @@ from peftfn import methods
 from peftfn.core.adapter import Adapter, Leaf, SiteInfo, Sites, Tree, as_tuple, sorted_tree
 from peftfn.core.config import PeftConfig
 from peftfn.methods import Method
-from peftfn.methods.low_rank import mixing
-from peftfn.methods.low_rank.mixing import Recipe
+from peftfn.methods.low_rank import weighted_sum
+from peftfn.methods.low_rank.weighted_sum import Recipe
 from peftfn.models import layers, matching
-from peftfn.ops import alike
+from peftfn.ops import common_sites
 
 
 def combine(
@@ -109,7 +109,7 @@ def combine(
     paths = {path for tree in own for path in tree}
     for path in sorted(paths):
         at = layers.pattern_path(path, paths)
-        sites[path], leaves = alike.together("combine", one, path, [tree.get(path) for tree in own], adapters)
+        sites[path], leaves = common_sites.together("combine", one, path, [tree.get(path) for tree in own], adapters)
         params[path], buffers[path] = combining.leaf(recipe, configs, at, leaves)
     config = combining.config(_union(cast("Any", configs), sorted(paths), sites), adapters, params)
     _keep_replaced(one, adapters, params, buffers)
@@ -141,15 +141,17 @@ def _as_weights(weights: Sequence[float | Tensor] | Tensor, count: int) -> tuple
 
 
 def _check_method(method: str, density: float | None, majority_sign_method: str) -> None:
-    if method not in mixing.NAMES:
-        raise ValueError(f"method={method!r} is unknown; expected one of {', '.join(mixing.NAMES)}.")
-    if method in mixing.PRUNED and density is None:
+    if method not in weighted_sum.NAMES:
+        raise ValueError(f"method={method!r} is unknown; expected one of {', '.join(weighted_sum.NAMES)}.")
+    if method in weighted_sum.PRUNED and density is None:
         raise ValueError(f"method={method!r} needs density=..., the share of values that it keeps, e.g. 0.5.")
-    if density is not None and (method not in mixing.PRUNED or not 0 < density <= 1):
-        expected = "a number above 0 and at most 1" if method in mixing.PRUNED else f"none: {method!r} prunes nothing"
+    if density is not None and (method not in weighted_sum.PRUNED or not 0 < density <= 1):
+        expected = (
+            "a number above 0 and at most 1" if method in weighted_sum.PRUNED else f"none: {method!r} prunes nothing"
+        )
         raise ValueError(f"density={density!r}; expected {expected}.")
-    if majority_sign_method not in mixing.SIGNS:
-        raise ValueError(f"majority_sign_method={majority_sign_method!r}; expected {' or '.join(mixing.SIGNS)}.")
+    if majority_sign_method not in weighted_sum.SIGNS:
+        raise ValueError(f"majority_sign_method={majority_sign_method!r}; expected {' or '.join(weighted_sum.SIGNS)}.")
 
 
 def _check_svd(method: str, rank: int | None, clamp: float | None, driver: str | None) -> None:

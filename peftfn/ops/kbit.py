@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn.models import copies, graft, guards
+from peftfn.models import copies, surgery, write_protection
 from peftfn.weights import codecs
 
 # Formats whose kernels read half-precision parameters (scales, zeros): PEFT leaves these as they are, too.
@@ -43,7 +43,7 @@ def prepare_for_kbit_training(model: nn.Module) -> Any:
     if not isinstance(cast("object", model), nn.Module):
         raise TypeError(f"prepare_for_kbit_training was given a {type(model).__name__}; expected the base, a module.")
     view = copies.shared(model, [*codecs.shared(model), *(buffer for buffer in model.buffers() if _is_packed(buffer))])
-    graft.run_packed(view.modules())
+    surgery.run_packed(view.modules())
     wide: dict[int, nn.Parameter] = {}
     if _format(model) not in _AS_THEY_ARE:
         narrow = {id(p): p for p in view.parameters() if _is_narrow(p)}  # kept, so that no id is used again
@@ -51,8 +51,8 @@ def prepare_for_kbit_training(model: nn.Module) -> Any:
         for module in view.modules():
             for name, parameter in list(module._parameters.items()):
                 if id(parameter) in wide:
-                    graft.put(module, name, wide[id(parameter)])
-    guards.protect(view, {id(parameter) for parameter in wide.values()})
+                    surgery.put(module, name, wide[id(parameter)])
+    write_protection.protect(view, {id(parameter) for parameter in wide.values()})
     return view
 
 

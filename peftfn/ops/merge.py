@@ -16,7 +16,7 @@ from peftfn.methods import Method
 from peftfn.models import layers, layouts
 from peftfn.models.layers import Place
 from peftfn.weights import codecs, offloaded
-from peftfn.weights.codecs.stored import Entry
+from peftfn.weights.codecs.state_dict_entry import Entry
 
 
 def merge(

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from peftfn import methods
-from peftfn.core import slices
+from peftfn.core import stack_slices
 from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, Members, SiteInfo, Tree, as_tuple, sorted_tree
 from peftfn.core.config import LayeredConfig
 from peftfn.methods import Method
 from peftfn.models import layers
-from peftfn.ops import alike
+from peftfn.ops import common_sites
 
 
 def stack(adapters: Sequence[Adapter]) -> Adapter:
@@ -113,13 +113,13 @@ def _common_method(adapters: Sequence[Adapter]) -> Method:
 
 def _stack_own(method: Method, adapters: Sequence[Adapter], path: str) -> tuple[SiteInfo, Leaf]:
     found = [_own(method, adapter, path) or None for adapter in adapters]
-    info, own = alike.together("stack", method, path, found, adapters)
+    info, own = common_sites.together("stack", method, path, found, adapters)
     if not any(own):
         return info, {}
     at = layers.pattern_path(path, {path for adapter in adapters for path in adapter.params})
-    by_column = frozenset(name for name, slot in method.slots.items() if slot.by_column)
+    column_major = frozenset(name for name, slot in method.slots.items() if slot.column_major)
     padded = method.pad([adapter.config for adapter in adapters], at, own)
-    return info, _stack_plain(padded, path, by_column=by_column)
+    return info, _stack_plain(padded, path, column_major=column_major)
 
 
 def _own(method: Method, adapter: Adapter, path: str) -> Leaf:
@@ -135,7 +135,7 @@ def _stack_rest(method: Method, leaves: Sequence[Leaf | None], path: str, fill: 
 
 
 def _stack_plain(
-    leaves: Sequence[Leaf | None], path: str, fill: bool = False, by_column: frozenset[str] = frozenset()
+    leaves: Sequence[Leaf | None], path: str, fill: bool = False, column_major: frozenset[str] = frozenset()
 ) -> Leaf:
     model = next(leaf for leaf in leaves if leaf is not None)
     filled: list[Leaf] = []
@@ -148,15 +148,15 @@ def _stack_plain(
             f"stack: the adapters hold different tensors at {path}: {sorted({n for f in filled for n in f})}."
         )
     return {
-        name: _stack_tensors([leaf[name] for leaf in filled], f"{path}.{name}", name in by_column) for name in model
+        name: _stack_tensors([leaf[name] for leaf in filled], f"{path}.{name}", name in column_major) for name in model
     }
 
 
-def _stack_tensors(tensors: Sequence[Tensor], name: str, by_column: bool) -> Tensor:
+def _stack_tensors(tensors: Sequence[Tensor], name: str, column_major: bool) -> Tensor:
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) > 1:
         raise ValueError(f"stack: {name} has shapes {sorted(shapes)}; expected adapters of one base.")
-    return slices.stacked(tensors, by_column)
+    return stack_slices.stacked(tensors, column_major)
 
 
 def _slice(stacked: Adapter, members: Members, number: int) -> Adapter:
@@ -175,7 +175,7 @@ def _slice(stacked: Adapter, members: Members, number: int) -> Adapter:
         if own:
             there = [c for c, has in zip(members.configs, members.paths, strict=True) if path in has]
             own = method.trim(config, there, layers.pattern_path(path, set(stacked.params)), own)
-            own = alike.on_own_rows(method, own, sites.get(path, UNKNOWN), stacked.sites.get(path, UNKNOWN))
+            own = common_sites.on_own_rows(method, own, sites.get(path, UNKNOWN), stacked.sites.get(path, UNKNOWN))
             params[path].update({name: tensor for name, tensor in own.items() if name in method.names})
             rest = {name: tensor for name, tensor in buffers.get(path, {}).items() if method.replaces(name)}
             buffers[path] = rest | {name: tensor for name, tensor in own.items() if method.is_held(name)}

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from peftfn.core.adapter import Adapter, as_tuple
-from peftfn.models import graft, masks, twins
-from peftfn.runtime import attach, checked, parts
-from peftfn.runtime.by_row import rows
+from peftfn.models import attention_masks, surgery, twins
+from peftfn.runtime import attach, remembered_checks, site_adapters
+from peftfn.runtime.routing import row_index
 
 
 def apply(
@@ -52,33 +52,33 @@ def apply(
     """
     adapters = as_tuple(adapter)
     arguments, keywords = as_call(batch)
-    which = rows.of_adapters(adapters, index)
+    which = row_index.of_adapters(adapters, index)
     if which is not None:
-        rows.refuse_other_batch(which, (*arguments, *keywords.values()))
+        row_index.refuse_other_batch(which, (*arguments, *keywords.values()))
     made = twins.Twins(model, params)
     tracing = torch.compiler.is_compiling()
-    graft.run_packed(made.by_path.values(), apart=not tracing)
+    surgery.run_packed(made.by_path.values(), apart=not tracing)
     for table in made.tables:
-        graft.keep_norms(table)
-    masks.suit(made.by_path.values(), keywords)
-    how = parts.How(
+        surgery.keep_norms(table)
+    attention_masks.suit(made.by_path.values(), keywords)
+    how = site_adapters.AttachOptions(
         hold=_put,
-        armed=_always if torch.is_grad_enabled() and not tracing else None,
-        check=tracing or not checked.are_known(model, adapters, made.by_path),
+        wants_grad=_always if torch.is_grad_enabled() and not tracing else None,
+        check=tracing or not remembered_checks.are_known(model, adapters, made.by_path),
         apart=not tracing,
     )
-    attach.attach(made.root, made.by_path, parts.of(adapters, which), how)
+    attach.attach(made.root, made.by_path, site_adapters.of(adapters, which), how)
     if how.check and not tracing:
-        checked.remember(model, adapters, made.by_path)
+        remembered_checks.remember(model, adapters, made.by_path)
     if made.checkpointing:
-        graft.let_inputs_require_grad(made.root)
+        surgery.let_inputs_require_grad(made.root)
     try:
         # The twins hold every tensor already, and keep it for the backward pass (a checkpointed block looks for it
         # there): functional_call finds each in its place, and leaves it there.
         named = {name: made.tensor(name) for name in params or ()}
         return torch.func.functional_call(made.root, named, arguments, keywords, tie_weights=False)
     except RuntimeError as error:
-        clearer = graft.explained(error, made.checkpointing)
+        clearer = surgery.explained(error, made.checkpointing)
         if clearer is None:
             raise
         raise clearer from error
@@ -89,7 +89,7 @@ def _always() -> bool:
 
 
 def _put(twin: nn.Module, name: str, compute: Any) -> None:
-    graft.put(twin, name, compute())
+    surgery.put(twin, name, compute())
 
 
 def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

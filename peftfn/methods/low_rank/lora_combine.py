@@ -26,8 +26,8 @@ from torch import Tensor
 
 from peftfn.core.adapter import Adapter, Leaf, Tree
 from peftfn.methods.lora_config import LoraConfig
-from peftfn.methods.low_rank import ranks
-from peftfn.methods.low_rank.mixing import Recipe, mixed
+from peftfn.methods.low_rank import leaf_shapes
+from peftfn.methods.low_rank.weighted_sum import Recipe, mixed
 from peftfn.models import layers, matching
 
 Pair = tuple[Tensor, Tensor]
@@ -48,7 +48,7 @@ def combine(
     """A and B of the combination at one site, with a scaling of 1; an adapter without the site counts as zero."""
     there = [number for number, leaf in enumerate(leaves) if leaf is not None]
     found = [leaf for leaf in leaves if leaf is not None]
-    first, second = ranks.pair(found[0])
+    first, second = leaf_shapes.pair(found[0])
     _check_names(path, found, first, second)
     found = _one_layout(found, first, second)
     wanted = functools.reduce(torch.promote_types, (leaf[name].dtype for leaf in found for name in (first, second)))
@@ -76,7 +76,7 @@ def combined(config: LoraConfig, adapters: Sequence[Adapter], params: Tree) -> L
     found: dict[str, int] = {}
     for path, leaf in params.items():
         at = layers.pattern_path(path, params)
-        first, second = ranks.pair(leaf)
+        first, second = leaf_shapes.pair(leaf)
         one = next(adapter for adapter in adapters if first in adapter.params.get(path, {}))
         before = matching.rank(cast("LoraConfig", one.config), layers.pattern_path(path, one.params))
         old = one.params[path]
@@ -126,7 +126,7 @@ def _one_layout(leaves: list[Leaf], first: str, second: str) -> list[Leaf]:
     """Convolutions with groups all dense, as in PEFT's files, if one of them is."""
     if len({leaf[first].dim() for leaf in leaves}) == 1:
         return leaves
-    return [{**leaf, **ranks.to_file({first: leaf[first], second: leaf[second]})} for leaf in leaves]
+    return [{**leaf, **leaf_shapes.to_file({first: leaf[first], second: leaf[second]})} for leaf in leaves]
 
 
 def _matrices(a: Tensor, b: Tensor, rank: int) -> Pair:

@@ -17,8 +17,8 @@ from torch import Tensor
 from peftfn.core.adapter import Leaf
 from peftfn.methods.action import OnCall
 from peftfn.methods.method import Files, Method, Targets, like_weight
-from peftfn.methods.prompt import inserted, prompt_config, prompt_input, prompt_rows, prompt_tuning
-from peftfn.methods.prompt.calls import Call
+from peftfn.methods.prompt import insert_tokens, prompt_config, prompt_input, prompt_rows, prompt_tuning
+from peftfn.methods.prompt.model_call import Call
 from peftfn.methods.prompt.prompt_config import PromptLearningConfig
 from peftfn.methods.slots import Slot
 from peftfn.models.layers import Site
@@ -129,7 +129,7 @@ def _pass(leaf: Mapping[str, Tensor], x: Tensor, way: str, *, backward: bool = F
     x = x.flip(0) if backward else x
     inputs = F.linear(x, leaf[f"lstm_head_weight_ih_{way}"], leaf[f"lstm_head_bias_ih_{way}"])  # (tokens, 4 hidden)
     weight, bias = leaf[f"lstm_head_weight_hh_{way}"], leaf[f"lstm_head_bias_hh_{way}"]
-    own = leaf.get(inserted.LENGTH)
+    own = leaf.get(insert_tokens.LENGTH)
     h = c = torch.zeros_like(inputs[0, : weight.shape[-1]])
     outputs: list[Tensor] = []
     for number, row in enumerate(inputs.unbind(0)):
@@ -147,7 +147,7 @@ def _pass(leaf: Mapping[str, Tensor], x: Tensor, way: str, *, backward: bool = F
 def encoded(config: PromptEncoderConfig, leaf: Mapping[str, Tensor], site: Site) -> dict[str, Tensor]:
     """The prompt that the leaf's network makes, and how many tokens it has, if the leaf says so."""
     prompt = encode(leaf, config.encoder_dropout if site.training else 0.0)
-    return {"prompt_embeddings": prompt, **{name: leaf[name] for name in (inserted.LENGTH,) if name in leaf}}
+    return {"prompt_embeddings": prompt, **{name: leaf[name] for name in (insert_tokens.LENGTH,) if name in leaf}}
 
 
 def forward(config: PromptEncoderConfig, leaf: Mapping[str, Tensor], site: Site, call: Call) -> Call:
@@ -170,9 +170,9 @@ def _names() -> list[str]:
 
 METHOD = Method(
     config=PromptEncoderConfig,
-    slots={**{name: Slot() for name in _names()}, inserted.LENGTH: Slot(trained=False)},
+    slots={**{name: Slot() for name in _names()}, insert_tokens.LENGTH: Slot(trained=False)},
     init=init,
-    action=OnCall(forward, prompt_input.check, prompt_rows.silence, prompt_input.homes, encoded),
+    action=OnCall(forward, prompt_input.check, prompt_rows.disabled, prompt_input.call_sites, encoded),
     targets=Targets(prompt_input.resolve, prompt_config.sites),
     stacking=prompt_rows.STACKING,
     files=Files(prompt_config.check_rows, write=to_file),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftfn.methods.prompt.calls import Added
+from peftfn.methods.prompt.model_call import Added
 
 IGNORED = -100
 """The label that torch's cross entropy leaves out."""

@@ -36,7 +36,7 @@ def resolve(model: nn.Module, config: Config) -> Config:
 
 def refuse_without_keys(model: nn.Module) -> None:
     """Refuse a model that has no cache of keys and values, or has it in some of its layers only."""
-    home = model.get_submodule(homes(model)[0])
+    home = model.get_submodule(call_sites(model)[0])
     name = type(home).__name__
     if not hf.keeps_keys(home):
         raise ValueError(
@@ -64,7 +64,7 @@ def refuse_without_keys(model: nn.Module) -> None:
 
 def _refuse_other_keys(model: nn.Module, count: int, shape: Shape) -> None:
     """Refuse a model whose layers keep other keys and values than PEFT's format has: as many of one shape as layers."""
-    home = model if prompt_config.is_encoder_decoder(model) else model.get_submodule(homes(model)[0])
+    home = model if prompt_config.is_encoder_decoder(model) else model.get_submodule(call_sites(model)[0])
     found = key_shapes(home, count)
     if found is not None and found != [shape] * count:
         kept = ", ".join(f"{found.count(one)} of {one}" for one in dict.fromkeys(found))
@@ -84,7 +84,7 @@ def key_sizes(config: Any, heads: int, dim: int) -> tuple[int, int]:
     return heads, getattr(config, "d_kv", None) or dim // heads  # T5 and its kin: heads * d_kv need not be d_model
 
 
-def homes(model: nn.Module) -> Sequence[str]:
+def call_sites(model: nn.Module) -> Sequence[str]:
     """The module that is given the cache: the model, or what is in it where its head knows none, or its decoder."""
     if prompt_config.is_encoder_decoder(model):
         return (prompt_config.path_of(model, prompt_config.decoder_of(model)),)

@@ -17,8 +17,8 @@ from torch import Tensor
 from peftfn.core.adapter import Leaf
 from peftfn.methods.action import OnCall
 from peftfn.methods.method import Files, Method, Targets, like_weight
-from peftfn.methods.prompt import calls, inserted, places, prefix_keys, prompt_config, prompt_rows
-from peftfn.methods.prompt.calls import Added, Call
+from peftfn.methods.prompt import insert_tokens, model_call, places, prefix_keys, prompt_config, prompt_rows
+from peftfn.methods.prompt.model_call import Added, Call
 from peftfn.methods.prompt.prompt_config import PromptLearningConfig
 from peftfn.methods.slots import Slot
 from peftfn.models import signatures
@@ -93,7 +93,7 @@ def encode(leaf: Mapping[str, Tensor]) -> Tensor:
 
 def encoded(config: PrefixTuningConfig, leaf: Mapping[str, Tensor], site: Site) -> dict[str, Tensor]:
     """The prefix that the leaf's network makes, and how many tokens it has, if the leaf says so."""
-    return {"prompt_embeddings": encode(leaf), **{name: leaf[name] for name in (inserted.LENGTH,) if name in leaf}}
+    return {"prompt_embeddings": encode(leaf), **{name: leaf[name] for name in (insert_tokens.LENGTH,) if name in leaf}}
 
 
 def forward(config: PrefixTuningConfig, leaf: Mapping[str, Tensor], site: Site, call: Call) -> Call:
@@ -119,7 +119,7 @@ def forward(config: PrefixTuningConfig, leaf: Mapping[str, Tensor], site: Site, 
             "prefix tuning and activation checkpointing do not go together: checkpointed layers get no cache, and so "
             "no prefix. Turn it off (gradient_checkpointing_disable), or use prompt tuning."
         )
-    tokens = calls.tokens_of(call)
+    tokens = model_call.tokens_of(call)
     if tokens is None:
         raise ValueError(f"the batch has {sorted(call.given)}; expected input_ids or inputs_embeds, for the prefix.")
     past = _past(places.rightmost(prefix, added), config, prompt_config.dtype(model, prefix.dtype))
@@ -175,7 +175,7 @@ def _counts(model: Any) -> bool:
     if prompt_config.is_encoder_decoder(model):
         return False
     is_decoder = prompt_config.writes(model) or hasattr(prompt_config.without_head(model), "rotary_emb")
-    return is_decoder and signatures.takes(model.get_submodule(prefix_keys.homes(model)[0]), hf.POSITIONS)
+    return is_decoder and signatures.takes(model.get_submodule(prefix_keys.call_sites(model)[0]), hf.POSITIONS)
 
 
 def _past(prefix: Tensor, config: PrefixTuningConfig, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -231,7 +231,7 @@ def to_file(leaf: Leaf) -> Leaf:
 
 
 def _trim(config: PrefixTuningConfig, configs: Sequence[PrefixTuningConfig], path: str, leaf: Leaf) -> Leaf:
-    return prompt_rows.trim(leaf, config.num_virtual_tokens or 0) if inserted.LENGTH in leaf else leaf
+    return prompt_rows.trim(leaf, config.num_virtual_tokens or 0) if insert_tokens.LENGTH in leaf else leaf
 
 
 _TRANSFORM = tuple(f"transform_{number}_{kind}" for number in (0, 2) for kind in ("weight", "bias"))
@@ -239,10 +239,10 @@ METHOD = Method(
     config=PrefixTuningConfig,
     slots={
         **{name: Slot() for name in ("prompt_embeddings", "embedding", *_TRANSFORM)},
-        inserted.LENGTH: Slot(trained=False),
+        insert_tokens.LENGTH: Slot(trained=False),
     },
     init=init,
-    action=OnCall(forward, check, prompt_rows.silence, prefix_keys.homes, encoded),
+    action=OnCall(forward, check, prompt_rows.disabled, prefix_keys.call_sites, encoded),
     targets=Targets(prefix_keys.resolve, prompt_config.sites),
     stacking=prompt_rows.STACKING._replace(trim=_trim),
     files=Files(prompt_config.check_rows, write=to_file),

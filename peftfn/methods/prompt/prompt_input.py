@@ -61,7 +61,7 @@ def refuse(model: nn.Module) -> None:
 
 
 def _refuse_without_embeds(model: nn.Module) -> None:
-    first = model.get_submodule(homes(model)[0])
+    first = model.get_submodule(call_sites(model)[0])
     inner = prompt_config.without_head(first)
     # a head may pass them on to a model that knows of none, as ESM C's does; another one names no arguments at all
     is_lost = signatures.takes(inner, hf.IDS) and not signatures.takes(inner, hf.EMBEDS)
@@ -73,7 +73,7 @@ def _refuse_without_embeds(model: nn.Module) -> None:
         )
 
 
-def homes(model: nn.Module) -> Sequence[str]:
+def call_sites(model: nn.Module) -> Sequence[str]:
     """Where tokens are put before the input: in the model's call, or in its encoder's and decoder's."""
     if not prompt_config.is_encoder_decoder(model):
         return ("",)

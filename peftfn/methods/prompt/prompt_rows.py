@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from peftfn.core.adapter import Leaf
 from peftfn.methods.method import Stacking
 from peftfn.methods.prompt import prompt_config
-from peftfn.methods.prompt.calls import Added, Call
-from peftfn.methods.prompt.inserted import LENGTH
+from peftfn.methods.prompt.insert_tokens import LENGTH
+from peftfn.methods.prompt.model_call import Added, Call
 from peftfn.methods.prompt.places import Place, ones
 from peftfn.methods.prompt.prompt_config import Config
 from peftfn.models import signatures
@@ -73,7 +73,7 @@ def shared(configs: Sequence[Config]) -> Config:
     return longest
 
 
-def silence(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+def disabled(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
     """The leaf of each row, of no tokens where `keep` is false."""
     prompt = leaf["prompt_embeddings"]  # (rows, tokens, width)
     return {**leaf, LENGTH: torch.where(keep, leaf.get(LENGTH, torch.tensor(prompt.shape[-2], device=keep.device)), 0)}

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from peftfn.core.adapter import Leaf
 from peftfn.methods.action import OnCall
 from peftfn.methods.method import Files, Method, Targets, like_weight
-from peftfn.methods.prompt import cached, inserted, prompt_config, prompt_input, prompt_rows
-from peftfn.methods.prompt.calls import Call
+from peftfn.methods.prompt import cached_calls, insert_tokens, prompt_config, prompt_input, prompt_rows
+from peftfn.methods.prompt.model_call import Call
 from peftfn.methods.prompt.prompt_config import PromptLearningConfig
 from peftfn.methods.slots import Slot
 from peftfn.models import transformers_caches as caches
@@ -118,19 +118,19 @@ def prompted(config: PromptLearningConfig, leaf: Mapping[str, Tensor], site: Sit
     tokens = prompt[..., : config.num_virtual_tokens, :]
     added = prompt_rows.added(model, tokens.shape[-2], leaf, at_end=not prompt_rows.reads_last(model))
     if prompt_config.is_encoder_decoder(model) and call.given.get(hf.ENCODED) is not None:
-        return cached.with_encoded(call, added)
+        return cached_calls.with_encoded(call, added)
     if call.first:
         prompt_config.refuse_pictures(model, call.given)
         caches.make_room(call.cache, added.places, getattr(model, "config", None))
-    after = inserted.with_tokens(call, tokens, added, lambda ids: prompt_input.embed(model, ids), config.task_type)
+    after = insert_tokens.with_tokens(call, tokens, added, lambda ids: prompt_input.embed(model, ids), config.task_type)
     return prompt_rows.with_positions(model, call, after, added)
 
 
 METHOD = Method(
     config=PromptTuningConfig,
-    slots={"prompt_embeddings": Slot(), inserted.LENGTH: Slot(trained=False)},
+    slots={"prompt_embeddings": Slot(), insert_tokens.LENGTH: Slot(trained=False)},
     init=init,
-    action=OnCall(forward, prompt_input.check, prompt_rows.silence, prompt_input.homes),
+    action=OnCall(forward, prompt_input.check, prompt_rows.disabled, prompt_input.call_sites),
     targets=Targets(prompt_input.resolve, prompt_config.sites),
     stacking=prompt_rows.STACKING,
     files=Files(prompt_config.check_rows),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peftfn.core.adapter import Adapter, Tree, sorted_tree
 from peftfn.models import layers
-from peftfn.runtime.bind import held
+from peftfn.runtime.bind import parameters
 
 KEY = "_peftfn_binding"
 """The attribute of a bound module that is its `Binding`."""
@@ -26,7 +26,7 @@ class Binding(NamedTuple):
         buffers: the base's buffers, of which the module has copies that a forward may write to.
     """
 
-    slots: tuple[held.Slots, ...]
+    slots: tuple[parameters.Slots, ...]
     added: frozenset[str]
     tied: tuple[tuple[str, ...], ...]
     single: bool
@@ -52,7 +52,7 @@ def tied(model: nn.Module) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 
-def full_names(slots: held.Slots) -> Iterator[str]:
+def full_names(slots: parameters.Slots) -> Iterator[str]:
     """The names in the bound module of one adapter's tensors."""
     for names in (slots.params, slots.buffers):
         for here in names.values():
@@ -62,7 +62,7 @@ def full_names(slots: held.Slots) -> Iterator[str]:
 def adapters(bound: nn.Module, state: Mapping[str, Tensor]) -> tuple[Adapter, ...]:
     """The adapters that the module was bound with, with their tensors from these of the module, by full name."""
 
-    def tree(names: held.Names) -> Tree:
+    def tree(names: parameters.Names) -> Tree:
         return sorted_tree(
             {path: {leaf: state[name].detach() for leaf, name in here.items()} for path, here in names.items()}
         )

@@ -11,11 +11,11 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from peftfn.core.adapter import Adapter, as_tuple
-from peftfn.models import copies, graft, guards, layers, recompute
+from peftfn.models import activation_checkpointing, copies, layers, surgery, write_protection
 from peftfn.models import transformers_names as hf
-from peftfn.runtime import attach, parts
-from peftfn.runtime.bind import binding, held, saving
-from peftfn.runtime.by_row import rows
+from peftfn.runtime import attach, site_adapters
+from peftfn.runtime.bind import binding, parameters, saving
+from peftfn.runtime.routing import row_index
 from peftfn.weights import codecs, offloaded
 
 
@@ -60,22 +60,27 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any =
         (True, ['0.lora_A', '0.lora_B'])
     """
     adapters = as_tuple(adapter)
-    which = rows.of_adapters(adapters, index)
+    which = row_index.of_adapters(adapters, index)
     if binding.KEY in model.__dict__:
         raise TypeError("bind was given a bound module; bind the base with a tuple of adapters instead.")
     bound = copies.shared(model, codecs.shared(model))
     for module in bound.modules():
         offloaded.bring(module)
-    graft.run_packed(bound.modules())
+    surgery.run_packed(bound.modules())
     by_path = dict(layers.named_modules(bound, remove_duplicate=False))
-    slots = tuple(held.Slots(one.replace(params={}, buffers={}), {}, {}) for one in adapters)
-    holder = held.Holder(by_path, adapters, slots, {})
-    found = {path: held.hold(holder, path, here) for path, here in parts.of(adapters, which).items()}
+    slots = tuple(parameters.Slots(one.replace(params={}, buffers={}), {}, {}) for one in adapters)
+    holder = parameters.Holder(by_path, adapters, slots, {})
+    found = {path: parameters.hold(holder, path, here) for path, here in site_adapters.of(adapters, which).items()}
     for module in bound.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
-            graft.keep_norms(module)
+            surgery.keep_norms(module)
     attach.attach(
-        bound, by_path, found, parts.How(hold=_hold_weight, armed=functools.partial(recompute.wants_grad, bound))
+        bound,
+        by_path,
+        found,
+        site_adapters.AttachOptions(
+            hold=_hold_weight, wants_grad=functools.partial(activation_checkpointing.wants_grad, bound)
+        ),
     )
     own, fixed = dict(binding.named(model)), {id(one) for one in codecs.shared(model)}
     buffers = {name: one for name, one in model.named_buffers(remove_duplicate=False) if id(one) not in fixed}
@@ -83,8 +88,8 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any =
     bound.__dict__[binding.KEY] = binding.Binding(
         holder.slots, added, binding.tied(model), isinstance(adapter, Adapter), buffers
     )
-    guards.protect(bound, {id(parameter) for parameter in holder.made.values()})
-    recompute.suit(bound)
+    write_protection.protect(bound, {id(parameter) for parameter in holder.made.values()})
+    activation_checkpointing.suit(bound)
     _keep_signatures(by_path, dict(layers.named_modules(model, remove_duplicate=False)))
     saving.suit(bound)
     if any(part.method.on_call is not None for here in found.values() for part in here):

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from peftfn.checkpoints import checkpoint, plain
+from peftfn.checkpoints import checkpoint, save_merged
 from peftfn.core import files
 from peftfn.core.adapter import Adapter
 from peftfn.models import layers
@@ -206,11 +206,11 @@ def _save_part(
     state.update({prefix + name: tensor for name, tensor in (given or {}).items()})
     known = binding.of(bound)
     tied = [[name for name in names if name.startswith(prefix)] for names in known.tied]
-    weights, is_apart = plain.merged(bound, state, _single(bound, state), tied, requantize)
+    weights, is_apart = save_merged.merged(bound, state, _single(bound, state), tied, requantize)
     kept = {
         name.removeprefix(prefix): tensor
         for name, tensor in weights.items()
         if name.startswith(prefix) and name not in known.added
     }
-    dense = not requantize and plain.is_packed(part)
-    return plain.stand_in(part, kept, is_apart, dense).save_pretrained(save_directory, *args, **options)
+    dense = not requantize and save_merged.is_packed(part)
+    return save_merged.stand_in(part, kept, is_apart, dense).save_pretrained(save_directory, *args, **options)

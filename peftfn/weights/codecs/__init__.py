@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn.weights.codecs import bitsandbytes_4bit, bitsandbytes_8bit, dense, gptq, opaque
-from peftfn.weights.codecs.packed import Packed
-from peftfn.weights.codecs.stored import Entry
+from peftfn.weights.codecs import any_linear, bitsandbytes_4bit, bitsandbytes_8bit, dense, gptq
+from peftfn.weights.codecs.packed_linear import Packed
+from peftfn.weights.codecs.state_dict_entry import Entry
 
 
 class Codec(NamedTuple):
@@ -51,7 +51,7 @@ TABLE: tuple[Codec, ...] = (
     _codec(bitsandbytes_4bit),
     _codec(bitsandbytes_8bit),
     _codec(gptq, is_linear=True),
-    _codec(opaque, is_linear=True),
+    _codec(any_linear, is_linear=True),
     DENSE,
 )
 BY_RUN: dict[Any, Codec] = {codec.run: codec for codec in TABLE}

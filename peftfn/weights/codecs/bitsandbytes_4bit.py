@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfn.weights.codecs import packed
-from peftfn.weights.codecs.packed import Format, Packed, Product, Tensors
-from peftfn.weights.codecs.stored import Entry, is_a, library
+from peftfn.weights.codecs import packed_linear
+from peftfn.weights.codecs.packed_linear import Format, Packed, Product, Tensors
+from peftfn.weights.codecs.state_dict_entry import Entry, is_a, library
 
 _NIBBLES = 2  # values in a byte
 _NESTED = 256  # blocksize of the double quantization that bitsandbytes' kernel takes
@@ -72,11 +72,13 @@ def run(module: Any, x: Tensor) -> Tensor:
         wanted = cast("Any", module).dtype
         if state is None:
             return F.embedding(x, weight, module.padding_idx).to(wanted)
-        return packed.look_up(_packed(weight, state, type(module).__name__), x, state.dtype).to(wanted)
+        return packed_linear.look_up(_packed(weight, state, type(module).__name__), x, state.dtype).to(wanted)
     dtype = _compute_dtype(module, x)
     if state is None:
         return F.linear(x.to(dtype), weight.to(dtype), _bias(module, dtype)).to(x.dtype)
-    return packed.linear(_packed(weight, state, type(module).__name__), x.to(dtype), _bias(module, dtype)).to(x.dtype)
+    return packed_linear.linear(_packed(weight, state, type(module).__name__), x.to(dtype), _bias(module, dtype)).to(
+        x.dtype
+    )
 
 
 def product(module: Any, x: Tensor) -> Product | None:
@@ -167,7 +169,7 @@ def _canonical(data: Tensor, outputs: int, inputs: int) -> Tensor:
 def unpacked(weight: Tensor, state: Any, where: str) -> Tensor:
     """W, (out, in), in the dtype that it had when it was quantized."""
     dtype = getattr(state, "original_dtype", None) or state.dtype
-    return packed.dense(_packed(weight, state, where), dtype)
+    return packed_linear.dense(_packed(weight, state, where), dtype)
 
 
 # --- the format ------------------------------------------------------------------------------------------------------

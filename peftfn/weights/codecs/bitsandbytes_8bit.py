@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfn.weights.codecs import packed
-from peftfn.weights.codecs.packed import Format, Packed, Product, Tensors
-from peftfn.weights.codecs.stored import Entry, is_a, library
+from peftfn.weights.codecs import packed_linear
+from peftfn.weights.codecs.packed_linear import Format, Packed, Product, Tensors
+from peftfn.weights.codecs.state_dict_entry import Entry, is_a, library
 
 _LEVELS = 127.0
 
@@ -67,11 +67,11 @@ def run(module: Any, x: Tensor) -> Tensor:
         wanted = cast("Any", module).dtype
         if weight.is_floating_point():
             return F.embedding(x, weight, module.padding_idx).to(wanted)
-        return packed.look_up(_packed(weight, _scales(weight, module), where), x, torch.float32).to(wanted)
+        return packed_linear.look_up(_packed(weight, _scales(weight, module), where), x, torch.float32).to(wanted)
     own = product(module, x)
     if own is None:
         return F.linear(x, weight.to(x.dtype), _bias(module, x))
-    return packed.linear(own[0], x, own[1])
+    return packed_linear.linear(own[0], x, own[1])
 
 
 def product(module: Any, x: Tensor) -> Product | None:
@@ -117,7 +117,7 @@ def _packed(weight: Tensor, scales: Tensor | None, where: str) -> Packed:
 
 def unpacked(weight: Tensor, scales: Tensor | None, where: str) -> Tensor:
     """W, (out, in), in float32."""
-    return packed.dense(_packed(weight, scales, where), torch.float32)
+    return packed_linear.dense(_packed(weight, scales, where), torch.float32)
 
 
 # --- the format ------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn.weights import offloaded
-from peftfn.weights.codecs.stored import Entry
+from peftfn.weights.codecs.state_dict_entry import Entry
 
 # As torch has them: one that somebody put in their place does more.
 _FORWARDS = frozenset((nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward))

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfn.weights.codecs import packed, words
-from peftfn.weights.codecs.packed import Format, Packed, Product, Tensors
-from peftfn.weights.codecs.stored import Entry, is_a
+from peftfn.weights.codecs import bit_packing, packed_linear
+from peftfn.weights.codecs.packed_linear import Format, Packed, Product, Tensors
+from peftfn.weights.codecs.state_dict_entry import Entry, is_a
 
 _BITS = (2, 3, 4, 8)
 _WORD = 32
@@ -90,7 +90,7 @@ def run(module: nn.Module, x: Tensor) -> Tensor:
     """x Wᵀ + b, in the dtype of x."""
     own = product(module, x)
     if own is not None:
-        return packed.linear(own[0], x, own[1])
+        return packed_linear.linear(own[0], x, own[1])
     weight, bias = cast("Tensor", _dense(module)), _bias(module)
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -104,7 +104,7 @@ def product(module: nn.Module, x: Tensor) -> Product | None:
 
 def unpacked(made: Packed) -> Tensor:
     """W, (out, in), in the dtype of its scales."""
-    return packed.dense(made, made.tensors[2].dtype)
+    return packed_linear.dense(made, made.tensors[2].dtype)
 
 
 def _dense(module: nn.Module) -> Tensor | None:
@@ -172,7 +172,7 @@ def _packed(parts: Mapping[str, Tensor], zeros: Zeros, where: str) -> Packed:
 def _rows(tensors: Tensors, spec: Spec, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     qweight, qzeros, scales, g_idx = tensors
     first, last = start * spec.bits // _WORD, math.ceil(stop * spec.bits / _WORD)
-    q = words.unpacked(qweight[:, start:stop], spec.bits)[: spec.shape[1]]  # (in, n); words may have room left
+    q = bit_packing.unpacked(qweight[:, start:stop], spec.bits)[: spec.shape[1]]  # (in, n); words may have room left
     z = _zero_points(qzeros[:, first:last], spec)[:, : stop - start]  # (groups, n)
     # Gathered even where groups are in order: what that would save is a share of one block.
     w = (q - z.index_select(0, g_idx)) * scales[:, start:stop].index_select(0, g_idx)
@@ -180,12 +180,12 @@ def _rows(tensors: Tensors, spec: Spec, start: int, stop: int, dtype: torch.dtyp
 
 
 def _zero_points(qzeros: Tensor, spec: Spec) -> Tensor:
-    z = words.unpacked(qzeros.T, spec.bits).T + spec.zeros.less
+    z = bit_packing.unpacked(qzeros.T, spec.bits).T + spec.zeros.less
     return z & (2**spec.bits - 1) if spec.zeros.wraps else z
 
 
 def _kernel(tensors: Tensors, spec: Spec, x: Tensor, bias: Tensor | None, mapped: int) -> Tensor:
-    y = packed.by_blocks(Packed(FORMAT, tensors, spec), x).to(x.dtype)
+    y = packed_linear.by_blocks(Packed(FORMAT, tensors, spec), x).to(x.dtype)
     return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -257,8 +257,8 @@ def _packed_again(w: Tensor, made: Packed) -> dict[str, Tensor]:
     q = (w / s.float()[groups] + z[groups]).round().clamp(0, most)
     stored = (z.to(torch.int64) - spec.zeros.less) & most
     return {
-        "qweight": words.packed(_filled(q, spec.bits), spec.bits).to(qweight.device),
-        "qzeros": words.packed(_filled(stored.T, spec.bits), spec.bits).T.contiguous(),
+        "qweight": bit_packing.packed(_filled(q, spec.bits), spec.bits).to(qweight.device),
+        "qzeros": bit_packing.packed(_filled(stored.T, spec.bits), spec.bits).T.contiguous(),
         "scales": s,
         "g_idx": g_idx,
     }

@@ -1,0 +1,182 @@
+"""Methods that change a weight, out of one or two functions: what is added to it, or what it becomes.
+
+Functions see every weight as (out, in, *kernel), whatever the layer (`peftfn.models.layouts`). From the weight follow
+what the layer computes, also over a packed one, and what merging gives; a faster forward is for where there is one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftfn.core import row_runs
+from peftfn.core.adapter import Leaf
+from peftfn.core.row_runs import Runs
+from peftfn.methods import slots as slot_table
+from peftfn.methods.action import Merge, OnWeights, one_by_one
+from peftfn.methods.low_rank import layer_deltas, linear_kernel, site_forward
+from peftfn.methods.method import like_weight
+from peftfn.methods.slots import Slots
+from peftfn.models import layers, layouts
+from peftfn.models.layers import Site
+from peftfn.models.layouts import WeightShape
+
+MATRICES = (layers.LINEAR, layers.TRANSPOSED)
+LAYERS = (*MATRICES, layers.EMBEDDING, layers.CONVOLUTION)
+EVERYWHERE = (*LAYERS, layers.PARAMETER, layers.EXPERTS_TRANSPOSED)
+
+NewTensor = Callable[[Any, Mapping[str, Tensor], WeightShape, Tensor], Tensor]
+Delta = Callable[[Any, Mapping[str, Tensor], WeightShape], Tensor]
+Factors = Callable[[Any, Mapping[str, Tensor], str, torch.Size], linear_kernel.Delta]
+Forward = Callable[..., Tensor]
+
+
+def filled(slots: Slots, value: float) -> Callable[..., Leaf]:
+    """An `init` that gives every tensor of a method without a rank one value."""
+    return functools.partial(_filled, (slots, value))
+
+
+def _filled(
+    what: tuple[Slots, float],
+    config: Any,
+    path: str,
+    site: Site,
+    generator: torch.Generator,
+    dtype: torch.dtype | None,
+) -> Leaf:
+    slots, value = what
+    shapes = slot_table.shapes(slots, config, layouts.of_site(site), 0)
+    return {name: like_weight(torch.full(shape, value), site.stored, dtype) for name, shape in shapes.items()}
+
+
+# What the builders give are partials of functions of this file, and no closures: a bound module can be pickled.
+
+
+def reweighted(
+    weight: NewTensor, *, bias: NewTensor | None = None, forward: Forward | None = None, kinds: Sequence[str] = LAYERS
+) -> OnWeights:
+    """A method that makes another weight of a layer's, and perhaps another bias.
+
+    Args:
+        weight: `(config, leaf, shape of W, W) -> W'`, both (out, in, *kernel).
+        bias: `(config, leaf, shape of W, b) -> b'`, (out,); by default it stays.
+        forward: `(config, leaf, site, x, ...) -> y`, where there is a better way than to run the layer with W' and b'.
+        kinds: the kinds of layer that it acts on.
+    """
+    merge = functools.partial(_reweighted, weight, bias)
+    run = functools.partial(_run_merged, merge) if forward is None else forward
+    return OnWeights(kinds, run, merge, ("weight",) if bias is None else ("weight", "bias"))
+
+
+def _reweighted(
+    weight: NewTensor,
+    bias: NewTensor | None,
+    config: Any,
+    leaf: Mapping[str, Tensor],
+    shape: WeightShape,
+    tensors: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    old, kind = tensors["weight"], shape.kind
+    changed = {"weight": layouts.stored(kind, weight(config, leaf, shape, layouts.seen(kind, old))).to(old.dtype)}
+    if bias is not None and "bias" in tensors:
+        changed["bias"] = bias(config, leaf, shape, tensors["bias"]).to(tensors["bias"].dtype)
+    return changed
+
+
+def _run_merged(
+    merge: Merge, config: Any, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    own = site.tensors
+    given = {name: one for name, one in own.items() if one is not None}
+    return site.run_with({**own, **merge(config, leaf, layouts.of_site(site), given)}, x, *args, **kwargs)
+
+
+def additive(delta: Delta, *, forward: Forward | None = None, kinds: Sequence[str] = LAYERS) -> OnWeights:
+    """A method that adds to a layer's weight, which is never read: any packed base will do.
+
+    Args:
+        delta: `(config, leaf, shape of W) -> ΔW`, (out, in, *kernel).
+        forward: as in `reweighted`; by default what the layer gives, and what it gives with ΔW and no bias.
+        kinds: the kinds of layer that it acts on.
+    """
+    run = functools.partial(_run_added, delta) if forward is None else forward
+    return OnWeights(kinds, run, functools.partial(_merged_sum, delta), ("weight",))
+
+
+def _merged_sum(
+    delta: Delta, config: Any, leaf: Mapping[str, Tensor], shape: WeightShape, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    old = tensors["weight"]
+    return {"weight": (old + layouts.stored(shape.kind, delta(config, leaf, shape))).to(old.dtype)}
+
+
+def _run_added(
+    delta: Delta, config: Any, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    y = site(x, *args, **kwargs)
+    return added(site, y, delta(config, leaf, layouts.of_site(site)), x, *args, **kwargs)
+
+
+def added(site: Site, y: Tensor, change: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """y and what the layer gives of x with a change (out, in, *kernel) of its weight alone, in the dtype of y."""
+    stored = layouts.stored(site.kind, change)
+    return (y + site.run_with({"weight": stored, "bias": None}, x, *args, **kwargs)).to(y.dtype)
+
+
+def low_rank(
+    factors: Factors,
+    *,
+    kinds: Sequence[str] = EVERYWHERE,
+    takes_rows: bool = False,
+    takes_parts: bool = False,
+) -> OnWeights:
+    """A method that adds s·B·A, by kernels that never make it; `config.lora_dropout` acts on what A is given.
+
+    Args:
+        factors: `(config, leaf, kind, shape of a convolution's weight) -> (A, B, s)`, shaped as LoRA's.
+        kinds: the kinds of layer that it acts on.
+        takes_rows: whether linear layers take a leaf for each row.
+        takes_parts: whether parts of fused projections can be adapted.
+    """
+    return OnWeights(
+        kinds,
+        functools.partial(_run_low_rank, factors),
+        functools.partial(_merged_low_rank, factors),
+        ("weight",),
+        _is_whole_matrix if takes_rows else one_by_one,
+        takes_parts,
+        by_rows=True,
+    )
+
+
+def _run_low_rank(
+    factors: Factors, config: Any, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    shape = site.shape if site.kind == layers.CONVOLUTION else torch.Size()
+    delta = factors(config, leaf, site.kind, shape)
+    if not delta.a.numel():  # no rank is left, and torch has no convolution with no channels
+        return site(x, *args, **kwargs)
+    if site.rows is None:
+        return site_forward.forward(site, delta, config.lora_dropout, x, *args, **kwargs)
+    rows, y = row_runs.numbers(site.rows, x.device), site(x, *args, **kwargs)
+    return y.index_copy(-1, rows, site_forward.add(site, delta, config.lora_dropout, x, y.index_select(-1, rows)))
+
+
+def _merged_low_rank(
+    factors: Factors, config: Any, leaf: Mapping[str, Tensor], shape: WeightShape, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    weight, kind = tensors["weight"], shape.kind
+    a, b, scaling = factors(config, leaf, kind, weight.shape)
+    if shape.rows is None:
+        return {"weight": layer_deltas.merged(kind, a, b, scaling, weight)}
+    axis, rows = layouts.output_axis(kind), row_runs.numbers(shape.rows, weight.device)
+    part = layer_deltas.merged(kind, a, b, scaling, weight.index_select(axis, rows))
+    return {"weight": weight.index_copy(axis, rows, part)}
+
+
+def _is_whole_matrix(kind: str, rows: Runs | None) -> bool:
+    return kind in MATRICES and rows is None

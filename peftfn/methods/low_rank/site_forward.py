@@ -1,0 +1,107 @@
+"""How a site with a low-rank delta runs.
+
+Linear layers run as the Function of `linear_kernel` where only autograd is active, and so do convolutions as that of
+`conv_kernel` where it takes less; under every other transform they are plain operations (`layer_deltas`), as other
+layers always are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftfn.core.transforms import is_forward_mode, is_mapped, is_transforming
+from peftfn.methods.low_rank import conv_kernel, dropout, layer_deltas, linear_kernel
+from peftfn.methods.low_rank.linear_kernel import Delta
+from peftfn.models import layers
+from peftfn.models.layers import Site
+from peftfn.weights.codecs.packed_linear import Packed
+
+_LINEAR = (layers.LINEAR, layers.TRANSPOSED)
+_WHOLE = (layers.LINEAR, layers.CONVOLUTION)  # where the layer and its delta may be computed together
+
+
+def forward(site: Site, delta: Delta, p: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """site(x) + s·B·A·drop(x), in the dtype of site(x); p is the probability of dropout in training."""
+    own = site.product(x) if site.kind in _WHOLE and _only_autograd_is_active(x, delta) else None
+    if own is None:
+        return add(site, delta, p, x, site(x, *args, **kwargs))
+    weight, bias = own
+    if site.kind == layers.CONVOLUTION:
+        if isinstance(weight, Packed) or not is_cheaper_as_one(site, delta, p, x, weight):
+            return add(site, delta, p, x, site(x, *args, **kwargs))
+        layer = cast("Any", site.layer)
+        if _trains(x, weight, delta):
+            return conv_kernel.convolution(layer, x, weight, bias, delta)
+        return layer._conv_forward(x, conv_kernel.kernel(weight, delta), bias)  # noqa: SLF001  # all that torch's forward does
+    seen, delta, bits = _drawn(site, delta, p, x)
+    if (isinstance(weight, Tensor) and is_mapped(weight)) or (bits is not None and is_mapped(bits)):
+        return _plain(site, delta, seen, site(x), bits)
+    return linear_kernel.linear(x, weight, bias, delta, bits)
+
+
+def is_cheaper_as_one(site: Site, delta: Delta, p: float, x: Tensor, weight: Tensor) -> bool:
+    """Whether a convolution with a delta can and should run with one kernel (`conv_kernel.is_cheaper`)."""
+    layer, trains = cast("Any", site.layer), _trains(x, weight, delta)
+    if not conv_kernel.is_cheaper(x, weight, layer.stride, trains) or (p and layer.training):
+        return False
+    if trains and (isinstance(layer.padding, str) or x.dim() != weight.dim()):
+        return False
+    if is_mapped(weight) or not x.dtype == weight.dtype == delta.a.dtype:
+        return False
+    return delta.a.dim() == delta.b.dim() and delta.a.shape[1:] == weight.shape[1:]
+
+
+def _trains(x: Tensor, weight: Tensor, delta: Delta) -> bool:
+    """Whether a gradient is asked for."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, *delta))
+
+
+def add(site: Site, delta: Delta, p: float, x: Tensor, y: Tensor) -> Tensor:
+    """y + s·B·A·drop(x), in the dtype of y."""
+    seen, delta, bits = _drawn(site, delta, p, x)
+    alone = site.kind in _LINEAR and _only_autograd_is_active(x, delta)
+    if alone and not is_mapped(y) and (bits is None or not is_mapped(bits)):
+        return linear_kernel.add(x, y, delta, bits)
+    return _plain(site, delta, seen, y, bits)
+
+
+def _drawn(site: Site, delta: Delta, p: float, x: Tensor) -> tuple[Tensor, Delta, Tensor | None]:
+    """x after dropout, or as it is with bits that say what is dropped of it; and the delta that goes with it."""
+    if _is_routed(site, delta):
+        delta = Delta(delta.a, delta.b, delta.s.view(-1, 1, 1))
+    if not p or not site.training or not x.is_floating_point():
+        return x, delta, None
+    if torch.compiler.is_compiling():  # which fuses its own dropout, and keeps what is smallest
+        return F.dropout(x.to(delta.a.dtype), p, training=True), delta, None
+    tokens = x.numel() // max(x.shape[-1], 1)
+    kept = dropout.draw(tokens, x.shape[-1], p, x.device)
+    return x, delta._replace(s=delta.s * kept.scale), kept.bits
+
+
+def _plain(site: Site, delta: Delta, x: Tensor, y: Tensor, bits: Tensor | None) -> Tensor:
+    a, b, s = delta
+    if x.is_floating_point() and (bits is not None or site.kind not in _LINEAR):
+        x = x.to(a.dtype)  # the product of a linear layer takes any dtype (`mixed_precision.linear`)
+    if bits is not None:
+        x = x * dropout.mask(bits, x.shape).to(x.dtype)
+    return layer_deltas.TABLE[site.kind].add(site, a, b, s, x, y).to(y.dtype)
+
+
+def _is_routed(site: Site, delta: Delta) -> bool:
+    """Whether the delta of a linear layer has an axis for the rows of x."""
+    return site.kind in _LINEAR and delta.a.dim() > 2
+
+
+def _only_autograd_is_active(x: Tensor, delta: Delta) -> bool:
+    """Whether nothing but autograd, with or without torch.func, looks on at (..., in) -> (..., out)."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.dim() > 1
+        and not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+        and not is_forward_mode()
+        and (not is_transforming() or not any(map(is_mapped, (x, *delta))))
+    )

@@ -1,0 +1,116 @@
+"""Grafting on a twin: putting tensors in place, making it run something else, and what torch needs said.
+
+Nothing here knows a method or a format; `peftfn.models.twins` makes the objects, `peftfn.runtime.attach` decides what
+goes where.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftfn.models import activation_checkpointing
+from peftfn.weights import codecs
+
+
+def keep_norms(twin: nn.Module) -> None:
+    """Make a table with `max_norm` renormalise what it looks up, not the weight itself, which is the base's."""
+    if isinstance(twin, nn.EmbeddingBag):
+        twin._parameters["weight"] = cast("Any", twin.weight.detach().clone())
+    if not isinstance(twin, nn.Embedding) or twin.max_norm is None:
+        return
+    set_forward(twin, functools.partial(_lookup, twin))
+
+
+def _lookup(twin: nn.Embedding, ids: Tensor) -> Tensor:
+    return nn.functional.embedding(ids, twin.weight, twin.padding_idx, scale_grad_by_freq=twin.scale_grad_by_freq)
+
+
+def _renormalised(twin: nn.Embedding, lookup: Callable[..., Tensor], ids: Tensor) -> Tensor:
+    rows = lookup(ids)  # (..., dim)
+    assert twin.max_norm is not None
+    norms = cast("Tensor", torch.linalg.vector_norm(rows, ord=twin.norm_type, dim=-1, keepdim=True))
+    # The formula of torch.embedding_renorm_, in its precision; here it is part of the function, so gradients see it.
+    scale = (twin.max_norm / (norms.double() + 1e-7)).to(rows.dtype)
+    return rows * torch.where(norms > twin.max_norm, scale, torch.ones_like(norms))
+
+
+def put(twin: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in place of one of the twin's parameters or buffers, whatever its class (a plain tensor will do)."""
+    if name in twin._buffers:
+        twin._buffers[name] = tensor.clone()  # a forward may write to a buffer, and this one is the adapter's
+        return
+    if name == "weight":
+        codecs.keep(twin.__dict__, codecs.of(twin))
+    home: dict[str, Any] = twin._parameters
+    home[name] = tensor
+    names: list[str] = getattr(twin, "_flat_weights_names", [])
+    if name in names:  # nn.LSTM and its kin read their weights from a list of their own
+        twin.__dict__["_flat_weights"][names.index(name)] = tensor
+
+
+def second(twin: nn.Module) -> nn.Module:
+    """Another object with the twin's tensors and attributes, that does not follow what is set on the twin later."""
+    other = object.__new__(type(twin))
+    other.__dict__.update(twin.__dict__)
+    return other
+
+
+def base_forward(twin: nn.Module) -> Callable[..., Any]:
+    """What the twin runs before any adapter acts on it, with any renormalisation left to `set_forward`."""
+    if isinstance(twin, nn.Embedding) and twin.max_norm is not None:
+        return functools.partial(_lookup, twin)
+    own = twin.__dict__.get("forward")
+    return own if own is not None else functools.partial(codecs.of(twin).run, twin)
+
+
+def run_packed(modules: Iterable[nn.Module], apart: bool = False) -> None:
+    """Make modules with a packed weight run from their codec: their own forward may write to the base's weight.
+
+    With `apart`, on second objects: a module that held a forward that held the module would be a cycle.
+    """
+    for module, codec in list(codecs.packed_modules(modules)):
+        run = functools.partial(codec.run, second(module) if apart else module)
+        # accelerate's hooks set a forward of their own, that calls the old one.
+        module.__dict__["_old_forward" if "_old_forward" in module.__dict__ else "forward"] = run
+
+
+def set_forward(twin: nn.Module, forward: Callable[..., Any]) -> None:
+    """Make the twin run `forward`; only this object changes, its class and its paths stay."""
+    if isinstance(twin, nn.Embedding) and twin.max_norm is not None:
+        forward = functools.partial(_renormalised, twin, forward)
+    twin.__dict__["forward"] = forward
+
+
+def let_inputs_require_grad(root: nn.Module) -> None:
+    """Make what input embeddings return require grad, so that a reentrant checkpoint runs its block again.
+
+    torch's reentrant checkpointing asks whether an input of the block requires grad; of a frozen base, none does.
+    """
+    if torch.is_grad_enabled():
+        for embedding in activation_checkpointing.input_embeddings(root):
+            embedding.register_forward_hook(_require_grad)
+
+
+def _require_grad(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    return output if output.requires_grad else output.detach().requires_grad_(True)
+
+
+def explained(error: RuntimeError, checkpointing: bool) -> RuntimeError | None:
+    """An error that says what to do where torch's own message does not; `None` where that is clear."""
+    text, frame = str(error), error.__traceback__
+    while frame is not None and not checkpointing:
+        checkpointing = frame.tb_frame.f_code.co_filename.endswith("utils/checkpoint.py")
+        frame = frame.tb_next
+    refused = ("saved tensor hooks", "setup_context", "requires_grad_()")
+    if checkpointing and any(words in text for words in refused):
+        return RuntimeError(
+            "torch.func transforms cannot go through activation checkpointing (torch does not support it). Turn it "
+            "off for this model (gradient_checkpointing_disable), or train with loss.backward() in place of "
+            "torch.func.grad."
+        )
+    return None

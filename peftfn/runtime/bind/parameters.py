@@ -1,0 +1,125 @@
+"""Where a bound module holds its adapters: as parameters and buffers of the modules that they adapt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from peftfn.core.adapter import Adapter
+from peftfn.runtime import site_adapters
+
+Names = dict[str, dict[str, str]]
+"""Full names in the bound module, by site path and leaf name."""
+
+
+class Slots(NamedTuple):
+    """Where a bound module holds one adapter, which is here without its tensors."""
+
+    adapter: Adapter
+    params: Names
+    buffers: Names
+
+
+class Held(Mapping[str, Tensor]):
+    """A leaf that is read from its module at each use, so that `to`, an optimizer or DDP may put others there."""
+
+    def __init__(self, module: nn.Module, names: Mapping[str, str]) -> None:
+        self._module = module
+        self._names = dict(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        own = self._names[name]
+        found = self._module._parameters.get(own)  # where most are, and getattr looks last
+        return getattr(self._module, own) if found is None else found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Holder(NamedTuple):
+    """What `hold` reads and fills; `made` has the trained parameters, by the id of the adapter's tensor."""
+
+    by_path: Mapping[str, nn.Module]
+    adapters: tuple[Adapter, ...]
+    slots: tuple[Slots, ...]
+    made: dict[int, nn.Parameter]
+
+
+def hold(holder: Holder, path: str, here: list[site_adapters.SiteAdapter]) -> list[site_adapters.SiteAdapter]:
+    """Register the tensors of one site on its module, and give parts that read them from there."""
+    owner = path if path in holder.by_path else path.rpartition(".")[0]
+    module = holder.by_path.get(owner)
+    if module is None:
+        return here  # attach will say that there is no such site
+    made: list[site_adapters.SiteAdapter] = []
+    numbers = [n for n, one in enumerate(holder.adapters) if path in one.params or path in one.buffers]
+    for number, part in zip(numbers, here, strict=True):
+        trained = holder.adapters[number].params.get(path, {})
+        made.append(_hold_part(holder, module, part, _Where(path, owner, number, frozenset(trained))))
+    return made
+
+
+class _Where(NamedTuple):
+    """Whose tensors are held at which site: the path, its module's, the adapter's number, and what of it is trained."""
+
+    path: str
+    owner: str
+    number: int
+    trained: frozenset[str]
+
+
+def _hold_part(
+    holder: Holder, module: nn.Module, part: site_adapters.SiteAdapter, where: _Where
+) -> site_adapters.SiteAdapter:
+    count = len(holder.adapters)
+    own = {name: _attribute(name, where, count) for name in part.leaf}
+    leaf, replaced = Held(module, own), part.replaced
+    if part.rows is not None:  # a replacement for each adapter of the stack: beside the tensor, not in its place
+        stacked = {name: f"stacked_{name}" for name in part.replaced}
+        own |= stacked
+        replaced = Held(module, stacked)
+    for name, attribute in own.items():
+        tensor = part.leaf[name] if name in part.leaf else part.replaced[name]
+        _register(holder, module, attribute, tensor, name in where.trained)
+    if part.rows is None:
+        replaced = {
+            name: _parameter(holder, tensor, name in where.trained) if name in module._parameters else tensor
+            for name, tensor in part.replaced.items()
+        }
+    for name in (*part.leaf, *part.replaced):
+        names = holder.slots[where.number].params if name in where.trained else holder.slots[where.number].buffers
+        names.setdefault(where.path, {})[name] = (f"{where.owner}." if where.owner else "") + own.get(name, name)
+    return part._replace(leaf=leaf, replaced=replaced)
+
+
+def _attribute(name: str, where: _Where, count: int) -> str:
+    parameter = "" if where.path == where.owner else f"{where.path.rpartition('.')[2]}_"
+    return f"{parameter}{name}" + (f"_{where.number}" if count > 1 else "")
+
+
+def _register(holder: Holder, module: nn.Module, name: str, tensor: Tensor, trained: bool) -> None:
+    if hasattr(module, name):
+        raise ValueError(
+            f"{type(module).__name__} already has an attribute {name!r}; bind cannot put the adapter there."
+        )
+    if trained:
+        module.register_parameter(name, _parameter(holder, tensor, trained))
+    else:
+        module.register_buffer(name, tensor)
+
+
+def _parameter(holder: Holder, tensor: Tensor, trained: bool) -> nn.Parameter:
+    if not trained:
+        return nn.Parameter(tensor.detach(), requires_grad=False)
+    made = holder.made.get(id(tensor))
+    if made is None:
+        made = holder.made[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=True)
+    return made
