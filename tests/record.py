@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import getpass
 import hashlib
 import importlib.metadata
 import os
@@ -17,6 +18,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -45,8 +47,13 @@ class Run(NamedTuple):
 
 
 def kernels(aten: str, mkl: str, onednn: str) -> dict[str, str]:
-    """What torch, MKL and oneDNN are to take the CPU for."""
-    return {"ATEN_CPU_CAPABILITY": aten, "MKL_ENABLE_INSTRUCTIONS": mkl, "ONEDNN_MAX_CPU_ISA": onednn}
+    """What torch, MKL and oneDNN are to take the CPU for.
+
+    torch keeps what it has compiled for a CPU and would take it for another one, of other vectors: silently wrong.
+    """
+    compiled = str(Path(tempfile.gettempdir()) / f"torchinductor-{getpass.getuser()}-{aten}")
+    own = {"ATEN_CPU_CAPABILITY": aten, "MKL_ENABLE_INSTRUCTIONS": mkl, "ONEDNN_MAX_CPU_ISA": onednn}
+    return own | {"TORCHINDUCTOR_CACHE_DIR": compiled}
 
 
 AS_IT_IS = (Run("as it is", (), {}),)

@@ -53,7 +53,7 @@ def close(one: Any, other: Any) -> None:
 
 def batch_for(model: nn.Module) -> Any:
     if isinstance(model, nn.Sequential):
-        return torch.randn(4, 8)
+        return torch.randn(4, 8, dtype=next(model.parameters()).dtype)
     return {"input_ids": tokens()()}
 
 
@@ -65,7 +65,7 @@ def value(model: nn.Module, adapter: pf.Adapter, batch: Any) -> Tensor:
 def test_a_training_step_is_one_graph_for_any_values_and_alpha_and_one_more_for_any_rank(
     build: Any, graphs: Graphs
 ) -> None:
-    model = build().eval()
+    model = build().eval().double()
     batch = batch_for(model)
 
     def step(adapter: pf.Adapter, batch: Any) -> Any:

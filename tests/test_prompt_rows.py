@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import decoding
+import exact
 import oracle
 import pytest
 import torch
@@ -19,9 +21,16 @@ from torch.func import grad, vmap
 
 import peftfn as pf
 
-# The same sums in another order, relative to the largest value.
-ROUNDING = 1e-6
+# The same sums in another order, in float64, relative to the largest value.
+ROUNDING = 1e-10
 INDEX = (2, -1, 0, 1)
+
+
+@pytest.fixture
+def in_float64() -> Iterator[None]:
+    with exact.Float64():
+        yield
+
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -61,8 +70,9 @@ def of_text(case: Case, found: Tensor, batch: dict[str, Tensor], row: int, befor
 
 @every_case
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.usefixtures("in_float64")
 def test_each_row_computes_what_its_own_prompt_computes_alone(case: Case, padding: str) -> None:
-    model, batch = case.model().eval(), batch_of(case, padding)
+    model, batch = exact.in_float64(case.model()).eval(), batch_of(case, padding)
     adapters = unlike(case, model)
     together = result(model, pf.stack(adapters), batch, index=INDEX)
     for row, number in enumerate(INDEX):
@@ -77,10 +87,11 @@ def test_each_row_computes_what_its_own_prompt_computes_alone(case: Case, paddin
 @pytest.mark.filterwarnings("ignore:.*batching rule:UserWarning")  # of transformers 4, whose BERTs call torch's own
 # Bloom's activation is an autograd.Function that torch.func cannot go through.
 @pytest.mark.parametrize("case", [case for case in CASES if case.base != "bloom"], ids=str)
+@pytest.mark.usefixtures("in_float64")
 def test_a_stack_of_unlike_lengths_comes_apart_and_maps(case: Case) -> None:
     if oracle.IS_OLD and case.base.startswith("bert") and "prefix" in case.method:
         pytest.skip("BERT of transformers 4 adds mapped positions in place, which torch.vmap cannot")
-    model, batch = case.model().eval(), batch_of(case, "none")
+    model, batch = exact.in_float64(case.model()).eval(), batch_of(case, "none")
     adapters = unlike(case, model)
     stacked = pf.stack(adapters)
     for one, other in zip(pf.unstack(stacked), adapters, strict=True):
@@ -98,8 +109,9 @@ TRAINED = [case for case in CASES if case.base in ("gpt2", "t5", "bert")]
 
 
 @pytest.mark.parametrize("case", TRAINED, ids=str)
+@pytest.mark.usefixtures("in_float64")
 def test_gradients_by_row_are_those_of_each_adapter_on_its_rows(case: Case) -> None:
-    model, batch = case.model().eval(), batch_of(case, "right")
+    model, batch = exact.in_float64(case.model()).eval(), batch_of(case, "right")
     adapters = unlike(case, model)
     stacked = pf.stack(adapters)
     mask = batch["attention_mask"]
@@ -170,9 +182,10 @@ def families() -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["opt", "roberta", "roberta decoder", "llama labels", "gpt2 tokens"])
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 @pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.usefixtures("in_float64")
 def test_other_families_give_each_row_what_it_gives_alone(name: str, kind: str, padding: str) -> None:
     model, task = families()[name]
-    model.eval()
+    exact.in_float64(model.eval())
     make = {"prompt": pf.PromptTuningConfig, "prefix": pf.PrefixTuningConfig}[kind]
     index = (1, -1, 0, 1)
     adapters = [
@@ -193,9 +206,10 @@ def test_other_families_give_each_row_what_it_gives_alone(name: str, kind: str, 
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.usefixtures("in_float64")
 def test_a_prompt_of_each_row_goes_with_a_prefix_of_all(padding: str) -> None:
     case = Case("gpt2", "prefix")
-    model, batch = case.model().eval(), batch_of(case, padding)
+    model, batch = exact.in_float64(case.model()).eval(), batch_of(case, padding)
     prefix = oracle.randomised(pf.init(model, case.config(pf)))
     prompts = unlike(Case("gpt2", "prompt tuning"), model)
     together = result(model, (pf.stack(prompts), prefix), batch, index=INDEX)
@@ -208,9 +222,10 @@ def test_a_prompt_of_each_row_goes_with_a_prefix_of_all(padding: str) -> None:
 
 @pytest.mark.parametrize("method", ["prompt tuning", "prefix", "adaption prompt"])
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.usefixtures("in_float64")
 def test_the_loss_of_a_batch_is_that_of_its_rows(method: str, padding: str) -> None:
     case = Case("gpt2", method)
-    model, batch = case.model().eval(), batch_of(case, padding)
+    model, batch = exact.in_float64(case.model()).eval(), batch_of(case, padding)
     mask = batch.get("attention_mask", torch.ones(4, 7))
     batch["labels"] = batch["input_ids"].masked_fill(mask == 0, -100)
     adapters = unlike(case, model)
@@ -227,9 +242,10 @@ def test_the_loss_of_a_batch_is_that_of_its_rows(method: str, padding: str) -> N
 
 
 @pytest.mark.parametrize("method", ["prompt tuning", "prefix"])
+@pytest.mark.usefixtures("in_float64")
 def test_a_cache_goes_on_without_a_mask(method: str) -> None:
     case = Case("gpt2", method)
-    model, batch = case.model().eval(), batch_of(case, "none")
+    model, batch = exact.in_float64(case.model()).eval(), batch_of(case, "none")
     adapters = unlike(case, model)
     whole = result(model, pf.stack(adapters), batch, index=INDEX)
     ids = batch["input_ids"]
@@ -240,9 +256,10 @@ def test_a_cache_goes_on_without_a_mask(method: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 0], [1, -1, 0]])
+@pytest.mark.usefixtures("in_float64")
 def test_heads_of_a_bound_stack_are_each_rows_own(rows: list[int]) -> None:
     case = Case("bert", "prompt tuning")
-    model, batch = case.model().eval(), case.batch()
+    model, batch = exact.in_float64(case.model()).eval(), case.batch()
     adapters = unlike(case, model)[:2]
     bound = pf.bind(model, pf.stack(adapters), index=rows)
     expected = pf.apply(model, pf.stack(adapters), batch, index=rows)

@@ -1,4 +1,4 @@
-"""`merge_folder` by blocks of rows: the same bits as of whole matrices, in the memory of a few blocks."""
+"""`merge_folder` by pieces of matrices: the bits of `merge`, in the memory of a few pieces."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import exact
 import pytest
 import torch
 from oracle import randomised
@@ -21,15 +22,19 @@ ODD = (1, 63, 64, 65, 127, 129, 1000, 4097, 4099)
 
 
 @pytest.mark.parametrize("rows", ODD)
-@pytest.mark.parametrize("width", [64, 1000])
-def test_the_product_of_each_block_is_those_rows_of_the_product_of_all(rows: int, width: int) -> None:
-    made = torch.Generator().manual_seed(0)
-    b, a = torch.randn(rows, 16, generator=made), torch.randn(16, width, generator=made)
-    for most in (64 * width, 200 * width):
-        every = list(row_blocks.of_rows(rows, width, most))
-        assert [0, *(one.stop for one in every)] == [*(one.start for one in every), rows]
-        assert torch.equal(torch.cat([b[one] @ a for one in every]), b @ a)
-        assert all(one.stop - one.start >= 64 for one in every) or rows < 64
+@pytest.mark.parametrize("width", [64, 1000, 5000])
+@pytest.mark.parametrize("most", [1, 300_000, 1 << 20])
+def test_the_blocks_of_each_piece_are_those_of_the_whole_matrix(rows: int, width: int, most: int) -> None:
+    every, pieces = list(row_blocks.blocks(rows, width)), list(row_blocks.pieces(rows, width, most))
+    for cut in (every, pieces):
+        assert [0, *(one.stop for one in cut)] == [*(one.start for one in cut), rows]
+        assert all(one.stop - one.start >= 64 for one in cut) or rows < 64
+    found = [
+        (piece.start + one.start, piece.start + one.stop)
+        for piece in pieces
+        for one in row_blocks.blocks(piece.stop - piece.start, width)
+    ]
+    assert found == [(one.start, one.stop) for one in every]
 
 
 class Large(nn.Module):
@@ -50,15 +55,14 @@ def written(folder: Path, dtype: torch.dtype) -> tuple[Large, pf.Adapter]:
     return model, randomised(pf.init(model, config))
 
 
-def whole(model: nn.Module, adapter: pf.Adapter) -> dict[str, Tensor]:
-    """W + s·B·A by the formula: whole products, in float32, rounded once."""
+def by_hand(model: nn.Module, adapter: pf.Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
+    """W + s·B·A by the formula: whole products, in one dtype."""
     found = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     for path, leaf in adapter.params.items():
         names = ("lora_embedding_A", "lora_embedding_B") if path == "embedding" else ("lora_A", "lora_B")
-        a, b = (leaf[name] for name in names)
+        a, b = (leaf[name].to(dtype) for name in names)
         delta = ((b @ a).T if path == "embedding" else b @ a) * adapter.buffers[path]["scaling"]
-        weight = found[f"{path}.weight"]
-        found[f"{path}.weight"] = (weight.float() + delta).to(weight.dtype)
+        found[f"{path}.weight"] = found[f"{path}.weight"].to(dtype) + delta
     return found
 
 
@@ -69,12 +73,15 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_blocks_give_the_bits_of_whole_products(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_pieces_have_the_bits_of_merge_and_are_the_formula(dtype: torch.dtype, tmp_path: Path) -> None:
     model, adapter = written(tmp_path / "base", dtype)
     output = pf.merge_folder(tmp_path / "base", adapter, tmp_path / "merged", progress=False)
-    expected = whole(model, adapter)
-    assert_same(load_file(output / shards.SINGLE), expected)
-    assert_same(pf.merge(model.state_dict(), adapter), expected)
+    merged = pf.merge(model.state_dict(), adapter)
+    assert_same(load_file(output / shards.SINGLE), merged)
+    truth = by_hand(model, adapter, torch.float64)
+    rounded = {name: tensor.to(dtype) for name, tensor in by_hand(model, adapter, torch.float32).items()}
+    for name, tensor in merged.items():
+        exact.assert_close_to_truth(tensor, rounded[name], truth[name])
 
 
 def test_another_dtype_and_two_adapters_go_by_blocks_too(tmp_path: Path) -> None:
@@ -105,7 +112,7 @@ def test_a_merge_that_was_stopped_inside_a_matrix_goes_on_there(
     output = pf.merge_folder(tmp_path / "base", adapter, tmp_path / "merged", progress=False)
     assert len(offsets) > 6  # three matrices, of several blocks each
     assert offsets == sorted(set(offsets))
-    assert_same(load_file(output / shards.SINGLE), whole(model, adapter))
+    assert_same(load_file(output / shards.SINGLE), pf.merge(model.state_dict(), adapter))
 
 
 def test_a_weight_that_would_not_be_finite_is_named_with_its_rows(tmp_path: Path) -> None:

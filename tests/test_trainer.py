@@ -41,8 +41,9 @@ def own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 KILLED = """
 import os, pathlib, signal, sys, warnings
 warnings.filterwarnings("ignore")
-import bitsandbytes, torch, trainers, transformers
+import bitsandbytes, sums, torch, trainers, transformers
 torch.set_num_threads(1)
+sums.as_parent()
 
 class Kill(transformers.TrainerCallback):
     def on_step_end(self, args, state, control, **given):

@@ -79,7 +79,8 @@ def command(settings: TrainSettings) -> list[str]:
         if value is not None and not isinstance(value, bool)
         for part in (f"--{name.replace('_', '-')}", str(value))
     ]
-    return [sys.executable, "-m", "peftfn", "train", *options, "--target-modules", "query,value"]
+    run = "import sums, peftfn.cli; sums.as_parent(); peftfn.cli.main()"
+    return [sys.executable, "-c", run, "train", *options, "--target-modules", "query,value"]
 
 
 def test_a_run_that_was_killed_ends_with_the_same_leaves_as_one_that_was_not(
@@ -87,7 +88,7 @@ def test_a_run_that_was_killed_ends_with_the_same_leaves_as_one_that_was_not(
 ) -> None:
     long = dataclasses.replace(settings, max_steps=60, save_every=5)
     process = subprocess.Popen(  # this test's own command
-        command(long), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(long), cwd=Path(__file__).parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 600  # a busy machine takes minutes to start a process
     while (checkpoint := state.newest(Path(long.output))) is None or int(checkpoint.name[-8:]) < 10:

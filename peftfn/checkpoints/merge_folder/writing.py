@@ -122,7 +122,7 @@ def _pieces(items: Sequence[Item], units: Mapping[str, Unit]) -> Iterator[Piece]
     for run in _runs(items):
         item = run[0]
         if item.source is None and units[item.name].by_rows:
-            every = row_blocks.of_rows(item.shape[0], math.prod(item.shape[1:]), _PIECE)
+            every = row_blocks.pieces(item.shape[0], math.prod(item.shape[1:]), _PIECE)
             yield from (Piece(run, rows) for rows in every)
         else:
             yield Piece(run, None)

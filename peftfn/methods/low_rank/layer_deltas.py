@@ -40,7 +40,7 @@ def merged(kind: str, a: Tensor, b: Tensor, scaling: Tensor, weight: Tensor) -> 
         # Half-precision products are slow on CPU, and rounded once more: as PEFT, compute in float32.
         a, b = a.float(), b.float()
     with _without_autocast(weight.device.type):  # a weight is not rounded to what products run in
-        if kind in _BY_ROWS and _fits_blocks(a, b, scaling, weight):
+        if kind in _BY_ROWS and _only_values(a, b, scaling, weight):
             return _merged_by_blocks(kind, a, b, scaling, weight)
         delta = TABLE[kind].delta(a, b, weight.shape)
     return (weight + scaled(delta, scaling)).to(weight.dtype)
@@ -52,13 +52,12 @@ _BY_ROWS: dict[str, Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]] = 
     layers.TRANSPOSED: lambda a, b, rows: (a[:, rows], b),
     layers.EMBEDDING: lambda a, b, rows: (a[:, rows], b),
 }
-_BLOCK = 1 << 17  # elements: half a MB of float32 stays in a core's cache
 
 
-def _fits_blocks(a: Tensor, b: Tensor, scaling: Tensor, weight: Tensor) -> bool:
-    """Whether only the values are wanted, of a large weight on CPU: no gradient, no transform, no trace."""
+def _only_values(a: Tensor, b: Tensor, scaling: Tensor, weight: Tensor) -> bool:
+    """Whether only the values are wanted, on CPU: no gradient, no transform, no trace."""
     tensors = (a, b, scaling, weight)
-    if weight.numel() <= 2 * _BLOCK or is_traced(*tensors):
+    if is_traced(*tensors):
         return False
     if not all(type(one) in (Tensor, nn.Parameter) and one.device.type == "cpu" for one in tensors):
         return False
@@ -68,7 +67,7 @@ def _fits_blocks(a: Tensor, b: Tensor, scaling: Tensor, weight: Tensor) -> bool:
 def _merged_by_blocks(kind: str, a: Tensor, b: Tensor, scaling: Tensor, weight: Tensor) -> Tensor:
     """`merged`, a block of rows at a time: the delta is never there whole, nor written to memory and read again."""
     made = torch.empty_like(weight, requires_grad=False)
-    for rows in row_blocks.of_rows(weight.shape[0], weight.shape[1], _BLOCK):
+    for rows in row_blocks.blocks(weight.shape[0], weight.shape[1]):
         old = weight.detach()[rows]
         delta = TABLE[kind].delta(*_BY_ROWS[kind](a, b, rows), old.shape)
         if delta.dtype == scaling.dtype == torch.promote_types(delta.dtype, old.dtype):

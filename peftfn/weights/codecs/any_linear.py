@@ -63,9 +63,8 @@ def read(module: nn.Module, name: str) -> Tensor:
         return own
     made = _packed(module)
     eye = torch.eye(made.spec.shape[1], dtype=made.spec.dtype, device=made.spec.device)
-    return packed_linear.linear(made, eye, None).mT.to(
-        made.spec.dtype
-    )  # a Function, inside which no transform sees the layer
+    columns = packed_linear.linear(made, eye, None)  # a Function, inside which no transform sees the layer
+    return columns.mT.to(made.spec.dtype).contiguous()
 
 
 def shared(module: nn.Module) -> list[Any]:
@@ -80,10 +79,9 @@ def shared(module: nn.Module) -> list[Any]:
 def run(module: nn.Module, x: Tensor) -> Tensor:
     """What the layer computes."""
     own, bias = product(module, x), _bias(module)
-    if own is None:
-        return F.linear(x, cast("Tensor", _dense(module)), bias)
-    y = packed_linear.linear(own[0], x, None)
-    # Added here, because torch.compile loses the gradient of a bias beside a layer's own Function (HQQ's).
+    y = F.linear(x, cast("Tensor", _dense(module))) if own is None else packed_linear.linear(own[0], x, None)
+    # Added here, because torch.compile loses the gradient of a bias beside a layer's own Function (HQQ's), and because
+    # HQQ's layers do: a dense copy of the weight then gives the same bits, whatever the CPU's kernels.
     return y if bias is None else y + bias.to(y.dtype)
 
 
