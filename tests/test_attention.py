@@ -94,6 +94,29 @@ def test_mapped_attention_is_that_of_each_slice(mask: str, heads: int, dtype: to
             assert float((one - other).abs().max()) <= ROUNDING * float(other.abs().max())
 
 
+@pytest.mark.parametrize("turned", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("dim", [0, 4])
+def test_the_order_of_axes_in_memory_does_not_matter(turned: tuple[int, ...], dim: int) -> None:
+    """As after a convolution, whose output has the tokens last, or where the mapped axis is the last one."""
+    torch.manual_seed(0)
+    shapes = [(ROWS, HEADS, QUERIES, WIDTH), *[(ROWS, HEADS, KEYS, WIDTH)] * 2]
+    given = [torch.randn(MAPPED, *shape, dtype=torch.float64) for shape in shapes]
+    for number in turned:
+        given[number] = given[number].mT.contiguous().mT
+    given = [one.movedim(0, dim) for one in given]
+
+    def back(run: Run) -> Run:  # the gradient of what it returns has its axes in another order, too
+        return with_gradients(lambda *inputs, attn_mask: run(*inputs).mT.contiguous().mT)
+
+    with Kernels() as kernels:
+        found = vmap(back(attention.attention), in_dims=dim)(*given)
+    assert kernels.count == 2
+    for one, other in zip(
+        found, one_by_one(back(F.scaled_dot_product_attention), (dim,) * 3, tuple(given)), strict=True
+    ):
+        assert float((one - other).abs().max()) <= EXACT * float(other.abs().max())
+
+
 def test_two_maps_are_one_call() -> None:
     given = torch.randn(3, 4, 2, 2, 5, 8)
     with Kernels() as kernels:

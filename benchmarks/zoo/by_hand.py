@@ -18,13 +18,13 @@ def adapted(model: nn.Module, adapter: pf.Adapter) -> Any:
     made = copy.deepcopy(model)
     for path, leaf in adapter.params.items():
         owner, name = place(made, path)
+        for key, tensor in leaf.items():  # a layer may be saved whole and have a delta too: on what was saved
+            if "lora_" not in key and "ia3_" not in key:
+                _put(owner, key, tensor)
         if any("lora_" in key for key in leaf):
             _put(owner, name, weight(owner, name) + delta(owner, name, leaf, adapter.buffers[path]))
         elif "ia3_l" in leaf:
             _scale(owner, leaf["ia3_l"])
-        for key, tensor in leaf.items():
-            if "lora_" not in key and "ia3_" not in key:
-                _put(owner, key, tensor)
     return made
 
 

@@ -114,7 +114,8 @@ def _stacked(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def _vmap_bare_fails(case: Case, adapters: list[pf.Adapter], batch: Mapping[str, Any]) -> str:
     """What torch says of the bare model under vmap over stacked weights; nothing where it runs."""
-    weights = [pf.merge(dict(case.model.named_parameters()), one) for one in adapters]
+    every = dict(case.model.named_parameters(remove_duplicate=False))
+    weights = [pf.merge(every, one) for one in adapters]
     stacked = {name: torch.stack([one[name].detach() for one in weights]) for name in weights[0]}
 
     def one(weights: Any) -> dict[str, Tensor]:

@@ -48,6 +48,7 @@ SWIN = {"embed_dim": 16, "depths": [2, 1, 1, 1], "num_heads": [2, 2, 2, 2], "win
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
 PINPOINTS = {"image_grid_pinpoints": [[32, 64], [64, 32]]}
 WINDOWS = {"window_size": 16, "fullatt_block_indexes": [1], "out_hidden_size": 32}
+VIBEVOICE = {"num_filters": 2, "depths": [1, 1, 1, 1, 1, 1, 1]}  # doubled at each of six stages
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}
 
 OVERRIDES: dict[str, Any] = {
@@ -233,6 +234,7 @@ OVERRIDES: dict[str, Any] = {
     "lw_detr": {"image_size": 64},
     "beit": {"out_indices": [1, 2, 3, 4], "num_hidden_layers": 4},
     "data2vec-vision": {"out_indices": [1, 2, 3, 4], "num_hidden_layers": 4},
+    **{f"vibevoice_acoustic_tokenizer{part}": VIBEVOICE for part in ("", "_encoder", "_decoder")},
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 6400},
     "fun_asr_nano": lambda config: {
         "adaptor_config": type(config.adaptor_config)(

@@ -162,6 +162,72 @@ RULES: list[Rule] = [
         said="has a cache of two halves",
         verdict="refused",
     ),
+    Rule(
+        "refused with its reason: nn.MultiheadAttention reads the weight of its out_proj itself, where (IA)³ has no output "
+        "to scale",
+        check="ia3",
+        said=r"out_proj: IA3 cannot act on a weight that the base reads itself",
+        verdict="refused",
+    ),
+    Rule(
+        "peftfn: a linear layer whose class has a forward of its own: it works in groups, or returns a pair "
+        "(FAULTS: subclass_forward)",
+        check=LAYERS,
+        classes="DeepseekV4.*|Llama4.*|Phimoe.*",
+        verdict="crash",
+    ),
+    Rule(
+        "peftfn: peft reads the experts' router by another name (FAULTS: moe_all_linear)",
+        check="load",
+        said=r"target_parameters names 'gate\.weight'",
+        verdict="refused",
+    ),
+    Rule(
+        "peftfn: a module at two paths is saved under one of them, and peft asks for both",
+        check="save",
+        said="missing adapter keys",
+        classes="Inkling2.*|MaskFormer.*|UnlimitedOcr.*",
+        verdict="wrong",
+    ),
+    Rule(
+        "peftfn: the first axis of a layer's input is not the rows, and their number fits by chance "
+        "(FAULTS: rows_sequence_first, rows_experts)",
+        check="rows",
+        classes="NllbMoe.*|Mask2Former.*",
+        verdict="wrong",
+    ),
+    Rule(
+        "the model's own: none of its linear layers is torch's but those of its head",
+        check=LAYERS,
+        said="matched only modules that exclude_modules or modules_to_save takes away",
+        classes="IBert.*",
+        verdict="refused",
+    ),
+    Rule(
+        "the model's own: its reversible layers ask their input for a gradient, which a frozen embedding does not have",
+        check="grad",
+        said="does not require grad",
+        classes="Reformer.*",
+        verdict="crash",
+    ),
+    Rule(
+        "torch's own: under vmap the model writes what differs by adapter into embeddings that no adapter changes",
+        check="vmap",
+        said="vmap: index_put_",
+        verdict="crash",
+    ),
+    Rule(
+        "the model's own: a norm in training mode of one row of one place has no variance",
+        check="rows",
+        said="more than 1 value per channel when training",
+        verdict="crash",
+    ),
+    Rule(
+        "the model's own: it takes pictures only beside token ids",
+        check="prompt.*",
+        said="cannot specify both pixel_values and inputs_embeds",
+        verdict="crash",
+    ),
 ]
 
 

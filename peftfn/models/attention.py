@@ -95,7 +95,8 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: _How) -> Any:
-        return transforms.FLASH(query, key, value, 0.0, how.is_causal, attn_mask=mask, scale=how.scale)
+        given = map(_in_rows, (query, key, value))
+        return transforms.FLASH(*given, 0.0, how.is_causal, attn_mask=mask, scale=how.scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -122,7 +123,7 @@ class _FusedBackward(torch.autograd.Function):
     @staticmethod
     def forward(dy: Tensor, *rest: Any) -> Any:
         query, key, value, mask, output, sums, how = rest
-        given = (dy, query, key, value, output, sums, 0.0, how.is_causal)
+        given = (*map(_in_rows, (dy, query, key, value, output)), sums, 0.0, how.is_causal)
         return transforms.FLASH_BACKWARD(*given, attn_mask=mask, scale=how.scale)
 
     @staticmethod
@@ -140,6 +141,15 @@ class _FusedBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
         return _mapped(_FusedBackward, info, in_dims, inputs, mask_at=4)
+
+
+def _in_rows(one: Tensor) -> Tensor:
+    """The tensor with its last axis in one piece: the kernel reads on from there, whatever the stride says.
+
+    torch asks the tensors of a call for their strides before it chooses the kernel; those of a mapped call have other
+    ones in memory, by where the mapped axis is.
+    """
+    return one if one.stride(-1) == 1 else one.contiguous()
 
 
 def _mapped(function: Any, info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...], mask_at: int) -> Any:
