@@ -108,13 +108,12 @@ def gradients(made: Any, adapter: pf.Adapter, loss: Tensor) -> dict[str, dict[st
     result: dict[str, dict[str, Tensor]] = {}
     for path, leaf in adapter.params.items():
         owner, name = spots[path]
+        result[path] = {key: grads[id(p)] for key, p in wanted[path].items() if "lora_" not in key}
         if any("lora_" in key for key in leaf):
             a, b = (tensor.detach().clone().requires_grad_() for tensor in factors(leaf))
             base = getattr(owner, name)
             product = shaped(owner, base, a, b) * adapter.buffers[path]["scaling"].to(a.dtype)
             ga, gb = torch.autograd.grad(product, (a, b), grads[id(base)])
             names = sorted(key for key in leaf if "lora_" in key)
-            result[path] = dict(zip(names, (ga, gb), strict=True))
-        else:
-            result[path] = {key: grads[id(p)] for key, p in wanted[path].items()}
+            result[path] |= dict(zip(names, (ga, gb), strict=True))
     return result

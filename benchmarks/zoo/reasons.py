@@ -163,8 +163,7 @@ RULES: list[Rule] = [
         verdict="refused",
     ),
     Rule(
-        "refused with its reason: nn.MultiheadAttention reads the weight of its out_proj itself, where (IA)³ has no output "
-        "to scale",
+        "refused with its reason: nn.MultiheadAttention reads out_proj's weight itself, (IA)³ has no output to scale",
         check="ia3",
         said=r"out_proj: IA3 cannot act on a weight that the base reads itself",
         verdict="refused",
