@@ -184,6 +184,8 @@ def families() -> dict[str, Any]:
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.usefixtures("in_float64")
 def test_other_families_give_each_row_what_it_gives_alone(name: str, kind: str, padding: str) -> None:
+    if oracle.IS_OLD and name == "roberta decoder":
+        pytest.skip("transformers 4 fills its masks, in float32, with the lowest number of float64")
     model, task = families()[name]
     exact.in_float64(model.eval())
     make = {"prompt": pf.PromptTuningConfig, "prefix": pf.PrefixTuningConfig}[kind]

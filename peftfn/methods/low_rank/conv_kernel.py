@@ -28,7 +28,7 @@ _TRAINING = 4
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
-class AttachOptions(NamedTuple):
+class Geometry(NamedTuple):
     """Where the kernel is laid."""
 
     stride: tuple[int, ...]
@@ -61,7 +61,7 @@ def convolution(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, delt
     padding = layer.padding
     if layer.padding_mode != "zeros":
         x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), (0,) * len(padding)  # noqa: SLF001  # torch has no public name for it
-    how = AttachOptions(layer.stride, padding, layer.dilation)
+    how = Geometry(layer.stride, padding, layer.dilation)
     return cast("Any", _Convolved).apply(x, weight, bias, *delta, how)[0]
 
 
@@ -74,7 +74,7 @@ class _Convolved(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Any, a: Tensor, b: Tensor, s: Tensor, how: AttachOptions) -> Any:  # noqa: PLR0917  # a Function's tensors
+    def forward(x: Tensor, weight: Tensor, bias: Any, a: Tensor, b: Tensor, s: Tensor, how: Geometry) -> Any:  # noqa: PLR0917  # a Function's tensors
         convolve = _CONVOLVE[x.dim()]
         h = convolve(x, a, None, *how)
         return unviewed(convolve(x, kernel(weight, Delta(a, b, s)), bias, *how)), h
@@ -115,16 +115,14 @@ class _Convolved(torch.autograd.Function):
 # torch.nn.grad's functions of these names take shapes, and copy as much as an input to have something of the shape.
 
 
-def _to_input(dy: Tensor, x: Tensor, weight: Tensor, how: AttachOptions) -> Tensor:
+def _to_input(dy: Tensor, x: Tensor, weight: Tensor, how: Geometry) -> Tensor:
     return _backward(dy, x, weight, how, (True, False, False))[0]
 
 
-def _to_kernel(dy: Tensor, x: Tensor, weight: Tensor, how: AttachOptions) -> Tensor:
+def _to_kernel(dy: Tensor, x: Tensor, weight: Tensor, how: Geometry) -> Tensor:
     return _backward(dy, x, weight, how, (False, True, False))[1]
 
 
-def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, how: AttachOptions, asked: tuple[bool, bool, bool]
-) -> list[Tensor]:
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, how: Geometry, asked: tuple[bool, bool, bool]) -> list[Tensor]:
     none = (0,) * len(how.stride)
     return torch.ops.aten.convolution_backward(dy, x, weight, None, *how, False, none, 1, asked)
