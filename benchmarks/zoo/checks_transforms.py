@@ -119,7 +119,7 @@ def _vmap_bare_fails(case: Case, adapters: list[pf.Adapter], batch: Mapping[str,
     stacked = {name: torch.stack([one[name].detach() for one in weights]) for name in weights[0]}
 
     def one(weights: Any) -> dict[str, Tensor]:
-        return tensors(torch.func.functional_call(case.model, weights, (), dict(batch)))
+        return tensors(torch.func.functional_call(case.model, weights, (), dict(batch), tie_weights=False))
 
     try:
         output_of(lambda: torch.vmap(one, randomness="same")(stacked))
