@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.func import grad
 
 import peftfn as pf
-from peftfn.methods.low_rank import dropout, linear_kernel, outermost
+from peftfn.core import transforms
+from peftfn.methods.low_rank import dropout, linear_kernel
 from peftfn.methods.low_rank.linear_kernel import Delta
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}  # float64, sums in another order
@@ -151,8 +152,8 @@ def required(tree: Any) -> Any:
 def test_what_a_gradient_is_asked_for_is_found_whoever_asks(asks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.func.grad` with nothing around it writes to what it has made; everything else keeps its graph."""
     last: list[bool] = []
-    is_last = outermost._is_last
-    monkeypatch.setattr(outermost, "_is_last", lambda tensors: last.append(is_last(tensors)) or last[-1])
+    is_last = transforms._is_last
+    monkeypatch.setattr(transforms, "_is_last", lambda tensors: last.append(is_last(tensors)) or last[-1])
     model = nn.Sequential(nn.Linear(40, 64), nn.Tanh(), nn.Linear(64, 8)).double().requires_grad_(False)
     adapter = pf.init(model, pf.LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False))
     x = torch.randn(30, 40, dtype=torch.float64, requires_grad=asks == "autograd, of the input")

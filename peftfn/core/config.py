@@ -9,7 +9,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -29,31 +29,25 @@ _BY_TYPE: dict[str, type[PeftConfig]] = {}
 """The class of each `peft_type`, put there where the class is defined."""
 
 
-class FrozenDict(Mapping[str, Any]):
-    """A mapping that cannot change and can be hashed: a config is static for every transform."""
+def _refuse_change(*_: Any, **__: Any) -> Any:
+    raise TypeError("this dictionary is a part of a frozen value; make a changed one of dict(it).")
 
-    __slots__ = ("_items",)
 
-    def __init__(self, items: Mapping[str, Any]) -> None:
-        self._items = dict(items)
+class FrozenDict(dict[str, Any]):
+    """A dictionary that cannot change and can be hashed: a config is static for every transform."""
 
-    def __getitem__(self, key: str) -> Any:
-        return self._items[key]
+    __slots__ = ()
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = cast("Any", _refuse_change)
 
-    def __len__(self) -> int:
-        return len(self._items)
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # a dict has none
+        return hash(frozenset(self.items()))
 
-    def __eq__(self, other: object) -> bool:
-        return self is other or super().__eq__(other)
+    def __reduce__(self) -> Any:
+        return FrozenDict, (dict(self),)  # pickle and copy would set its items one by one
 
-    def __hash__(self) -> int:
-        return hash(frozenset(self._items.items()))
-
-    def __repr__(self) -> str:
-        return repr(self._items)
+    def __or__(self, other: Any) -> Any:
+        return dict(self) | dict(other)
 
 
 def freeze(value: Any) -> Any:

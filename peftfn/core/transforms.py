@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Generator
+import inspect
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -111,10 +112,38 @@ def requires_any_grad(tensor: Tensor) -> bool:
     return True
 
 
-# --- what torch runs its own with ------------------------------------------------------------------------------------
+# --- whether a backward pass can be differentiated itself ------------------------------------------------------------
 
-ENGINE_CALLER: Any = private("torch._functorch.eager_transforms", "_autograd_grad", "__code__")
-"""The code that `torch.func.grad` calls `torch.autograd.grad` from, or `None`."""
+# `torch.func.grad` makes a graph of its backward pass, because a transform around it, or autograd outside, may ask for
+# the derivative of what it returns. Where there is neither, nobody can; and without the graph the pass may write to
+# what it has made. Only a call of torch's own is believed: code inside the transformed function that calls
+# `torch.autograd.grad(..., create_graph=True)` does differentiate its pass.
+
+_engine_caller: Any = private("torch._functorch.eager_transforms", "_autograd_grad", "__code__")
+_ENGINE = torch.autograd.grad.__code__
+
+
+def without_graph(tensors: Iterable[Tensor | None]) -> contextlib.AbstractContextManager[Any]:
+    """No gradients, where a backward pass that computes with these tensors cannot be differentiated itself."""
+    return torch.no_grad() if _is_last(tensors) else contextlib.nullcontext()
+
+
+def _is_last(tensors: Iterable[Tensor | None]) -> bool:
+    if not is_one_gradient():
+        return False
+    given = (one for one in tensors if one is not None)
+    return not any(map(requires_grad_outside, given)) and _is_called_by_torch()
+
+
+def _is_called_by_torch() -> bool:
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not _ENGINE:
+        frame = frame.f_back
+    # A GPU's backward pass runs in a thread of its own, where no frame says who asked for it.
+    return frame is not None and frame.f_back is not None and frame.f_back.f_code is _engine_caller
+
+
+# --- what torch runs its own with ------------------------------------------------------------------------------------
 
 _unsafe_view = private("torch", "ops", "aten", "_unsafe_view")
 _FLASH = 1  # of `torch._fused_sdp_choice`, as in torch.nn.attention.SDPBackend

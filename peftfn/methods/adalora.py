@@ -23,6 +23,7 @@ from peftfn.core.adapter import Adapter, Leaf
 from peftfn.methods import builders, lora, slots
 from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adalora_targets import TARGETS
+from peftfn.methods.low_rank import site_forward
 from peftfn.methods.low_rank.linear_kernel import Delta
 from peftfn.methods.method import Files, Method, Stacking, Targets, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
@@ -169,7 +170,7 @@ METHOD = Method(
     slots=SLOTS,
     init=init,
     constants=constants,
-    action=builders.low_rank(_factors, kinds=(*builders.MATRICES, layers.CONVOLUTION)),
+    action=site_forward.low_rank(_factors, kinds=(*builders.MATRICES, layers.CONVOLUTION)),
     targets=Targets(resolve),
     stacking=Stacking(rows_of, varies=(*lora.VARIES, *SCHEDULE)),
     files=Files(check_file, file_config, to_file),

@@ -13,12 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn.core import row_runs
 from peftfn.core.adapter import Leaf
-from peftfn.core.row_runs import Runs
 from peftfn.methods import slots as slot_table
-from peftfn.methods.action import Merge, OnWeights, one_by_one
-from peftfn.methods.low_rank import layer_deltas, linear_kernel, site_forward
+from peftfn.methods.action import Merge, OnWeights
 from peftfn.methods.method import like_weight
 from peftfn.methods.slots import Slots
 from peftfn.models import layers, layouts
@@ -27,11 +24,9 @@ from peftfn.models.layouts import WeightShape
 
 MATRICES = (layers.LINEAR, layers.TRANSPOSED)
 LAYERS = (*MATRICES, layers.EMBEDDING, layers.CONVOLUTION)
-EVERYWHERE = (*LAYERS, layers.PARAMETER, layers.EXPERTS_TRANSPOSED)
 
 NewTensor = Callable[[Any, Mapping[str, Tensor], WeightShape, Tensor], Tensor]
 Delta = Callable[[Any, Mapping[str, Tensor], WeightShape], Tensor]
-Factors = Callable[[Any, Mapping[str, Tensor], str, torch.Size], linear_kernel.Delta]
 Forward = Callable[..., Tensor]
 
 
@@ -125,58 +120,3 @@ def added(site: Site, y: Tensor, change: Tensor, x: Tensor, *args: Any, **kwargs
     """y and what the layer gives of x with a change (out, in, *kernel) of its weight alone, in the dtype of y."""
     stored = layouts.stored(site.kind, change)
     return (y + site.run_with({"weight": stored, "bias": None}, x, *args, **kwargs)).to(y.dtype)
-
-
-def low_rank(
-    factors: Factors,
-    *,
-    kinds: Sequence[str] = EVERYWHERE,
-    takes_rows: bool = False,
-    takes_parts: bool = False,
-) -> OnWeights:
-    """A method that adds s·B·A, by kernels that never make it; `config.lora_dropout` acts on what A is given.
-
-    Args:
-        factors: `(config, leaf, kind, shape of a convolution's weight) -> (A, B, s)`, shaped as LoRA's.
-        kinds: the kinds of layer that it acts on.
-        takes_rows: whether linear layers take a leaf for each row.
-        takes_parts: whether parts of fused projections can be adapted.
-    """
-    return OnWeights(
-        kinds,
-        functools.partial(_run_low_rank, factors),
-        functools.partial(_merged_low_rank, factors),
-        ("weight",),
-        _is_whole_matrix if takes_rows else one_by_one,
-        takes_parts,
-        by_rows=True,
-    )
-
-
-def _run_low_rank(
-    factors: Factors, config: Any, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any
-) -> Tensor:
-    shape = site.shape if site.kind == layers.CONVOLUTION else torch.Size()
-    delta = factors(config, leaf, site.kind, shape)
-    if not delta.a.numel():  # no rank is left, and torch has no convolution with no channels
-        return site(x, *args, **kwargs)
-    if site.rows is None:
-        return site_forward.forward(site, delta, config.lora_dropout, x, *args, **kwargs)
-    rows, y = row_runs.numbers(site.rows, x.device), site(x, *args, **kwargs)
-    return y.index_copy(-1, rows, site_forward.add(site, delta, config.lora_dropout, x, y.index_select(-1, rows)))
-
-
-def _merged_low_rank(
-    factors: Factors, config: Any, leaf: Mapping[str, Tensor], shape: WeightShape, tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    weight, kind = tensors["weight"], shape.kind
-    a, b, scaling = factors(config, leaf, kind, weight.shape)
-    if shape.rows is None:
-        return {"weight": layer_deltas.merged(kind, a, b, scaling, weight)}
-    axis, rows = layouts.output_axis(kind), row_runs.numbers(shape.rows, weight.device)
-    part = layer_deltas.merged(kind, a, b, scaling, weight.index_select(axis, rows))
-    return {"weight": weight.index_copy(axis, rows, part)}
-
-
-def _is_whole_matrix(kind: str, rows: Runs | None) -> bool:
-    return kind in MATRICES and rows is None

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from peftfn.core.adapter import Leaf
-from peftfn.methods import builders, slots
+from peftfn.methods import slots
 from peftfn.methods.lora_config import LoraConfig
 from peftfn.methods.lora_targets import TARGETS
-from peftfn.methods.low_rank import leaf_shapes, lora_combine
+from peftfn.methods.low_rank import leaf_shapes, lora_combine, site_forward
 from peftfn.methods.low_rank.linear_kernel import Delta
 from peftfn.methods.method import Combining, Files, Method, Stacking, Targets, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
@@ -174,7 +174,7 @@ METHOD = Method(
     slots=SLOTS,
     init=init,
     constants=constants,
-    action=builders.low_rank(factors, takes_rows=True, takes_parts=True),
+    action=site_forward.low_rank(factors, takes_rows=True, takes_parts=True),
     targets=Targets(resolve, sites),
     stacking=Stacking(matching.rank, resize=leaf_shapes.resized, varies=VARIES),
     files=Files(check_file, write=leaf_shapes.to_file, read=leaf_shapes.from_file),

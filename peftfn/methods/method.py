@@ -153,6 +153,9 @@ class Method:
         files: how its files differ from its leaves.
         combining: how several become one; `None` where there is no weighted combination.
         variant: the field of the config that makes it this method's where it is set; another method has the rest.
+        on_weights: the action, of a method that acts on weights; else `None`.
+        on_call: the action, of a method that acts on the model's call; else `None`.
+        whole: the kind of its sites where they are whole modules, `layers.ATTENTION` or `layers.MODEL`; else `None`.
     """
 
     config: type[PeftConfig]
@@ -165,6 +168,17 @@ class Method:
     files: Files = _FILES
     combining: Combining | None = None
     variant: str = ""
+    on_weights: OnWeights | None = dataclasses.field(init=False)
+    on_call: OnCall | None = dataclasses.field(init=False)
+    whole: str | None = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        """Say what the action is, once: a call asks for each site."""
+        is_call, is_weights = isinstance(self.action, OnCall), isinstance(self.action, OnWeights)
+        object.__setattr__(self, "on_weights", self.action if is_weights else None)
+        object.__setattr__(self, "on_call", self.action if is_call else None)
+        kind = layers.MODEL if is_call else layers.ATTENTION
+        object.__setattr__(self, "whole", None if is_weights else kind)
 
     @property
     def called(self) -> str:
@@ -183,23 +197,6 @@ class Method:
     def is_held(self, name: str) -> bool:
         """Whether a leaf's name is that of a buffer of the method."""
         return name in self.slots and not self.slots[name].trained
-
-    @property
-    def on_call(self) -> OnCall | None:
-        """What it does to the model's call, of a method that does."""
-        return self.action if isinstance(self.action, OnCall) else None
-
-    @property
-    def on_weights(self) -> OnWeights | None:
-        """What it does to weights, of a method that does."""
-        return self.action if isinstance(self.action, OnWeights) else None
-
-    @property
-    def whole(self) -> str | None:
-        """The kind of its sites where they are whole modules, `layers.ATTENTION` or `layers.MODEL`."""
-        if isinstance(self.action, OnWeights):
-            return None
-        return layers.MODEL if isinstance(self.action, OnCall) else layers.ATTENTION
 
     def fresh(
         self, config: Any, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,29 +66,23 @@ def _require_grad(bound: nn.Module, module: nn.Module, inputs: Any, output: Any)
     return output.detach().requires_grad_(True) if checkpointing else output
 
 
-def watched(
-    run: Callable[..., Any],
-    wants_grad: Callable[[], bool],
-    path: str,
-    tensors: Sequence[Tensor],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """Run the site; refuse the one case in which torch would lose the adapter's gradient without a word.
+def refuse_lost_gradient(path: str, tensors: Sequence[Tensor]) -> None:
+    """Refuse the one case in which torch would lose an adapter's gradient without a word: a site that runs without any.
 
     Reentrant checkpointing runs a block without gradients first, and again in the backward pass only if one of the
     block's inputs requires grad. A frozen base gives it none.
     """
-    if not torch.is_grad_enabled() and wants_grad() and any(tensor.requires_grad for tensor in tensors):
-        frame = inspect.currentframe()
-        while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
-            frame = frame.f_back
-        if frame is not None:
-            inputs = frame.f_locals.get("args", ())
-            if not any(isinstance(one, Tensor) and one.requires_grad for one in inputs):
-                raise RuntimeError(
-                    f"{path}: activation checkpointing with use_reentrant=True, and no input of the checkpointed block "
-                    "requires grad: the adapter would get no gradient. Use use_reentrant=False, or make the block's "
-                    "input require grad."
-                )
-    return run(*args, **kwargs)
+    if not any(tensor.requires_grad for tensor in tensors):
+        return
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    if frame is None:
+        return
+    inputs = frame.f_locals.get("args", ())
+    if not any(isinstance(one, Tensor) and one.requires_grad for one in inputs):
+        raise RuntimeError(
+            f"{path}: activation checkpointing with use_reentrant=True, and no input of the checkpointed block "
+            "requires grad: the adapter would get no gradient. Use use_reentrant=False, or make the block's "
+            "input require grad."
+        )

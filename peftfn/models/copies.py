@@ -65,7 +65,7 @@ def _copied(value: Any, memo: Memo, deep: bool = True) -> Any:
         return reclosed(value, functools.partial(_copied, memo=memo, deep=False), memo)
     parts = _parts(value)
     if parts is None:
-        made = _copied_callable(value, memo) if is_callable_object(value) else value
+        made = _copied_callable(value, memo) if _is_callable_object(value) else value
         made = _deep_copied(value, memo) if deep and made is value else made
     elif not deep and len(parts[0]) > _SMALL_CONTAINER:
         made = value
@@ -133,12 +133,15 @@ def _parts(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
     return None
 
 
-def is_callable_object(value: Any) -> bool:
-    """Whether a value is an object, no module, that can be called and has attributes: accelerate's around a forward."""
-    kind = cast("type[object]", type(value))
+@functools.cache
+def is_callable_kind(kind: type[object]) -> bool:
+    """Whether a class is of objects, no modules, that can be called: accelerate's around a forward."""
     call = next((vars(one)["__call__"] for one in kind.__mro__ if "__call__" in vars(one)), None)
-    is_value = issubclass(kind, (type, nn.Module, Tensor))
-    return isinstance(call, types.FunctionType) and not is_value and hasattr(value, "__dict__")
+    return isinstance(call, types.FunctionType) and not issubclass(kind, (type, nn.Module, Tensor))
+
+
+def _is_callable_object(value: Any) -> bool:
+    return is_callable_kind(cast("type[object]", type(value))) and hasattr(value, "__dict__")
 
 
 def another(value: Any) -> Any:

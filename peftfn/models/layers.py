@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftfn.core.adapter import SiteInfo
 from peftfn.core.row_runs import Runs
 from peftfn.weights import codecs
 from peftfn.weights.codecs.packed_linear import Packed
@@ -152,6 +153,19 @@ class Site:
     def training(self) -> bool:
         """Whether dropout is on."""
         return self.layer.training
+
+
+def site_of(
+    layer: nn.Module,
+    place: Place,
+    path: str,
+    info: SiteInfo,
+    run: Callable[..., Any] | None = None,
+    adapted: Callable[[], Mapping[str, Tensor | None]] | None = None,
+) -> Site:
+    """The site at a path as an adapter acts on it, which knows more of it than the model does."""
+    rows, input_side = info.rows, info.input_side
+    return Site(path, place.kind, layer, place.weight, run, rows=rows, input_side=input_side, adapted=adapted)
 
 
 def shape_of(module: nn.Module, name: str) -> torch.Size:

@@ -1,20 +1,75 @@
-"""Grafting on a twin: putting tensors in place, making it run something else, and what torch needs said.
+"""What is done to private modules: tensors put in place, other forwards; and error messages that torch leaves unclear.
 
-Nothing here knows a method or a format; `peftfn.models.twins` makes the objects, `peftfn.runtime.attach` decides what
+Nothing here knows a method or a format; `peftfn.models.twins` makes the objects, `peftfn.runtime.attach` plans what
 goes where.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from peftfn.models import activation_checkpointing
 from peftfn.weights import codecs
+
+Wrap = Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
+"""`(an object with the module's tensors, what it runs so far) -> what it is to run`."""
+
+
+class Plan(NamedTuple):
+    """What the private modules of a model are to be.
+
+    Attributes:
+        forwards: path -> what is put around the module's own forward, one after the other.
+        tensors: (path, name) -> what takes the place of that parameter or buffer.
+        computed: (path, name) -> what makes that tensor of those that are there then: of a weight that the base reads
+            itself, the adapted one.
+        attributes: (path, name) -> another attribute.
+    """
+
+    forwards: dict[str, list[Wrap]]
+    tensors: dict[tuple[str, str], Tensor]
+    computed: dict[tuple[str, str], Callable[[], Tensor]]
+    attributes: dict[tuple[str, str], Any]
+
+    def then(self, path: str, wrap: Wrap) -> None:
+        """Put one more around the forward of a module."""
+        self.forwards.setdefault(path, []).append(wrap)
+
+
+def install(
+    plan: Plan,
+    by_path: Mapping[str, nn.Module],
+    hold: Callable[[nn.Module, str, Callable[[], Tensor]], None],
+    *,
+    apart: bool = False,
+) -> None:
+    """Make private modules what a plan says.
+
+    Args:
+        plan: what they are to be.
+        by_path: the modules.
+        hold: how a computed tensor is put on its module: `(module, name, compute)`.
+        apart: whether a forward gets a second object of its module. A module that held a forward that held the module
+            would be a cycle, and keep its tensors until the garbage collector comes by.
+    """
+    for (path, name), tensor in plan.tensors.items():
+        put(by_path[path], name, tensor)
+    for (path, name), compute in plan.computed.items():
+        hold(by_path[path], name, compute)
+    for (path, name), value in plan.attributes.items():
+        by_path[path].__dict__[name] = value
+    for path, wraps in plan.forwards.items():
+        module = by_path[path]
+        layer = second(module) if apart else module
+        run = base_forward(layer)
+        for wrap in wraps:
+            run = wrap(layer, run)
+        set_forward(module, run)
 
 
 def keep_norms(twin: nn.Module) -> None:

@@ -67,7 +67,8 @@ class Twins:
         self.root = self._make(model, "")
         for twin in self._to_rebind:
             self._rebind(twin)
-            offloaded.bring(twin)
+            if "_hf_hook" in twin.__dict__:
+                offloaded.bring(twin)
         if params:
             self._refuse_meta()
 
@@ -212,7 +213,7 @@ class Twins:
             changed = self._mapped_partial(value)
         elif kind in (list, tuple, dict, set) and len(value) <= _SMALL_CONTAINER:
             changed = self._mapped_container(value)
-        elif not self._tracing and copies.is_callable_object(value):
+        elif not self._tracing and copies.is_callable_kind(kind) and hasattr(value, "__dict__"):
             changed = self._mapped_callable(value)
         return changed
 

@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftfn import methods
-from peftfn.core.adapter import UNKNOWN, Adapter, SiteInfo
+from peftfn.core.adapter import UNKNOWN, Adapter
 from peftfn.core.config import PeftConfig
 from peftfn.methods import Method
 from peftfn.models import layers, matching, targets
-from peftfn.models.layers import Place, Site
+from peftfn.models.layers import Site
 from peftfn.weights import codecs
-
-
-def site_of(
-    layer: nn.Module,
-    place: Place,
-    path: str,
-    info: SiteInfo,
-    run: Callable[..., Any] | None = None,
-    adapted: Callable[[], Mapping[str, Tensor | None]] | None = None,
-) -> Site:
-    """The site at a path as an adapter acts on it, which knows more of it than the model does."""
-    rows, input_side = info.rows, info.input_side
-    return Site(path, place.kind, layer, place.weight, run, rows=rows, input_side=input_side, adapted=adapted)
 
 
 def refuse_leaf(method: Method, config: Any, leaf: Mapping[str, Tensor], site: Site) -> None:
@@ -106,7 +93,7 @@ def against(adapter: Adapter, model: nn.Module, source: str) -> None:
         place, info = places[path], adapter.sites.get(path, UNKNOWN)
         own = {**adapter.params[path], **adapter.buffers.get(path, {})}
         leaf = {name: tensor for name, tensor in own.items() if not method.replaces(name)}
-        refuse_leaf(method, adapter.config, leaf, site_of(model.get_submodule(place.owner), place, path, info))
+        refuse_leaf(method, adapter.config, leaf, layers.site_of(model.get_submodule(place.owner), place, path, info))
     for tree in (adapter.params, adapter.buffers):
         for path, name in [(path, name) for path, leaf in tree.items() for name in filter(method.replaces, leaf)]:
             module = layers.module_at(model, path)

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from peftfn.core import transforms
 from peftfn.core.adapter import Adapter, as_tuple
 from peftfn.models import attention_masks, surgery, twins
 from peftfn.runtime import attach, remembered_checks, site_adapters
@@ -50,9 +51,10 @@ def apply(
         >>> torch.equal(pf.apply(model, adapter, x), model(x))
         True
     """
-    adapters = as_tuple(adapter)
+    adapters = (adapter,) if isinstance(adapter, Adapter) else as_tuple(adapter)
     arguments, keywords = as_call(batch)
-    which = row_index.of_adapters(adapters, index)
+    stacks = any(one.members is not None for one in adapters)
+    which = row_index.of_adapters(adapters, index) if stacks or index is not None else None
     if which is not None:
         row_index.refuse_other_batch(which, (*arguments, *keywords.values()))
     made = twins.Twins(model, params)
@@ -60,15 +62,14 @@ def apply(
     surgery.run_packed(made.by_path.values(), apart=not tracing)
     for table in made.tables:
         surgery.keep_norms(table)
-    attention_masks.suit(made.by_path.values(), keywords)
-    how = site_adapters.AttachOptions(
-        hold=_put,
-        wants_grad=_always if torch.is_grad_enabled() and not tracing else None,
-        check=tracing or not remembered_checks.are_known(model, adapters, made.by_path),
-        apart=not tracing,
-    )
-    attach.attach(made.root, made.by_path, site_adapters.of(adapters, which), how)
-    if how.check and not tracing:
+    found = site_adapters.of(adapters, which)
+    if transforms.is_mapping():
+        attention_masks.suit(made.by_path.values(), keywords | attach.masks(found))
+    wants_grad = _always if torch.is_grad_enabled() and not tracing else None
+    check = tracing or not remembered_checks.are_known(model, adapters, made.by_path)
+    plan = attach.attach(made.root, made.by_path, found, wants_grad, check=check, apart=not tracing)
+    surgery.install(plan, made.by_path, _put, apart=not tracing)
+    if check and not tracing:
         remembered_checks.remember(model, adapters, made.by_path)
     if made.checkpointing:
         surgery.let_inputs_require_grad(made.root)

@@ -1,4 +1,7 @@
-"""Putting adapters on twins: each site's chain of methods, and tensors that replace the base's."""
+"""What adapters make of a model, as a plan: the forward that each module is to run, and the tensors that it is to have.
+
+`attach` looks at the private modules and writes to none of them; `surgery.install` carries the plan out.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +12,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfn.methods.prompt import cached_calls, insert_tokens, model_call
-from peftfn.models import activation_checkpointing, attention_masks, layers, surgery
+from peftfn.methods.prompt import insert_tokens
+from peftfn.models import activation_checkpointing, layers, surgery
 from peftfn.models import transformers_names as hf
 from peftfn.models.layers import Place, Site
+from peftfn.models.surgery import Plan
 from peftfn.ops import validate
-from peftfn.runtime import site_adapters
+from peftfn.runtime import attach_call, site_adapters
 from peftfn.runtime.routing import routed_sites, vmapped_module
-from peftfn.runtime.site_adapters import AttachOptions, SiteAdapter
+from peftfn.runtime.site_adapters import SiteAdapter
 from peftfn.weights import codecs
+
+Found = Mapping[str, Sequence[SiteAdapter]]
+Twins = Mapping[str, nn.Module]
 
 
 def attach(
-    root: nn.Module, by_path: Mapping[str, nn.Module], found: Mapping[str, Sequence[SiteAdapter]], how: AttachOptions
-) -> None:
-    """Make the twins of the sites compute what the adapters say.
+    root: nn.Module,
+    by_path: Twins,
+    found: Found,
+    wants_grad: Callable[[], bool] | None,
+    *,
+    check: bool = True,
+    apart: bool = False,
+) -> Plan:
+    """The plan by which the private modules of a model compute what the adapters say.
 
     Args:
-        root: the twin of the whole model.
-        by_path: the twins, by module path.
-        found: what the adapters bring, from `parts`.
-        how: the rest.
+        root: the private object of the whole model.
+        by_path: those of all modules, by path.
+        found: what the adapters bring, from `site_adapters`.
+        wants_grad: says whether the caller wants gradients, so that a site that runs without them is looked at
+            (`activation_checkpointing.refuse_lost_gradient`); `None` where nobody does.
+        check: whether to hold names and shapes against the layers.
+        apart: as of `surgery.install`.
 
     Raises:
         KeyError: an adapter has a site that the model does not have.
         ValueError: a tensor does not fit its site, or two adapters replace the same tensor.
     """
+    plan = Plan({}, {}, {}, {})
     routed: dict[str, list[tuple[str, Place, Sequence[SiteAdapter]]]] = {}
     for path, here in found.items():
         twin = by_path.get(path)
@@ -42,26 +59,78 @@ def attach(
             place = _parameter_place(root, by_path, path)
         else:
             _refuse_unread(by_path, path, here)
-            _replace(twin, path, here, how)
+            _replace(plan, twin, path, here)
             if not any(part.leaf for part in here):
-                _watch_replaced(twin, path, here, how)
+                if path:
+                    _watch(plan, path, path, _trained(here), wants_grad)
                 continue
             if any(part.method.on_call is not None for part in here):
-                _adapt_model(root, by_path, here, how)
+                site = Site("", layers.MODEL, surgery.second(root) if apart else root, "")
+                _refuse_unfit(site.layer, Place("", "", layers.MODEL), "", here, check)
+                for home in attach_call.adapt(plan, site, by_path, here, generates=wants_grad is not None):
+                    _watch(plan, home, home, _leaves(here), wants_grad)
                 continue
-            _leave_fast_path(by_path, path)
+            _leave_fast_path(plan, by_path, path)
             place = _module_place(root, by_path, path, twin, here)
+        _refuse_unfit(by_path[place.owner], place, path, here, check)
         if place.kind not in layers.WEIGHT_KINDS:
-            _adapt(by_path[place.owner], place, path, here, how)
+            plan.then(place.owner, functools.partial(_adapted, place, path, [part for part in here if part.leaf]))
+            _watch(plan, place.owner, path, _leaves(here), wants_grad)
         elif any(part.rows is not None for part in here):
             routed.setdefault(_reader(by_path, place), []).append((path, place, here))
         else:
-            _adapt_weight(by_path, place, path, here, how)
+            _adapt_weight(plan, by_path, place, here)
+            if reader := _reader(by_path, place):
+                _watch(plan, reader, path, _leaves(here), wants_grad)
     for reader, sites in routed.items():
-        _adapt_reader(by_path, found, reader, sites, how)
+        _adapt_reader(plan, by_path[reader], found, reader, sites)
+        _watch(plan, reader, reader, [one for _, _, here in sites for one in _leaves(here)], wants_grad)
+    return plan
 
 
-def _parameter_place(root: nn.Module, by_path: Mapping[str, nn.Module], path: str) -> Place:
+def masks(found: Found) -> dict[str, Tensor]:
+    """The masks that prompts of unlike length make, also where a call has none."""
+    lengths = [
+        part.leaf[insert_tokens.LENGTH] for here in found.values() for part in here if insert_tokens.LENGTH in part.leaf
+    ]
+    return {f"{number}_{hf.MASK}": length for number, length in enumerate(lengths)}
+
+
+def _leaves(here: Sequence[SiteAdapter]) -> list[Tensor]:
+    return [tensor for part in here for tensor in part.leaf.values()]
+
+
+def _trained(here: Sequence[SiteAdapter]) -> list[Tensor]:
+    return [tensor for part in here for name, tensor in part.replaced.items() if name not in part.fixed]
+
+
+def _watch(
+    plan: Plan, module: str, path: str, tensors: Sequence[Tensor], wants_grad: Callable[[], bool] | None
+) -> None:
+    if wants_grad is not None and tensors:
+        plan.then(module, functools.partial(_watched, wants_grad, path, tensors))
+
+
+def _watched(
+    wants_grad: Callable[[], bool], path: str, tensors: Sequence[Tensor], _layer: nn.Module, run: Callable[..., Any]
+) -> Callable[..., Any]:
+    return functools.partial(_watching, run, wants_grad, path, tensors)
+
+
+def _watching(
+    run: Callable[..., Any],
+    wants_grad: Callable[[], bool],
+    path: str,
+    tensors: Sequence[Tensor],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if not torch.is_grad_enabled() and wants_grad():
+        activation_checkpointing.refuse_lost_gradient(path, tensors)
+    return run(*args, **kwargs)
+
+
+def _parameter_place(root: nn.Module, by_path: Twins, path: str) -> Place:
     owner, _, name = path.rpartition(".")
     twin = by_path.get(owner)
     if twin is not None and name in twin._parameters:
@@ -69,51 +138,7 @@ def _parameter_place(root: nn.Module, by_path: Mapping[str, nn.Module], path: st
     raise validate.no_such_site(root, path, by_path)
 
 
-def _adapt_model(
-    root: nn.Module, by_path: Mapping[str, nn.Module], here: Sequence[SiteAdapter], how: AttachOptions
-) -> None:
-    """Adapt the call of the model itself, wherever in it each method changes it."""
-    if any(part.method.on_call is None for part in here if part.leaf):
-        raise ValueError("two of the active adapters act on the model itself in unlike ways; apply them apart.")
-    place = Place("", "", layers.MODEL)
-    site = Site("", place.kind, surgery.second(root) if how.apart else root, place.weight)
-    steps: dict[str, list[model_call.Step]] = {}
-    tensors: list[Tensor] = []
-    _refuse_unfit(site.layer, place, "", here, how)
-    for part in here:
-        on_call = part.method.on_call
-        for home in on_call.call_sites(root) if on_call is not None and part.leaf else ():
-            steps.setdefault(home, []).append(_step(part, site))
-        tensors += part.leaf.values()
-        if insert_tokens.LENGTH in part.leaf:  # prompts of unlike length make a mask, also where none is given
-            attention_masks.suit(by_path.values(), {hf.MASK: part.leaf[insert_tokens.LENGTH]})
-    noted = [0]
-    if steps and "" not in steps and not torch.compiler.is_compiling():
-        run = surgery.base_forward(surgery.second(root) if how.apart else root)
-        surgery.set_forward(root, functools.partial(model_call.expecting, run, tuple(steps), noted))
-    for home, several in steps.items():
-        twin = by_path[home]
-        run = surgery.base_forward(surgery.second(twin) if how.apart else twin)
-        run = functools.partial(model_call.run, run, model_call.Takes.of(twin), several, cached_calls.settled, noted)
-        surgery.set_forward(
-            twin,
-            run
-            if how.wants_grad is None
-            else functools.partial(activation_checkpointing.watched, run, how.wants_grad, home, tensors),
-        )
-    if steps and how.wants_grad is not None and hf.generates_by_itself(type(root)):
-        root.__dict__[hf.GENERATE] = functools.partial(model_call.generating, root, noted)
-
-
-def _step(part: SiteAdapter, site: Site) -> model_call.Step:
-    if part.rows is None:
-        return functools.partial(part.method.action.forward, part.config, part.leaf, site)
-    return functools.partial(routed_sites.of_call, part.method, part.config, part.leaf, part.rows, site)
-
-
-def _module_place(
-    root: nn.Module, by_path: Mapping[str, nn.Module], path: str, twin: nn.Module, here: Sequence[SiteAdapter]
-) -> Place:
+def _module_place(root: nn.Module, by_path: Twins, path: str, twin: nn.Module, here: Sequence[SiteAdapter]) -> Place:
     whole = next((part.method.whole for part in here if part.leaf and part.method.whole), None)
     if whole is not None:
         return Place(path, "", whole)
@@ -129,7 +154,7 @@ def _module_place(
     return place
 
 
-def _refuse_unread(by_path: Mapping[str, nn.Module], path: str, here: Sequence[SiteAdapter]) -> None:
+def _refuse_unread(by_path: Twins, path: str, here: Sequence[SiteAdapter]) -> None:
     """Refuse a row's own tensor on a layer whose forward never runs, because an attention reads it itself."""
     parent = by_path.get(path.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention) and any(part.rows is not None and part.replaced for part in here):
@@ -140,7 +165,7 @@ def _refuse_unread(by_path: Mapping[str, nn.Module], path: str, here: Sequence[S
         )
 
 
-def _replace(twin: nn.Module, path: str, here: Sequence[SiteAdapter], how: AttachOptions) -> None:
+def _replace(plan: Plan, twin: nn.Module, path: str, here: Sequence[SiteAdapter]) -> None:
     """Put whole tensors (heads, biases) in place of the twin's."""
     taken: set[str] = set()
     for part in here:
@@ -151,100 +176,76 @@ def _replace(twin: nn.Module, path: str, here: Sequence[SiteAdapter], how: Attac
             shape = tensor.shape if part.rows is None else tensor.shape[1:]
             validate.refuse_replacement(twin, path, name, shape, name in part.fixed)
             if part.rows is None:
-                surgery.put(twin, name, tensor)
+                plan.tensors[path, name] = tensor
         if part.rows is not None and part.replaced:
-            layer = surgery.second(twin) if how.apart else twin
-            surgery.set_forward(twin, routed_sites.replaced(layer, path, part.replaced, part.rows))
+            plan.then(path, functools.partial(_replaced_by_row, path, part))
 
 
-def _watch_replaced(twin: nn.Module, path: str, here: Sequence[SiteAdapter], how: AttachOptions) -> None:
-    trained = [tensor for part in here for name, tensor in part.replaced.items() if name not in part.fixed]
-    if how.wants_grad is not None and path and trained:
-        run = surgery.base_forward(surgery.second(twin) if how.apart else twin)
-        surgery.set_forward(
-            twin, functools.partial(activation_checkpointing.watched, run, how.wants_grad, path, trained)
-        )
+def _replaced_by_row(path: str, part: SiteAdapter, layer: nn.Module, _run: Callable[..., Any]) -> Callable[..., Any]:
+    assert part.rows is not None, "of a routed adapter"
+    return routed_sites.replaced(layer, path, part.replaced, part.rows)
 
 
-def _adapt(twin: nn.Module, place: Place, path: str, here: Sequence[SiteAdapter], how: AttachOptions) -> None:
-    _refuse_unfit(twin, place, path, here, how)
-    here = [part for part in here if part.leaf]
-    layer = surgery.second(twin) if how.apart else twin
-    run = surgery.base_forward(layer)
+def _adapted(
+    place: Place, path: str, here: Sequence[SiteAdapter], layer: nn.Module, run: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The forward of a layer with one method around the other."""
     for number, part in enumerate(here):
-        adapted = functools.partial(_adapted, layer, place, here[:number]) if number else None
-        site = validate.site_of(layer, place, path, part.info, run, adapted)
+        before = functools.partial(_tensors, layer, place, here[:number]) if number else None
+        site = layers.site_of(layer, place, path, part.info, run, before)
         if part.rows is None:
             run = functools.partial(part.method.action.forward, part.config, part.leaf, site)
         else:
             run = routed_sites.step(part.method, part.config, part.leaf, part.rows, run, site)
-    surgery.set_forward(twin, _with_watch(run, path, here, how))
+    return run
 
 
-def _adapt_weight(
-    by_path: Mapping[str, nn.Module], place: Place, path: str, here: Sequence[SiteAdapter], how: AttachOptions
-) -> None:
+def _adapt_weight(plan: Plan, by_path: Twins, place: Place, here: Sequence[SiteAdapter]) -> None:
     """Adapt a tensor that the base reads itself."""
-    twin = by_path[place.owner]
-    _refuse_unfit(twin, place, path, here, how)
     here = [part for part in here if part.leaf]
-    how.hold(twin, place.weight, functools.partial(_merged, twin, place, here))
-    reader = by_path[_reader(by_path, place)]
-    if how.wants_grad is not None and reader is not by_path[""]:
-        run = surgery.base_forward(surgery.second(reader) if how.apart else reader)
-        surgery.set_forward(reader, _with_watch(run, path, here, how))
+    plan.computed[place.owner, place.weight] = functools.partial(_merged, by_path[place.owner], place, here)
 
 
-def _reader(by_path: Mapping[str, nn.Module], place: Place) -> str:
+def _reader(by_path: Twins, place: Place) -> str:
     """The path of the module that reads a tensor itself: its owner, or the attention around it."""
     parent = place.owner.rpartition(".")[0]
     return parent if isinstance(by_path.get(parent), nn.MultiheadAttention) else place.owner
 
 
 def _adapt_reader(
-    by_path: Mapping[str, nn.Module],
-    found: Mapping[str, Sequence[SiteAdapter]],
+    plan: Plan,
+    reader: nn.Module,
+    found: Found,
     path: str,
     sites: Sequence[tuple[str, Place, Sequence[SiteAdapter]]],
-    how: AttachOptions,
 ) -> None:
     """Adapt tensors that a module of the base reads itself, each row's by its own adapter."""
-    reader, inside = by_path[path], f"{path}." if path else ""
+    inside = f"{path}." if path else ""
     others = [one for one in found if one.startswith(inside) and one not in {site for site, _, _ in sites}]
-    if others or "forward" in reader.__dict__:
+    if others or path in plan.forwards or "forward" in reader.__dict__:
         raise ValueError(
             f"{path}: {type(reader).__name__} reads an adapted weight itself, so it runs a row at a time, and the "
             f"adapters act on {', '.join(others[:3]) or 'it'} in another way too. Leave one of them out of routed "
             "adapters, or apply them one at a time."
         )
     read: list[vmapped_module.Read] = []
-    for site, place, here in sites:
-        _refuse_unfit(by_path[place.owner], place, site, here, how)
+    for _, place, here in sites:
         relative = place._replace(owner=place.owner.removeprefix(path).removeprefix("."))
         read.append(vmapped_module.Read(relative, [part for part in here if part.leaf]))
-    run = vmapped_module.by_row(surgery.second(reader) if how.apart else reader, path, read)
-    surgery.set_forward(reader, _with_watch(run, path, [part for one in read for part in one.here], how))
+    plan.then(path, functools.partial(_read_by_row, path, read))
 
 
-def _with_watch(
-    run: Callable[..., Any], path: str, here: Sequence[SiteAdapter], how: AttachOptions
+def _read_by_row(
+    path: str, read: Sequence[vmapped_module.Read], layer: nn.Module, _run: Callable[..., Any]
 ) -> Callable[..., Any]:
-    if how.wants_grad is None:
-        return run
-    return functools.partial(
-        activation_checkpointing.watched,
-        run,
-        how.wants_grad,
-        path,
-        [tensor for part in here for tensor in part.leaf.values()],
-    )
+    return vmapped_module.by_row(layer, path, read)
 
 
-def _refuse_unfit(twin: nn.Module, place: Place, path: str, here: Sequence[SiteAdapter], how: AttachOptions) -> None:
+def _refuse_unfit(twin: nn.Module, place: Place, path: str, here: Sequence[SiteAdapter], check: bool) -> None:
     for part in here:
-        if part.leaf and (how.check or part.method.on_weights is None):  # the others are few, and never remembered
+        if part.leaf and (check or part.method.on_weights is None):  # the others are few, and never remembered
             one = part.leaf if part.rows is None else {name: tensor[0] for name, tensor in part.leaf.items()}
-            validate.refuse_leaf(part.method, part.config, one, validate.site_of(twin, place, path, part.info))
+            validate.refuse_leaf(part.method, part.config, one, layers.site_of(twin, place, path, part.info))
 
 
 def _merged(twin: nn.Module, place: Place, here: Sequence[SiteAdapter]) -> Tensor:
@@ -254,7 +255,7 @@ def _merged(twin: nn.Module, place: Place, here: Sequence[SiteAdapter]) -> Tenso
     return weight
 
 
-def _adapted(layer: nn.Module, place: Place, before: Sequence[SiteAdapter]) -> dict[str, Tensor | None]:
+def _tensors(layer: nn.Module, place: Place, before: Sequence[SiteAdapter]) -> dict[str, Tensor | None]:
     """A layer's weight and bias as the adapters before another one leave them."""
     weight, bias = codecs.of(layer).read(layer, place.weight), codecs.bias(layer)
     tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
@@ -268,8 +269,8 @@ def _adapted(layer: nn.Module, place: Place, before: Sequence[SiteAdapter]) -> d
     return {"bias": None, **tensors}
 
 
-def _leave_fast_path(by_path: Mapping[str, nn.Module], path: str) -> None:
+def _leave_fast_path(plan: Plan, by_path: Twins, path: str) -> None:
     """Keep torch's encoder layer off its fused inference kernel, which reads the weights past our forward."""
-    parent = by_path.get(path.rpartition(".")[0])
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        parent.__dict__["activation_relu_or_gelu"] = 0
+    parent = path.rpartition(".")[0]
+    if isinstance(by_path.get(parent), nn.TransformerEncoderLayer):
+        plan.attributes[parent, "activation_relu_or_gelu"] = 0

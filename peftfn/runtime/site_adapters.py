@@ -1,11 +1,11 @@
-"""What each adapter brings to each site, and how it is to be put there."""
+"""What each adapter brings to each site."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftfn import methods
 from peftfn.core.adapter import UNKNOWN, Adapter, SiteInfo
@@ -13,24 +13,6 @@ from peftfn.core.config import PeftConfig
 from peftfn.methods import Method
 from peftfn.models import layouts
 from peftfn.runtime.routing.row_index import Rows
-
-
-class AttachOptions(NamedTuple):
-    """How to attach.
-
-    Attributes:
-        hold: how a weight that the base reads itself is put on its twin: `(twin, name, compute)`.
-        wants_grad: says whether the caller wants gradients, so that a site that runs without them is looked at
-            (`activation_checkpointing.watched`); `None` where nobody does.
-        check: whether to hold names and shapes against the layers.
-        apart: whether a site runs on a second twin of its layer. A twin that held a forward that held the twin would be
-            a cycle, and keep its tensors until the garbage collector comes by.
-    """
-
-    hold: Callable[[nn.Module, str, Callable[[], Tensor]], None]
-    wants_grad: Callable[[], bool] | None
-    check: bool = True
-    apart: bool = False
 
 
 class SiteAdapter(NamedTuple):
@@ -67,7 +49,7 @@ def of(adapters: Sequence[Adapter], rows: Rows | None = None) -> dict[str, list[
             leaf = {**adapter.params.get(path, {}), **fixed}
             names = tuple(leaf)
             if names not in taken:
-                taken[names] = [name for name in names if method.replaces(name)]
+                taken[names] = [name for name in names if name not in method.slots]
             replaced = {name: leaf.pop(name) for name in taken[names]}
             info = adapter.sites.get(path, UNKNOWN)
             part = SiteAdapter(config, method, leaf, replaced, frozenset(fixed), own_rows, info)

@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfn.core.transforms import is_transforming, unviewed
-from peftfn.methods.low_rank import dropout, outermost
+from peftfn.core.transforms import is_transforming, unviewed, without_graph
+from peftfn.methods.low_rank import dropout
 from peftfn.methods.low_rank.matmul import add_to, added, column_major, flat, laid_out_as, more, product, scaled
 from peftfn.weights.codecs import packed_linear
 from peftfn.weights.codecs.packed_linear import Packed
@@ -169,7 +169,7 @@ class _Adapted(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         delta = Delta(a, b, s)
         above = h.new_zeros(*h.shape[:-1], b.shape[-2]) if dy is None else flat(dy, a)
-        with outermost.without_graph((*grads, *saved)):
+        with without_graph((*grads, *saved)):
             dx, *rest = _pulled(_Kept(flat(x, a), weight, delta, bits, h), above, into_h, to_x, to_delta)
         rows = above.reshape(-1, above.shape[-1])
         return (

@@ -1,4 +1,4 @@
-"""How a site with a low-rank delta runs.
+"""Methods that add s·B·A: what makes one of them, and how its sites run.
 
 Linear layers run as the Function of `linear_kernel` where only autograd is active, and so do convolutions as that of
 `conv_kernel` where it takes less; under every other transform they are plain operations (`layer_deltas`), as other
@@ -7,21 +7,86 @@ layers always are.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftfn.core import row_runs
+from peftfn.core.row_runs import Runs
 from peftfn.core.transforms import is_forward_mode, is_mapped, is_transforming
+from peftfn.methods.action import OnWeights, one_by_one
 from peftfn.methods.low_rank import conv_kernel, dropout, layer_deltas, linear_kernel
 from peftfn.methods.low_rank.linear_kernel import Delta
-from peftfn.models import layers
+from peftfn.models import layers, layouts
 from peftfn.models.layers import Site
+from peftfn.models.layouts import WeightShape
 from peftfn.weights.codecs.packed_linear import Packed
 
 _LINEAR = (layers.LINEAR, layers.TRANSPOSED)
+_EVERYWHERE = (*_LINEAR, layers.EMBEDDING, layers.CONVOLUTION, layers.PARAMETER, layers.EXPERTS_TRANSPOSED)
 _WHOLE = (layers.LINEAR, layers.CONVOLUTION)  # where the layer and its delta may be computed together
+
+
+Factors = Callable[[Any, Mapping[str, Tensor], str, torch.Size], Delta]
+
+
+def low_rank(
+    factors: Factors,
+    *,
+    kinds: Sequence[str] = _EVERYWHERE,
+    takes_rows: bool = False,
+    takes_parts: bool = False,
+) -> OnWeights:
+    """A method that adds s·B·A, by kernels that never make it; `config.lora_dropout` acts on what A is given.
+
+    Args:
+        factors: `(config, leaf, kind, shape of a convolution's weight) -> (A, B, s)`, shaped as LoRA's.
+        kinds: the kinds of layer that it acts on.
+        takes_rows: whether linear layers take a leaf for each row.
+        takes_parts: whether parts of fused projections can be adapted.
+    """
+    return OnWeights(
+        kinds,
+        functools.partial(_run_low_rank, factors),
+        functools.partial(_merged_low_rank, factors),
+        ("weight",),
+        _is_whole_matrix if takes_rows else one_by_one,
+        takes_parts,
+        by_rows=True,
+    )
+
+
+def _run_low_rank(
+    factors: Factors, config: Any, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    shape = site.shape if site.kind == layers.CONVOLUTION else torch.Size()
+    delta = factors(config, leaf, site.kind, shape)
+    if not delta.a.numel():  # no rank is left, and torch has no convolution with no channels
+        return site(x, *args, **kwargs)
+    if site.rows is None:
+        return forward(site, delta, config.lora_dropout, x, *args, **kwargs)
+    rows, y = row_runs.numbers(site.rows, x.device), site(x, *args, **kwargs)
+    return y.index_copy(-1, rows, add(site, delta, config.lora_dropout, x, y.index_select(-1, rows)))
+
+
+def _merged_low_rank(
+    factors: Factors, config: Any, leaf: Mapping[str, Tensor], shape: WeightShape, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    weight, kind = tensors["weight"], shape.kind
+    a, b, scaling = factors(config, leaf, kind, weight.shape)
+    if shape.rows is None:
+        return {"weight": layer_deltas.merged(kind, a, b, scaling, weight)}
+    axis, rows = layouts.output_axis(kind), row_runs.numbers(shape.rows, weight.device)
+    part = layer_deltas.merged(kind, a, b, scaling, weight.index_select(axis, rows))
+    return {"weight": weight.index_copy(axis, rows, part)}
+
+
+def _is_whole_matrix(kind: str, rows: Runs | None) -> bool:
+    return kind in _LINEAR and rows is None
 
 
 def forward(site: Site, delta: Delta, p: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn.weights.codecs import any_linear, bitsandbytes_4bit, bitsandbytes_8bit, dense, gptq
+from peftfn.weights import offloaded
+from peftfn.weights.codecs import any_linear, bitsandbytes_4bit, bitsandbytes_8bit, gptq
 from peftfn.weights.codecs.packed_linear import Packed
 from peftfn.weights.codecs.state_dict_entry import Entry
 
@@ -46,7 +47,57 @@ def _codec(of: Any, is_linear: bool = False) -> Codec:
     return Codec(of.matches, is_linear, of.run, of.product, of.shape, of.read, of.find, of.shared)
 
 
-DENSE = _codec(dense)
+# --- floating-point weights, stored as they are used: what is there where no format is ---------------------------------
+
+# As torch has them: one that somebody put in their place does more.
+_FORWARDS = frozenset((nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward))
+_PLAIN = (Tensor, nn.Parameter)  # a subclass may be packed, or spread over devices
+
+
+def _is_dense(module: nn.Module) -> bool:
+    return True  # what no other codec claims
+
+
+def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(module).forward(module, *args, **kwargs)
+
+
+def _product(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    if type(module).forward not in _FORWARDS:
+        return None
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    return None if weight is None or type(weight) not in _PLAIN else (weight, bias)
+
+
+def _shape(module: nn.Module, name: str) -> torch.Size:
+    return _held(module, name).shape
+
+
+def _read(module: nn.Module, name: str) -> Tensor:
+    found = _held(module, name)
+    # One that accelerate keeps elsewhere, from there.
+    there = offloaded.value(module, name) if found.is_meta else None
+    return found if there is None else there
+
+
+def _held(module: nn.Module, name: str) -> Tensor:
+    # Past any property of that name: torch's parametrizations have one, and so has a bound module.
+    own = module._parameters.get(name)
+    return getattr(module, name) if own is None else own
+
+
+def _find(params: Mapping[str, Tensor], name: str, module: nn.Module | None) -> Entry | None:
+    return None  # it needs no unpacking
+
+
+def _shared(module: nn.Module) -> list[Any]:
+    return []
+
+
+DENSE = Codec(_is_dense, False, _run, _product, _shape, _read, _find, _shared)
+
+# --- the table ---------------------------------------------------------------------------------------------------------
+
 TABLE: tuple[Codec, ...] = (
     _codec(bitsandbytes_4bit),
     _codec(bitsandbytes_8bit),
