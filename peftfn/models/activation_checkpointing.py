@@ -82,7 +82,7 @@ def refuse_lost_gradient(path: str, tensors: Sequence[Tensor]) -> None:
     inputs = frame.f_locals.get("args", ())
     if not any(isinstance(one, Tensor) and one.requires_grad for one in inputs):
         raise RuntimeError(
-            f"{path}: activation checkpointing with use_reentrant=True, and no input of the checkpointed block "
-            "requires grad: the adapter would get no gradient. Use use_reentrant=False, or make the block's "
-            "input require grad."
+            f"{path or 'the model'}: activation checkpointing with use_reentrant=True, and no input of the "
+            "checkpointed block requires grad: the adapter would get no gradient. Use use_reentrant=False, or make "
+            "the block's input require grad."
         )

@@ -62,29 +62,29 @@ def attach(
             _replace(plan, twin, path, here)
             if not any(part.leaf for part in here):
                 if path:
-                    _watch(plan, path, path, _trained(here), wants_grad)
+                    _watch(plan, [path], path, _trained(here), wants_grad)
                 continue
             if any(part.method.on_call is not None for part in here):
                 site = Site("", layers.MODEL, surgery.second(root) if apart else root, "")
                 _refuse_unfit(site.layer, Place("", "", layers.MODEL), "", here, check)
-                for home in attach_call.adapt(plan, site, by_path, here, generates=wants_grad is not None):
-                    _watch(plan, home, home, _leaves(here), wants_grad)
+                homes = attach_call.adapt(plan, site, by_path, here, generates=wants_grad is not None)
+                _watch(plan, homes, path, _leaves(here), wants_grad)
                 continue
             _leave_fast_path(plan, by_path, path)
             place = _module_place(root, by_path, path, twin, here)
         _refuse_unfit(by_path[place.owner], place, path, here, check)
         if place.kind not in layers.WEIGHT_KINDS:
             plan.then(place.owner, functools.partial(_adapted, place, path, [part for part in here if part.leaf]))
-            _watch(plan, place.owner, path, _leaves(here), wants_grad)
+            _watch(plan, [place.owner], path, _leaves(here), wants_grad)
         elif any(part.rows is not None for part in here):
             routed.setdefault(_reader(by_path, place), []).append((path, place, here))
         else:
             _adapt_weight(plan, by_path, place, here)
             if reader := _reader(by_path, place):
-                _watch(plan, reader, path, _leaves(here), wants_grad)
+                _watch(plan, [reader], path, _leaves(here), wants_grad)
     for reader, sites in routed.items():
         _adapt_reader(plan, by_path[reader], found, reader, sites)
-        _watch(plan, reader, reader, [one for _, _, here in sites for one in _leaves(here)], wants_grad)
+        _watch(plan, [reader], reader, [one for _, _, here in sites for one in _leaves(here)], wants_grad)
     return plan
 
 
@@ -105,10 +105,11 @@ def _trained(here: Sequence[SiteAdapter]) -> list[Tensor]:
 
 
 def _watch(
-    plan: Plan, module: str, path: str, tensors: Sequence[Tensor], wants_grad: Callable[[], bool] | None
+    plan: Plan, modules: Sequence[str], path: str, tensors: Sequence[Tensor], wants_grad: Callable[[], bool] | None
 ) -> None:
     if wants_grad is not None and tensors:
-        plan.then(module, functools.partial(_watched, wants_grad, path, tensors))
+        for module in modules:
+            plan.then(module, functools.partial(_watched, wants_grad, path, tensors))
 
 
 def _watched(

@@ -47,7 +47,7 @@ def _codec(of: Any, is_linear: bool = False) -> Codec:
     return Codec(of.matches, is_linear, of.run, of.product, of.shape, of.read, of.find, of.shared)
 
 
-# --- floating-point weights, stored as they are used: what is there where no format is ---------------------------------
+# --- floating-point weights, stored as they are used: what is there where no format is --------------------------------
 
 # As torch has them: one that somebody put in their place does more.
 _FORWARDS = frozenset((nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward))
@@ -96,7 +96,7 @@ def _shared(module: nn.Module) -> list[Any]:
 
 DENSE = Codec(_is_dense, False, _run, _product, _shape, _read, _find, _shared)
 
-# --- the table ---------------------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------------
 
 TABLE: tuple[Codec, ...] = (
     _codec(bitsandbytes_4bit),
