@@ -10,7 +10,8 @@ import optree
 import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
-from peftfn.core.config import FrozenDict, PeftConfig
+from peftfn.core.config import PeftConfig
+from peftfn.core.frozen import FrozenDict
 from peftfn.core.row_runs import Runs
 from peftfn.core.transforms import OPTREE_GLOBAL
 
@@ -81,8 +82,18 @@ class Adapter:
         sites: what is known of each site beside its tensors: kind of layer, part of a fused projection.
         members: of a stack, what it knows of its adapters; `None` of a single adapter.
 
-    Params and buffers are kept sorted, so that `torch.func` (insertion order) and optree (sorted keys) agree. The other
-    three are static for every transform.
+    It is a pytree for `torch.func` and for optree: the tensors in `params` and `buffers` are its leaves, the other
+    three are static. Both are kept sorted, so that the order of torch (insertion) and of optree (sorted keys) agree.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> adapter = pf.init(model, pf.LoraConfig(r=2, target_modules=["0"]))
+        >>> adapter
+        Adapter(LoraConfig, 1 sites)
+          0: lora_A 2×4, lora_B 3×2
+        >>> adapter.buffers["0"]["scaling"], adapter.sites["0"].kind
+        (tensor(4.), 'linear')
     """
 
     params: Tree
@@ -96,7 +107,22 @@ class Adapter:
             object.__setattr__(self, "sites", FrozenDict(self.sites))
 
     def replace(self, **changes: Any) -> Adapter:
-        """This adapter with other `params`, `buffers` or `config`: `adapter.replace(params=new)`."""
+        """A copy with other `params`, `buffers`, `config`, `sites` or `members`; the adapter itself stays as it is.
+
+        Args:
+            **changes: new values of attributes, by name.
+
+        Raises:
+            TypeError: a name is none of the attributes.
+
+        Example:
+            >>> import torch, peftfn as pf
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+            >>> adapter = pf.init(model, pf.LoraConfig(r=2, target_modules=["0"]))
+            >>> params = {"0": {name: tensor + 1 for name, tensor in adapter.params["0"].items()}}
+            >>> adapter.replace(params=params).params["0"]["lora_B"][0]
+            tensor([1., 1.])
+        """
         return dataclasses.replace(self, **changes)
 
     def __repr__(self) -> str:
@@ -121,14 +147,30 @@ def _shapes(leaf: Any) -> str:
 
 
 class Count(NamedTuple):
-    """How many numbers are trained, and how many there are in all."""
+    """How many numbers are trained, and how many there are in all.
+
+    Attributes:
+        trained: numbers in the adapters' `params`.
+        total: these, and those of the base or of the adapters' `buffers`.
+
+    Example:
+        >>> import peftfn as pf
+        >>> print(pf.Count(trained=50, total=1000))
+        trained 50 of 1,000 parameters (5.00%)
+    """
 
     trained: int
     total: int
 
     @property
     def share(self) -> float:
-        """Trained over total, between 0 and 1."""
+        """Trained over total, between 0 and 1.
+
+        Example:
+            >>> import peftfn as pf
+            >>> pf.Count(trained=50, total=1000).share
+            0.05
+        """
         return self.trained / max(self.total, 1)
 
     def __str__(self) -> str:
@@ -161,6 +203,12 @@ def leaves(adapter: Adapter | Iterable[Adapter]) -> list[Tensor]:
     They are the adapter's own tensors, and from now on they require grad: an optimizer changes them in place.
     Functional training (`torch.func.grad` on `adapter.params`) has no need of this function.
 
+    Args:
+        adapter: one adapter or several; their tensors come in order.
+
+    Raises:
+        TypeError: something else was given.
+
     Example:
         >>> import torch, peftfn as pf
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
@@ -183,6 +231,16 @@ def count(adapter: Adapter | Iterable[Adapter], model: nn.Module | None = None) 
         adapter: one adapter or several.
         model: the base. With it the total is the base's parameters and the adapter's together, as PEFT's
             `print_trainable_parameters` counts; without it, the adapter's tensors alone.
+
+    Raises:
+        TypeError: something else than adapters was given.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> adapter = pf.init(model, pf.LoraConfig(r=2, target_modules=["0"]))
+        >>> pf.count(adapter), pf.count(adapter, model)
+        (Count(trained=14, total=15), Count(trained=14, total=29))
     """
     adapters = as_tuple(adapter)
     trained = sum(t.numel() for one in adapters for leaf in one.params.values() for t in leaf.values())

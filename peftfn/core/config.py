@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
 import json
-import re
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self
 
-from peftfn.core import files, hub
+from peftfn.core import config_checks, files, hub
+from peftfn.core.frozen import freeze, thaw
 
 TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
-# A PEFT field that has no effect while it holds one of these values; `ANY` where it only modifies another one.
+# Values of `PeftConfig.inactive`. `OFF`: a field of PEFT's that changes nothing while it has one of these values.
+# `ANY`: one that may have any value, because it only modifies another field.
 ANY = object()
 OFF: tuple[Any, ...] = (None, False, {}, [])
 
@@ -27,47 +24,6 @@ _LATER = ("exclude_modules", "init_weights", "peft_version", "target_parameters"
 
 _BY_TYPE: dict[str, type[PeftConfig]] = {}
 """The class of each `peft_type`, put there where the class is defined."""
-
-
-def _refuse_change(*_: Any, **__: Any) -> Any:
-    raise TypeError("this dictionary is a part of a frozen value; make a changed one of dict(it).")
-
-
-class FrozenDict(dict[str, Any]):
-    """A dictionary that cannot change and can be hashed: a config is static for every transform."""
-
-    __slots__ = ()
-
-    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = cast("Any", _refuse_change)
-
-    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # a dict has none
-        return hash(frozenset(self.items()))
-
-    def __reduce__(self) -> Any:
-        return FrozenDict, (dict(self),)  # pickle and copy would set its items one by one
-
-    def __or__(self, other: Any) -> Any:
-        return dict(self) | dict(other)
-
-
-def freeze(value: Any) -> Any:
-    """The value with lists as tuples, sets as sorted tuples and dicts as `FrozenDict`, all the way down."""
-    if isinstance(value, (set, frozenset)):
-        value = sorted(cast("set[Any]", value))
-    if isinstance(value, (list, tuple)):
-        return tuple(freeze(item) for item in cast("list[Any]", value))
-    if isinstance(value, Mapping):
-        return FrozenDict({str(key): freeze(item) for key, item in cast("Mapping[Any, Any]", value).items()})
-    return value
-
-
-def thaw(value: Any) -> Any:
-    """The value with tuples as lists and mappings as dicts, as JSON has them."""
-    if isinstance(value, (list, tuple)):
-        return [thaw(item) for item in cast("list[Any]", value)]
-    if isinstance(value, Mapping):
-        return {key: thaw(item) for key, item in cast("Mapping[str, Any]", value).items()}
-    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +37,15 @@ class PeftConfig:
         revision: the base's revision.
         inference_mode: kept from and for files; it changes nothing here.
         peft_version: the version of PEFT that wrote the file, if one did.
+
+    Raises:
+        TypeError: a name is no field (near ones are named), or a value is not of its field's type.
+        ValueError: `task_type` is unknown, a pattern is no regex, or a field is one of PEFT's that peftfn lacks.
+
+    Example:
+        >>> import peftfn as pf
+        >>> pf.PeftConfig.from_dict({"peft_type": "LORA", "r": 4, "target_modules": ["query"]}).target_modules
+        ('query',)
     """
 
     peft_type: ClassVar[str] = ""
@@ -104,14 +69,14 @@ class PeftConfig:
 
     def __new__(cls, *_: Any, **given: Any) -> Self:
         """A config whose fields are yet to be set; names that are no fields are refused with near ones."""
-        _check_fields(cls, given)
+        config_checks.refuse_unknown(cls, given)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, freeze(getattr(self, field.name)))
-        _check_types(self)
-        _check_patterns(self)
+        config_checks.check_types(self)
+        config_checks.check_patterns(self)
         if self.task_type is not None:
             # PEFT's TaskType is a str enum: keep its value, so that the config is plain data.
             object.__setattr__(self, "task_type", str(getattr(self.task_type, "value", self.task_type)))
@@ -119,12 +84,25 @@ class PeftConfig:
                 raise ValueError(f"task_type={self.task_type!r} is unknown; expected one of {', '.join(TASK_TYPES)}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain JSON data, `peft_type` included."""
+        """The config as plain JSON data, `peft_type` included.
+
+        Example:
+            >>> import peftfn as pf
+            >>> fields = pf.LoraConfig(target_modules=["query"]).to_dict()
+            >>> fields["peft_type"], fields["target_modules"]
+            ('LORA', ['query'])
+        """
         fields = {field.name: thaw(getattr(self, field.name)) for field in dataclasses.fields(self)}
         return {"peft_type": self.peft_type, **fields}
 
     def to_json(self) -> str:
-        """The text of `adapter_config.json`."""
+        """The text of `adapter_config.json`: all fields, but no empty one that older versions of PEFT lack.
+
+        Example:
+            >>> import peftfn as pf
+            >>> print(pf.LoraConfig(r=4).to_json().splitlines()[1])
+              "alpha_pattern": {},
+        """
         # Fields in PEFT's order, and patterns in their own: the first pattern that matches a path counts.
         fields = sorted(self.to_dict().items())
         return json.dumps({n: v for n, v in fields if v is not None or n not in _LATER}, indent=2) + "\n"
@@ -133,9 +111,19 @@ class PeftConfig:
     def from_dict(cls, data: Mapping[str, Any], source: str = "the given mapping") -> PeftConfig:
         """The config that `data` describes, of the class that its `peft_type` names.
 
+        Args:
+            data: field names to values, as PEFT's `config.to_dict()` or an `adapter_config.json` has them. Without
+                `peft_type` it is a config of the class that this is called on.
+            source: where `data` comes from, for messages.
+
         Raises:
-            ValueError: `peft_type` is missing or unknown, or a field is unknown, of a wrong type, or asks for what is
-                not supported here.
+            ValueError: `peft_type` is missing, unknown, or not of the class that this is called on; or a field is
+                unknown, of a wrong type, or asks for what is not supported here.
+
+        Example:
+            >>> import peftfn as pf
+            >>> pf.LoraConfig.from_dict({"r": 4}).r
+            4
         """
         given = dict(data)
         kind = given.pop("peft_type", None) or cls.peft_type
@@ -156,7 +144,17 @@ class PeftConfig:
 
     @classmethod
     def is_inactive(cls, name: str, value: Any) -> bool:
-        """Whether `name` is a field of PEFT's that is not held here, at a value that asks for nothing."""
+        """Whether `name` is a field of PEFT's that peftfn does not have, with a value that asks for nothing.
+
+        Args:
+            name: the field.
+            value: its value in a file.
+
+        Example:
+            >>> import peftfn as pf
+            >>> pf.IA3Config.is_inactive("runtime_config", {"ephemeral_gpu_offload": False})
+            True
+        """
         for one in cls.__mro__:
             off = vars(one).get("inactive", {}).get(name)
             if off is not None:
@@ -164,7 +162,20 @@ class PeftConfig:
         return False
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write `adapter_config.json` into `folder` (made if missing), atomically; its path."""
+        """The path of `adapter_config.json`, written into `folder`: a kill leaves the old file or the new one.
+
+        Args:
+            folder: made if missing; other files in it are left alone.
+
+        Raises:
+            NotADirectoryError: `folder` is a file.
+            OSError: the disk is full, or the folder cannot be written to.
+
+        Example:
+            >>> import tempfile, peftfn as pf
+            >>> pf.LoraConfig(r=4).save_pretrained(tempfile.mkdtemp()).name
+            'adapter_config.json'
+        """
         path = Path(folder) / files.CONFIG
         files.write_atomic(path, lambda temporary: temporary.write_text(self.to_json(), encoding="utf-8"))
         return path
@@ -179,13 +190,47 @@ class PeftConfig:
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
     ) -> PeftConfig:
-        """The config in a folder or hub repository, of the class that its `peft_type` names."""
+        """The config in a folder or hub repository, of the class that its `peft_type` names.
+
+        Args:
+            folder_or_hub_id: a folder, or a hub id.
+            subfolder: where in the folder or repository the file is.
+            revision: for the hub: a branch, a tag or a commit.
+            token: for the hub, as `huggingface_hub` has it.
+            cache_dir: for the hub: where downloads are kept.
+
+        Raises:
+            FileNotFoundError: there is no `adapter_config.json`, or the hub cannot be reached.
+            ValueError: the file is no JSON object, or describes no config: see `from_dict`.
+
+        Example:
+            >>> import tempfile, peftfn as pf
+            >>> folder = tempfile.mkdtemp()
+            >>> path = pf.LoraConfig(r=4).save_pretrained(folder)
+            >>> pf.LoraConfig.from_pretrained(folder).r
+            4
+        """
         origin = hub.Origin(str(folder_or_hub_id), subfolder, revision, token, cache_dir)
         path = hub.find(origin, files.CONFIG)
         return cls.from_dict(files.read_json(path), source=str(path))
 
     def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> str:
-        """Upload `adapter_config.json` alone to a hub repository; the commit's address."""
+        """The address of the commit that puts `adapter_config.json` alone into a hub repository.
+
+        Args:
+            repo_id: the repository, `user/name`; made if missing.
+            token: as `huggingface_hub` has it; by default the one of `hf auth login`.
+            private: whether a repository that is made is private; by default what the account says.
+
+        Raises:
+            ValueError: `repo_id` is no valid name (`HFValidationError`).
+            OSError: the hub cannot be reached, or refuses (`HfHubHTTPError`).
+
+        Example:
+            >>> import peftfn as pf
+            >>> pf.LoraConfig(r=4).push_to_hub("user/name")  # doctest: +SKIP
+            'https://huggingface.co/user/name/commit/...'
+        """
         return hub.push(repo_id, self.save_pretrained, token=token, private=private)
 
 
@@ -197,6 +242,11 @@ class TargetedConfig(PeftConfig):
         target_modules: names (a path's ending), a regex for whole paths, or `"all-linear"`.
         exclude_modules: names or a regex of modules to leave out.
         modules_to_save: modules to train and save whole, such as a new head.
+
+    Example:
+        >>> import peftfn as pf
+        >>> pf.IA3Config(target_modules=["k_proj", "v_proj"], modules_to_save=["classifier"]).modules_to_save
+        ('classifier',)
     """
 
     target_modules: Sequence[str] | str | None = dataclasses.field(
@@ -217,6 +267,14 @@ class LayeredConfig(TargetedConfig):
     Attributes:
         layers_to_transform: indices of the layers to adapt.
         layers_pattern: the name of the list of layers, if it is an unusual one.
+
+    Raises:
+        ValueError: one of the two is given with a `target_modules` that is a regex, or a pattern without indices.
+
+    Example:
+        >>> import peftfn as pf
+        >>> pf.LoraConfig(target_modules=["q_proj"], layers_to_transform=[0, 1]).layers_to_transform
+        (0, 1)
     """
 
     layers_to_transform: Sequence[int] | int | None = dataclasses.field(
@@ -233,62 +291,3 @@ class LayeredConfig(TargetedConfig):
                 raise ValueError(f"{field} cannot be used with target_modules={self.target_modules!r}, a string.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform beside it.")
-
-
-def _check_fields(cls: type[PeftConfig], given: Mapping[str, Any]) -> None:
-    known = [field.name for field in dataclasses.fields(cls)]
-    for name in given:
-        if name in known:
-            continue
-        if any(name in vars(one).get("inactive", {}) for one in cls.__mro__):
-            raise ValueError(
-                f"{cls.__name__}({name}={given[name]!r}): peft has this field, peftfn does not support it yet. Leave "
-                "it out, or keep training this adapter with peft."
-            )
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise TypeError(f"{cls.__name__} has no field {name!r}.{hint} Its fields: {', '.join(known)}.")
-
-
-def _check_types(config: PeftConfig) -> None:
-    hints = _hints(type(config))
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if not _fits(value, hints[field.name]):
-            raise TypeError(f"{type(config).__name__}({field.name}={thaw(value)!r}): expected {field.type}.")
-
-
-def _check_patterns(config: PeftConfig) -> None:
-    regexes = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
-    for field in (*regexes, "rank_pattern", "alpha_pattern"):
-        value: Any = getattr(config, field, None)
-        patterns: list[str] = [value] if isinstance(value, str) else [*value] if isinstance(value, Mapping) else []
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"{type(config).__name__}({field}={thaw(value)!r}): {pattern!r} is no regex ({error}). "
-                    "Write '.*' for anything, or give a list of names."
-                ) from error
-
-
-@functools.cache
-def _hints(cls: type[PeftConfig]) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a frozen value is of an annotated type: of those that configs have, and so JSON."""
-    kind, inner = typing.get_origin(hint), typing.get_args(hint)
-    if kind in (types.UnionType, typing.Union):
-        return any(_fits(value, one) for one in inner)
-    if kind is Sequence:
-        return isinstance(value, tuple) and all(_fits(item, inner[0]) for item in cast("tuple[Any, ...]", value))
-    if kind is Mapping:
-        return isinstance(value, Mapping) and all(
-            _fits(item, inner[1]) for item in cast("Mapping[Any, Any]", value).values()
-        )
-    if hint is float or hint is int:
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return hint is Any or isinstance(value, hint)

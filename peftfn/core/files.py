@@ -1,4 +1,4 @@
-"""Names of PEFT's files, and writes that are whole or not there."""
+"""Names of PEFT's files, and atomic writes: a file is there whole, or not at all."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_atomic(path: Path, write: Write) -> None:
 
 @contextlib.contextmanager
 def naming_what_has_no_room(path: Path) -> Generator[None]:
-    """Turn what a full disk makes other libraries raise into an `OSError` that names the path.
+    """A context that turns the errors of other libraries about a full disk into an `OSError` that names the path.
 
     torch raises a RuntimeError about positions in a stream then, and safetensors an exception of its own.
     """
@@ -108,7 +108,7 @@ def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on disk, where the system can."""
+    """Flush a folder's own entries to disk, where the system can."""
     # A rename survives a power cut only when the folder itself is on disk; not every system can open or sync one.
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

@@ -111,7 +111,7 @@ def fetch(name: str, revision: str | None = None) -> Path:
 
 
 def pinned(origin: Origin, found: Path | None) -> Origin:
-    """The origin, held to the commit that one of its files came from: the next file is of the same one."""
+    """The origin with the commit that the file `found` came from, so that the next file is read from it too."""
     if found is None or Path(origin.name).exists():
         return origin
     snapshot = found.parents[len(Path(origin.subfolder or "").parts)]  # <cache>/models--<name>/snapshots/<commit>
@@ -126,7 +126,7 @@ def push(
     private: bool | None = None,
     revision: str | None = None,
 ) -> str:
-    """Upload what `write(folder)` puts into a temporary folder; the commit's address."""
+    """The address of the commit that uploads what `write(folder)` puts into a temporary folder."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)

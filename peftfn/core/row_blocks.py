@@ -1,4 +1,4 @@
-"""A matrix a block of rows at a time, cut such that a part of it, made alone, has the bits that it has in the whole.
+"""Blocks of rows for computing a matrix piece by piece with the same bits as all at once.
 
 A product of some rows need not round as those rows of a larger product do: a CPU's kernels cut their sums by the shape.
 So a merged weight is made of the same blocks, whether all of it is made at once or a piece after the other.

@@ -1,4 +1,4 @@
-"""What torch and optree are asked in private: which transforms are active, and a few kernels without a public name.
+"""Private names of torch and optree: which transforms are active, and a few kernels without a public name.
 
 This is the one file of the package that uses such names. Each of them may be gone in another version, and then what is
 assumed is right everywhere, if slower: that some transform is active, that a tensor may be mapped, that a kernel is not
@@ -76,7 +76,7 @@ def is_one_gradient() -> bool:
 
 
 def is_wrapped(tensor: Tensor) -> bool:
-    """Whether the tensor stands for others in a transform of `torch.func`, so that it has no values to look at."""
+    """Whether the tensor is a wrapper that a transform of `torch.func` made, so that its values cannot be looked at."""
     return _is_wrapper is None or _is_wrapper(tensor)
 
 
@@ -112,19 +112,19 @@ def requires_any_grad(tensor: Tensor) -> bool:
     return True
 
 
-# --- whether a backward pass can be differentiated itself ------------------------------------------------------------
+# --- whether a backward pass may itself be differentiated ------------------------------------------------------------
 
-# `torch.func.grad` makes a graph of its backward pass, because a transform around it, or autograd outside, may ask for
-# the derivative of what it returns. Where there is neither, nobody can; and without the graph the pass may write to
-# what it has made. Only a call of torch's own is believed: code inside the transformed function that calls
-# `torch.autograd.grad(..., create_graph=True)` does differentiate its pass.
+# `torch.func.grad` records a graph of its backward pass, because a transform around it, or autograd outside, may need
+# the derivative of what it returns. Where there is neither, the graph is not needed, and without it the pass may
+# overwrite its own intermediate tensors. This holds only where `torch.func.grad` itself started the pass: a function
+# that calls `torch.autograd.grad(..., create_graph=True)` inside does differentiate that pass.
 
 _engine_caller: Any = private("torch._functorch.eager_transforms", "_autograd_grad", "__code__")
 _ENGINE = torch.autograd.grad.__code__
 
 
 def without_graph(tensors: Iterable[Tensor | None]) -> contextlib.AbstractContextManager[Any]:
-    """No gradients, where a backward pass that computes with these tensors cannot be differentiated itself."""
+    """A context without gradients, where nothing can differentiate a backward pass that computes with these tensors."""
     return torch.no_grad() if _is_last(tensors) else contextlib.nullcontext()
 
 
@@ -143,7 +143,7 @@ def _is_called_by_torch() -> bool:
     return frame is not None and frame.f_back is not None and frame.f_back.f_code is _engine_caller
 
 
-# --- what torch runs its own with ------------------------------------------------------------------------------------
+# --- kernels without a public name -----------------------------------------------------------------------------------
 
 _unsafe_view = private("torch", "ops", "aten", "_unsafe_view")
 _FLASH = 1  # of `torch._fused_sdp_choice`, as in torch.nn.attention.SDPBackend
@@ -171,7 +171,7 @@ def unviewed(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def without_numbers() -> Generator[None]:
-    """A context whose new tensors have a shape, a dtype and a device, and no numbers.
+    """A context in which new tensors have a shape, a dtype and a device, but no storage.
 
     With torch's fake tensors the device is the CPU, of which code may ask what it asks of a device (autocast, as rotary
     embeddings of transformers 4 do); where they are gone it is the meta device.

@@ -1,1 +1,1 @@
-"""Adapters in, values out, and nothing runs: init, stacks, merges, combinations, checks."""
+"""Functions of adapters that run no model: init, stack, merge, combine, and the check that an adapter fits."""

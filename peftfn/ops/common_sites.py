@@ -1,4 +1,4 @@
-"""What several adapters say of one site, as one: what a stack of them, or their combination, says of it."""
+"""What a stack or a combination of adapters knows of a site: one `SiteInfo` for those of all of them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def common(what: str, path: str, infos: Sequence[SiteInfo]) -> SiteInfo:
 def together(
     what: str, method: Method, path: str, leaves: Sequence[Leaf | None], adapters: Sequence[Adapter]
 ) -> tuple[SiteInfo, list[Leaf | None]]:
-    """What the adapters say of a site together, and their leaves there on the same rows; `None` has not the site."""
+    """What the adapters together know of a site, and the leaf of each, all for the same rows of the layer.
+
+    An adapter that lacks the site has `None` for its leaf.
+    """
     infos = [adapter.sites.get(path, UNKNOWN) for adapter in adapters]
     wanted = common(what, path, [info for info, leaf in zip(infos, leaves, strict=True) if leaf])
     pairs = zip(leaves, infos, strict=True)
@@ -57,7 +60,7 @@ def _union(rows: Sequence[Runs | None]) -> Runs | None:
 
 
 def on_all_rows(method: Method, leaf: Leaf, own: SiteInfo, wanted: SiteInfo = UNKNOWN) -> Leaf:
-    """A leaf of the rows that `own` names as one of those that `wanted` names, all by default: zero on the others."""
+    """The leaf, for the rows `own.rows`, as one for the rows `wanted.rows` (all by default): zero on the others."""
     if own.rows == wanted.rows or own.rows is None:
         return leaf
     return slots.among(method.slots, leaf, *_within(leaf, own, wanted))
@@ -71,7 +74,7 @@ def on_own_rows(method: Method, leaf: Leaf, own: SiteInfo, wanted: SiteInfo = UN
 
 
 def _within(leaf: Leaf, own: SiteInfo, wanted: SiteInfo) -> tuple[torch.Tensor, int]:
-    """Where the rows of `own` are among those of `wanted`, and how many those are."""
+    """The positions of the rows `own.rows` among `wanted.rows`, and how many rows `wanted` has."""
     assert own.rows is not None, "a whole layer is no part of another"
     device = next(iter(leaf.values())).device
     numbers = row_runs.numbers(own.rows, device)

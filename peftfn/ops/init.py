@@ -42,6 +42,7 @@ def init(
     Raises:
         ValueError: the config names nothing in this model (near names are offered), or something that its method
             cannot act on.
+        TypeError: the config is of none of peftfn's methods; one of peft's is named with what makes one of ours.
 
     Example:
         >>> import torch, peftfn as pf

@@ -30,6 +30,9 @@ def prepare_for_kbit_training(model: nn.Module) -> Any:
     which reaches the view alone and needs no hook on the inputs: `apply` and `bind` see to that. It goes with
     `loss.backward()`; `torch.func.grad` cannot pass through it.
 
+    Args:
+        model: the base, quantized or not.
+
     Raises:
         TypeError: `model` is no module.
 

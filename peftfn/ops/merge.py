@@ -50,6 +50,7 @@ def merge(
         requantize: whether packed weights are packed again.
 
     Raises:
+        TypeError: something else than single adapters was given: a stack is merged one by one.
         KeyError: `params` lacks a weight that the adapter changes.
         ValueError: a tensor does not fit, the adapter or a packed weight holds NaN or infinity, or what a packed weight
             is read by does not fit it.
@@ -156,7 +157,7 @@ class Change(NamedTuple):
 
 
 def change(params: Mapping[str, Tensor], adapter: Adapter, path: str, model: nn.Module | None) -> Change:
-    """What the adapter does at one site; of `params` only the names and shapes are looked at.
+    """What the adapter does at one site; only the names and shapes of `params` are read.
 
     Raises:
         KeyError: `params` or the model lacks what the adapter changes.

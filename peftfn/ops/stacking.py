@@ -24,9 +24,13 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
     which sites they have. `torch.vmap(lambda a: pf.apply(model, a, batch))(stacked)` runs all of them, and
     `pf.apply(model, stacked, batch, index=i)` runs adapter `i[n]` on row n.
 
+    Args:
+        adapters: single adapters of one method, for one base; at least one.
+
     Raises:
-        ValueError: they are of unlike methods, or differ in what a forward reads (dropout), or one of them lacks a
-            whole module that another one replaces.
+        ValueError: there is none, one is a stack itself, they are of unlike methods or bases, or differ in what a
+            forward reads (dropout), or one of them lacks a whole module that another one replaces.
+        TypeError: one is no adapter.
 
     Example:
         >>> import torch, peftfn as pf
@@ -62,7 +66,21 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
 def unstack(stacked: Adapter) -> list[Adapter]:
     """The adapters of a stack, as they went in: ranks, sites and configs restored.
 
-    A stack that `torch.vmap` or `tree_map` changed keeps its config, so trained stacks come apart the same way.
+    A stack that `torch.vmap` or `tree_map` changed keeps its config, so trained stacks come apart the same way. The
+    tensors are views of the stack's.
+
+    Args:
+        stacked: what `stack` returned.
+
+    Raises:
+        TypeError: it is a single adapter.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> made = [pf.init(model, pf.LoraConfig(r=r, target_modules=["0"])) for r in (2, 3)]
+        >>> [one.params["0"]["lora_A"].shape for one in pf.unstack(pf.stack(made))]
+        [torch.Size([2, 4]), torch.Size([3, 4])]
     """
     if stacked.members is None:
         raise TypeError(
@@ -72,7 +90,7 @@ def unstack(stacked: Adapter) -> list[Adapter]:
 
 
 def is_whole(adapter: Adapter) -> bool:
-    """Whether this is a stack as `stack` made it, and not what `torch.vmap` shows of one."""
+    """Whether this is a stack with its axis K: inside a `torch.vmap` that maps over it, it has none."""
     return adapter.members is not None and _first(adapter.params).dim() == adapter.members.axes
 
 

@@ -62,7 +62,9 @@ def pissa(model: nn.Module, config: LoraConfig, *, dtype: torch.dtype | None = N
         The adapter, and every parameter of the base by name, of which those of the adapter's sites are new.
 
     Raises:
-        ValueError: a site is no linear layer of its own, or a packed weight cannot be packed again.
+        ValueError: a site is no linear layer of its own, r is more than its weight has, a packed weight cannot be
+            packed again, `init_lora_weights` is set, or as in `init`.
+        TypeError: the config is no LoraConfig.
 
     Example:
         >>> import torch, peftfn as pf
@@ -79,7 +81,19 @@ def olora(model: nn.Module, config: LoraConfig, *, dtype: torch.dtype | None = N
     """An adapter of the first columns of each weight's Q R, and the base's weights without them.
 
     With W = Q R: A = the first r rows of R, B = the first r columns of Q, W' = W - s·B·A (OLoRA,
-    https://arxiv.org/abs/2406.01775, algorithm 1). Arguments, result and errors as of `pissa`.
+    https://arxiv.org/abs/2406.01775, algorithm 1).
+
+    Args:
+        model: the base; nothing of it is changed.
+        config: its `init_lora_weights` is left at its default.
+        dtype: of A and B, as in `init`.
+
+    Returns:
+        As `pissa`: the adapter, and every parameter of the base by name, of which those of its sites are new.
+
+    Raises:
+        ValueError: as `pissa`.
+        TypeError: the config is no LoraConfig.
 
     Example:
         >>> import torch, peftfn as pf
@@ -122,7 +136,9 @@ def loftq(
         The adapter, and every parameter of the base by name, of which those of the adapter's sites are new.
 
     Raises:
-        ValueError: as `pissa`, or an argument that does not go with the base.
+        ValueError: as `pissa`; `bits` or `iterations` is out of its range; or the base is packed already and `weights`
+            is missing, or `bits` is given.
+        TypeError: the config is no LoraConfig.
         KeyError: `weights` lacks one.
         ImportError: bitsandbytes, which quantizes a dense base, is not installed.
 

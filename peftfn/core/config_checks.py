@@ -1,0 +1,76 @@
+"""What is wrong with the fields that a config is given: their names, their types, and patterns that are no regex."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from peftfn.core.frozen import thaw
+
+
+def refuse_unknown(cls: type[Any], given: Mapping[str, Any]) -> None:
+    """Refuse names that are no fields of the class, and fields of PEFT's that it cannot honour."""
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in given:
+        if name in known:
+            continue
+        if any(name in vars(one).get("inactive", {}) for one in cls.__mro__):
+            raise ValueError(
+                f"{cls.__name__}({name}={given[name]!r}): peft has this field, peftfn does not support it yet. Leave "
+                "it out, or keep training this adapter with peft."
+            )
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise TypeError(f"{cls.__name__} has no field {name!r}.{hint} Its fields: {', '.join(known)}.")
+
+
+def check_types(config: Any) -> None:
+    """Refuse a value that is not of its field's annotated type."""
+    hints = _hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not _fits(value, hints[field.name]):
+            raise TypeError(f"{type(config).__name__}({field.name}={thaw(value)!r}): expected {field.type}.")
+
+
+def check_patterns(config: Any) -> None:
+    """Refuse a pattern that `re` cannot compile, where it is written and not where it is first matched."""
+    regexes = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
+    for field in (*regexes, "rank_pattern", "alpha_pattern"):
+        value: Any = getattr(config, field, None)
+        patterns: list[str] = [value] if isinstance(value, str) else [*value] if isinstance(value, Mapping) else []
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"{type(config).__name__}({field}={thaw(value)!r}): {pattern!r} is no regex ({error}). "
+                    "Write '.*' for anything, or give a list of names."
+                ) from error
+
+
+@functools.cache
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a frozen value is of an annotated type: of those that configs have, and so JSON."""
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (types.UnionType, typing.Union):
+        return any(_fits(value, one) for one in inner)
+    if kind is Sequence:
+        return isinstance(value, tuple) and all(_fits(item, inner[0]) for item in cast("tuple[Any, ...]", value))
+    if kind is Mapping:
+        return isinstance(value, Mapping) and all(
+            _fits(item, inner[1]) for item in cast("Mapping[Any, Any]", value).values()
+        )
+    if hint is float or hint is int:
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return hint is Any or isinstance(value, hint)
