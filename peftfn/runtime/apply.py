@@ -1,4 +1,4 @@
-"""`apply` runs a base with adapters, and writes to nothing."""
+"""`apply`: what a base with adapters computes, as a function that leaves both as they are."""
 
 from __future__ import annotations
 
@@ -41,7 +41,11 @@ def apply(
     Raises:
         TypeError: batch, adapter or index is of the wrong type.
         KeyError: the adapter or `params` names something that the model does not have.
-        ValueError: a tensor does not fit.
+        ValueError: a tensor does not fit; a stack is neither mapped nor given an index; the batch is empty; active
+            adapters exclude each other (two that replace one tensor); or a prompt has no place in this batch.
+        NotImplementedError: the model's forward runs past the module whose call the adapter changes (prompts).
+        RuntimeError: a transform of `torch.func` meets activation checkpointing, or a checkpointed block would lose the
+            adapter's gradient (`use_reentrant=True`, and no input of the block requires grad).
 
     Example:
         >>> import torch, peftfn as pf

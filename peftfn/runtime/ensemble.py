@@ -1,4 +1,4 @@
-"""`ensemble`: what K adapters over one base predict together, and how far they disagree."""
+"""`ensemble`: predictions of K adapters over one base, their mean, and how much they disagree."""
 
 from __future__ import annotations
 
@@ -29,6 +29,14 @@ class Ensemble(NamedTuple):
         entropy: (...), that of the mean, in nats: the whole uncertainty.
         mutual_information: (...), the entropy of the mean less the mean entropy, in nats: the part of the uncertainty
             that is disagreement (Houlsby et al. 2011, https://arxiv.org/abs/1112.5745, equation 2).
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> adapter = pf.init(model, pf.LoraConfig(r=2, target_modules=["0"]))
+        >>> found = pf.ensemble(model, pf.stack([adapter] * 3), torch.zeros(1, 4))
+        >>> found.logits.shape, found.variance
+        (torch.Size([3, 1, 2]), tensor([[0., 0.]]))
     """
 
     logits: Tensor
@@ -39,7 +47,7 @@ class Ensemble(NamedTuple):
 
 
 def ensemble(model: nn.Module, stacked: Adapter, batch: Any, *, params: Mapping[str, Tensor] | None = None) -> Ensemble:
-    """What the adapters of a stack predict together, in one pass.
+    """The predictions of a stack's adapters, their mean and their disagreement, in one pass.
 
     The members are mapped by `torch.vmap`, so what lies below the first adapted layer is computed once; a batch of few
     tokens is repeated for each member and routed instead, which has fewer kernels.
@@ -51,7 +59,8 @@ def ensemble(model: nn.Module, stacked: Adapter, batch: Any, *, params: Mapping[
         params: as for `apply`.
 
     Raises:
-        TypeError: `stacked` is no stack.
+        TypeError: `stacked` is no stack, or the model's output has no logits.
+        KeyError, ValueError, NotImplementedError, RuntimeError: as in `apply`.
 
     Example:
         >>> import torch, peftfn as pf

@@ -1,9 +1,8 @@
-"""Which adapters were held against which models, so that the next call need not do it again.
+"""Which adapters were found to fit which models, so that the next call need not check again.
 
-What a check looks at are classes and shapes of layers, and names and shapes of leaves. They are remembered, and
-compared at each call, which costs a tenth of the check: a layer that was replaced or resized since is held against the
-adapter again, and an adapter of new tensors in the shapes of the last one, as each step of functional training makes,
-is not.
+A check reads the classes and shapes of layers, and the names and shapes of leaves. These are remembered and compared at
+each call, which costs a tenth of the check. So a layer that was replaced or resized since is checked again; a new
+adapter whose tensors have the same shapes, which each step of functional training makes, is not.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from peftfn.models.layers import Place
 
 
 class _Layer(NamedTuple):
-    """A layer as it was: its path, its weight's name there, its class and the weight's shape."""
+    """A layer at the time of the check: its path, its weight's name there, its class and the weight's shape."""
 
     owner: str
     name: str
@@ -33,7 +32,7 @@ class _Layer(NamedTuple):
 
 
 class _Fit(NamedTuple):
-    """An adapter that fitted: its config, its layers as they were, and the shapes of its tensors."""
+    """An adapter that fitted: its config, its layers at the time of the check, and the shapes of its tensors."""
 
     config: PeftConfig
     layers: Sequence[_Layer]
@@ -42,7 +41,7 @@ class _Fit(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class _Memory:
-    """What fitted one model, by adapter, and what fitted last."""
+    """The adapters that fitted one model, and the one that did last."""
 
     fits: weakref.WeakKeyDictionary[Adapter, _Fit] = dataclasses.field(
         default_factory=weakref.WeakKeyDictionary[Adapter, _Fit]
@@ -54,7 +53,7 @@ _MEMORIES: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictio
 
 
 def are_known(model: nn.Module, adapters: Sequence[Adapter], twins: Mapping[str, nn.Module]) -> bool:
-    """Whether nothing that a check looks at is new.
+    """Whether these adapters were checked against these layers before, and no class or shape has changed since.
 
     Args:
         model: the base.
@@ -89,7 +88,7 @@ def _is_as_it_was(layer: _Layer, now: nn.Module | None) -> bool:
 
 
 def remember(model: nn.Module, adapters: Sequence[Adapter], twins: Mapping[str, nn.Module]) -> None:
-    """Take it that these adapters fit the model. Those that change no weight have few sites, and are checked anew."""
+    """Remember that these adapters fit the model; not those that change no weight: they have few sites to check."""
     for adapter in filter(_acts_on_weights, adapters):
         config, method = adapter.config, methods.of(adapter.config)
         sites = [path for path, leaf in adapter.params.items() if not all(map(method.replaces, leaf))]

@@ -1,1 +1,1 @@
-"""A base bound to adapters: a module that clients take for the model itself."""
+"""A base bound to adapters: an `nn.Module` for code that wants one, such as `generate()` and `Trainer`."""

@@ -49,8 +49,8 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any =
         index: for a stack, the number of the adapter for each row.
 
     Raises:
-        TypeError: the model is bound already, or index is of the wrong type.
-        KeyError, ValueError: it does not fit, as in `apply`.
+        TypeError: the model is bound already, or adapter or index is of the wrong type.
+        KeyError, ValueError: an adapter does not fit, or a stack has no index, as in `apply`.
 
     Example:
         >>> import torch, peftfn as pf
@@ -92,7 +92,23 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any =
 
 
 def unbind(bound: nn.Module) -> Any:
-    """The adapter that a bound module holds now (a tuple, if it was bound with one), sharing its tensors."""
+    """The adapter that a bound module holds now (a tuple, if it was bound with one), sharing its tensors.
+
+    Args:
+        bound: what `bind` returned; also inside of DDP or `torch.compile`.
+
+    Raises:
+        TypeError: `bind` did not make the module.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> bound = pf.bind(model, pf.init(model, pf.LoraConfig(r=2, target_modules=["0"])))
+        >>> with torch.no_grad():
+        ...     _ = bound[0].lora_B.fill_(1.0)
+        >>> pf.unbind(bound).params["0"]["lora_B"][0]
+        tensor([1., 1.])
+    """
     inner: Any = bound
     while binding.KEY not in inner.__dict__:  # DDP holds it as `module`, torch.compile as `_orig_mod`
         inner = inner._modules.get("module", inner._modules.get("_orig_mod"))
@@ -103,7 +119,7 @@ def unbind(bound: nn.Module) -> Any:
 
 
 def _hold_weight(module: nn.Module, name: str, compute: Callable[[], Tensor]) -> None:
-    """Make `module.<name>` the adapted weight, computed at each reading from the parameters that are there then."""
+    """Make `module.<name>` a property: the adapted weight, computed from the module's parameters at each reading."""
     computes: dict[str, Callable[[], Tensor]] = module.__dict__.setdefault("_peftfn_weights", {})
     computes[name] = compute
     plain_class = vars(type(module)).get("_peftfn_plain", type(module))
@@ -132,10 +148,11 @@ def _read(name: str, module: nn.Module) -> Tensor:
 
 
 def _keep_signatures(by_path: Mapping[str, nn.Module], base: Mapping[str, nn.Module]) -> None:
-    """Let forwards that `bind` set say what the base's own say: generate() and Trainer ask what a model takes.
+    """Give the forwards that `bind` set the signature of the base's own, which generate() and Trainer inspect.
 
-    One that somebody had set on the base (accelerate, a kernel library) has been copied, and says it by itself; where
-    nothing in it led into the model, it is the base's own object still. Layers nobody asks.
+    A forward that somebody had set on the base (accelerate, a kernel library) was copied with its signature, or is
+    still the base's own object where it refers to nothing in the model. Layers without children are left out: no
+    caller inspects them.
     """
     for path, module in by_path.items():
         forward = module.__dict__.get("forward")
@@ -145,7 +162,7 @@ def _keep_signatures(by_path: Mapping[str, nn.Module], base: Mapping[str, nn.Mod
 
 
 def _signature(model: nn.Module) -> inspect.Signature:
-    """What the model's forward takes: what it says, and where it passes more on, also what that of its class says."""
+    """The parameters of the model's forward; where it takes `**kwargs`, those of its class's forward too."""
     said = inspect.signature(model.forward)
     own = list(inspect.signature(type(model).forward).parameters.values())[1:]
     if not any(one.kind is one.VAR_KEYWORD for one in said.parameters.values()):

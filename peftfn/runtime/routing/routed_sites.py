@@ -1,4 +1,4 @@
-"""A different adapter of a stack for each row of the batch, in one pass."""
+"""The forward of a site in which each row of the batch uses its own adapter of a stack."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _run(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 Picked = tuple[dict[str, Tensor], Tensor | None]
-"""Slices of a leaf, and which of them are to be used; `None` if all are."""
+"""Slices of a leaf, and a mask of those that are to be used; `None` if all are."""
 
 
 def _mapped(method: Method, config: PeftConfig, site: Site, picked: Picked, x: Tensor, y: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ def replaced(twin: nn.Module, path: str, tensors: Mapping[str, Tensor], which: R
 
 
 def _disabled(method: Method, leaf: Mapping[str, Tensor], which: Rows) -> Mapping[str, Tensor]:
-    """Each row's slice of the leaf, silent where the row uses the bare base."""
+    """Each row's slice of the leaf; where the row uses the bare base, one that does nothing."""
     picked, keep = _pick(leaf, which)
     return picked if keep is None else method.disabled(picked, keep)
 

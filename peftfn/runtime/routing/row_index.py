@@ -18,11 +18,11 @@ class Rows(NamedTuple):
     """Which adapter of a stack each row of the batch uses. Of an index for each token, the tokens are the rows.
 
     Attributes:
-        numbers: (rows,), from 0; where `keep` is false it says nothing.
+        numbers: (rows,), from 0; where `keep` is false the number is not used.
         keep: (rows,), false where a row uses the bare base; `None` where it is known that none does.
         in_order: whether it is known that row n uses adapter n, and every adapter has its row: then nothing is copied.
         tokens: the index's shape (rows of the batch, tokens), if it has a number for each token.
-        ways: how the rows can be sorted by adapter, where it is known which they use.
+        ways: how the rows can be sorted by adapter, where the index has values that can be read.
     """
 
     numbers: Tensor
@@ -41,7 +41,7 @@ def of_adapters(adapters: Sequence[Adapter], index: Any) -> Rows | None:
     """The rows of the one stack among the adapters, or `None` where there is neither a stack nor an index.
 
     Raises:
-        TypeError, ValueError: there is one without the other, or the index is none.
+        TypeError, ValueError: there is one without the other, or the index is not one that `of_index` takes.
     """
     stacks = [adapter for adapter in adapters if adapter.members is not None]
     if any(map(stacking.is_half, stacks)):
@@ -88,7 +88,7 @@ def of_index(index: Any, adapters: int) -> Rows:
     keep, known = None if low >= 0 else rows >= 0, rows.device.type == "cpu"
     in_order = known and values == list(range(adapters))
     ways = segments.plans(values, adapters) if known and not in_order else ()
-    return Rows(rows.clamp(min=0), keep, in_order, tokens, ways)  # of its own: the caller's may change
+    return Rows(rows.clamp(min=0), keep, in_order, tokens, ways)  # a copy: the caller may write to its index
 
 
 def _values(rows: Tensor) -> list[int]:

@@ -29,7 +29,7 @@ class Segments(NamedTuple):
             is copied.
         number: S.
         size: how many places a segment has.
-        source: (S * size,), the row in each place; places that are left over repeat one, and nobody reads them.
+        source: (S * size,), the row in each place; places left over repeat a row, and their results are dropped.
         rows: the rows that have an adapter, or `None` for all.
         places: the place of each of these.
     """
@@ -43,7 +43,7 @@ class Segments(NamedTuple):
 
     @property
     def is_order(self) -> bool:
-        """Whether it is no more than another order of the rows: each has a place of its own, and none is left over."""
+        """Whether this is a permutation of the rows: each row has one place, and no place is left over."""
         return self.rows is None and self.number * self.size == self.places.shape[0]
 
     def sorted(self, x: Tensor, rows: int) -> Tensor:
