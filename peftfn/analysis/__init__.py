@@ -1,1 +1,1 @@
-"""What gradients tell: curvature, and calibrated probabilities."""
+"""Curvature of a loss in an adapter's parameters, and calibrated probabilities."""

@@ -1,15 +1,14 @@
 """Gradients of each sample, and second-order quantities of a loss in an adapter's parameters.
 
-Everything here is a function of a loss and a tree of parameters; `torch.func` does the work. A loss of one sample is
+These are functions of a loss and a tree of parameters, by `torch.func`. A loss of one sample is
 
 ```python
 def loss(params, row):  # row: the batch without its first axis
     return pf.apply(model, adapter.replace(params=params), {name: t[None] for name, t in row.items()}).loss
 ```
 
-and `torch.vmap(torch.func.grad(loss), (None, 0))(adapter.params, batch)` is the gradient of each sample, whole. The
-functions here give what is made of them without keeping all of them: `chunk` is how many are held at a time. Fishers
-come from `scores`, and are sums over the rows, so those of several batches are added.
+and `torch.vmap(torch.func.grad(loss), (None, 0))(adapter.params, batch)` is the gradient of each sample. The functions
+here hold `chunk` of them at a time. Fishers are made of `scores`, and are sums over rows: add those of several batches.
 """
 
 from __future__ import annotations
@@ -32,11 +31,14 @@ RowLoss = Callable[[Tree, Any], Tensor]
 class Kronecker(NamedTuple):
     """A Fisher of one tensor, seen as a matrix (m, n) of its first axis and all others: F ≈ left ⊗ right / tr left.
 
-    Both are sums over the rows, and both have F's trace.
-
     Attributes:
-        left: (m, m).
-        right: (n, n).
+        left: (m, m), summed over the rows; its trace is F's.
+        right: (n, n), the same of the other side.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> pf.curvature.kronecker({"0": {"w": torch.ones(1, 2, 1)}})["0"]["w"].right
+        tensor([[2.]])
     """
 
     left: Tensor
@@ -115,8 +117,7 @@ def private_gradient(
 ) -> Tree:
     """The gradient that a step of DP-SGD takes: (Σᵢ clip(gᵢ, C) + σ·C·N(0, 1)) / rows.
 
-    Any optimizer goes on from it. What privacy it gives depends on how batches are drawn and on the number of steps, of
-    which this function knows nothing.
+    Any optimizer takes it. The privacy that it gives depends on how batches are drawn and on the number of steps.
 
     Args:
         loss: of one row.
@@ -126,6 +127,12 @@ def private_gradient(
         noise: σ, the noise multiplier.
         generator: where the noise comes from.
         chunk: how many gradients are held at a time; all by default.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> params, batch = {"0": {"w": torch.zeros(2)}}, torch.tensor([[3.0, 4.0], [0.0, 0.4]])
+        >>> pf.curvature.private_gradient(lambda p, x: p["0"]["w"] @ x, params, batch, 1.0, 0.0, torch.Generator())
+        {'0': {'w': tensor([0.3000, 0.6000])}}
     """
     total, found = clipped_sum(loss, params, batch, max_norm, chunk=chunk)
 
@@ -190,13 +197,19 @@ def scores(logits: Callable[[Tree, Any], Tensor], params: Tree, batch: Any) -> T
 
     F = Σ s·sᵀ over them is the Fisher of the model's own predictions, summed over the rows: the expectation over the
     label is taken exactly, not sampled. For a softmax it is the Gauss-Newton matrix too (Martens 2014,
-    https://arxiv.org/abs/1412.1193, section 9.2). Gradients of a loss as its labels are, one for each row, stand for
-    the empirical Fisher in its place.
+    https://arxiv.org/abs/1412.1193, section 9.2). Gradients of the loss with the given labels, one for each row, give
+    the empirical Fisher instead.
 
     Args:
         logits: `(params, row) -> (classes,)`; the row is the batch without its first axis.
         params: what they are differentiated in.
         batch: tensors with the row on axis 0, nested in any way.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> params, batch = {"0": {"w": torch.zeros(2)}}, torch.tensor([[1.0], [2.0]])  # probabilities of a half
+        >>> pf.curvature.scores(lambda p, x: p["0"]["w"] * x, params, batch)["0"]["w"].shape  # 2 rows · 2 classes
+        torch.Size([4, 2])
     """
 
     def one(row: Any) -> Tree:
@@ -221,6 +234,11 @@ def diagonal(found: Tree) -> Tree:
 
     Args:
         found: as `scores` returns them, or gradients with the row on axis 0.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> pf.curvature.diagonal({"0": {"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}})
+        {'0': {'w': tensor([10., 20.])}}
     """
     return {path: {name: tensor.square().sum(0) for name, tensor in leaf.items()} for path, leaf in found.items()}
 
@@ -230,12 +248,16 @@ def kronecker(found: Tree) -> dict[str, dict[str, Kronecker]]:
 
     S is the score as a matrix of the tensor's first axis and all others. These are F's partial traces, so the product
     has F's trace, and is F where that is a Kronecker product at all (Morwani et al. 2024,
-    https://arxiv.org/abs/2406.17748, section 3). KFAC (Martens & Grosse 2015, https://arxiv.org/abs/1503.05671) takes
-    the factors from a layer's inputs and output gradients; for rows of one token that are independent both are the same
-    up to a factor. This one needs the scores alone, so it serves every leaf of every method.
+    https://arxiv.org/abs/2406.17748, section 3). KFAC (Martens & Grosse 2015, https://arxiv.org/abs/1503.05671) has the
+    same for independent rows of one token, up to a factor, but needs a layer's inputs and output gradients for it.
 
     Args:
         found: as `scores` returns them, or gradients with the row on axis 0.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> [factor.trace() for factor in pf.curvature.kronecker({"0": {"w": torch.ones(4, 2, 3)}})["0"]["w"]]
+        [tensor(24.), tensor(24.)]
     """
     return {path: {name: _factors(tensor) for name, tensor in leaf.items()} for path, leaf in found.items()}
 
@@ -247,7 +269,17 @@ def _factors(tensor: Tensor) -> Kronecker:
 
 
 def chunks(batch: Any, size: int | None) -> Iterator[Any]:
-    """The batch in pieces of so many rows."""
+    """The batch in pieces of so many rows.
+
+    Args:
+        batch: tensors with the row on axis 0, nested in any way.
+        size: rows of a piece; all of them by default. The last piece has what is left.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> [piece["x"].shape[0] for piece in pf.curvature.chunks({"x": torch.zeros(5, 2)}, 2)]
+        [2, 2, 1]
+    """
     tensors: list[Tensor] = cast("Any", optree.tree_leaves(batch))
     rows = tensors[0].shape[0]
     for start in range(0, rows, size or rows):
@@ -263,5 +295,5 @@ def _tensors(tree: Tree) -> list[Tensor]:
 
 
 def _flat(tree: Tree) -> Tensor:
-    """(rows, numbers)."""
+    """All tensors of a tree side by side, (rows, numbers)."""
     return torch.cat([tensor.flatten(1) for tensor in _tensors(tree)], 1)

@@ -1,4 +1,4 @@
-"""A Laplace approximation: a Gaussian around trained parameters, and how sure it lets the model be.
+"""The Laplace approximation: a Gaussian over trained parameters, and the predictions that follow from it.
 
 θ ~ N(θ*, (F + λ)⁻¹), where F is the Fisher of the training rows at the trained θ* and λ the precision of a Gaussian
 prior. Logits are taken as linear in θ, so those of a row are Gaussian too: around what the model gives, with covariance
@@ -44,6 +44,12 @@ class Belief(NamedTuple):
     Attributes:
         mean: (rows, classes), the logits at the trained parameters.
         covariance: (rows, classes, classes); of P precisions, (P, rows, classes, classes).
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> belief = pf.laplace.Belief(mean=torch.zeros(1, 2), covariance=torch.zeros(1, 2, 2))
+        >>> pf.laplace.probabilities(belief, torch.Generator())
+        tensor([[0.5000, 0.5000]])
     """
 
     mean: Tensor
@@ -69,6 +75,12 @@ def fisher(form: Callable[[Tree], Any], logits: Logits, params: Tree, batch: Any
         params: where, and in which parameters.
         batch: tensors with the row on axis 0, nested in any way.
         chunk: for how many rows scores are held at a time; all by default.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> params, rows = {"0": {"w": torch.zeros(2)}}, torch.tensor([[1.0], [2.0]])  # probabilities of a half
+        >>> pf.laplace.fisher(pf.curvature.diagonal, lambda p, x: p["0"]["w"] * x, params, rows, chunk=1)
+        {'0': {'w': tensor([1.2500, 1.2500])}}
     """
     total: Any = None
     for rows in curvature.chunks(batch, chunk):
@@ -97,14 +109,14 @@ def predict(
         chunk: for how many rows Jacobians are held at a time; all by default.
 
     Raises:
-        ValueError: a precision is not positive, or the Fisher is not one of these parameters.
+        ValueError: a precision is not positive, or the Fisher is of other parameters than these.
 
     Example:
         >>> import torch, peftfn as pf
         >>> params, rows = {"0": {"w": torch.eye(2)}}, torch.tensor([[1.0, 0.0], [0.0, 3.0]])
         >>> seen = pf.laplace.fisher(pf.curvature.diagonal, lambda p, x: p["0"]["w"] @ x, params, rows[:1])
         >>> belief = pf.laplace.predict(lambda p, x: p["0"]["w"] @ x, params, seen, rows, precision=1.0)
-        >>> belief.covariance.diagonal(dim1=1, dim2=2)  # λ alone speaks of what no row has shown: |x|²/λ
+        >>> belief.covariance.diagonal(dim1=1, dim2=2)  # the second row's direction was never seen: |x|²/λ
         tensor([[0.8357, 0.8357],
                 [9.0000, 9.0000]])
     """
@@ -139,8 +151,19 @@ def probabilities(belief: Belief, generator: torch.Generator, draws: int = 500) 
 
     Args:
         belief: as `predict` returns it.
-        generator: where the draws come from; every row and every precision gets the same ones.
+        generator: where the draws come from, on the device of the belief; every row and every precision gets the same
+            ones.
         draws: how many.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> mean, spread = torch.tensor([[4.0, 0.0]]), torch.eye(2)[None]
+        >>> sure, unsure = (
+        ...     pf.laplace.probabilities(pf.laplace.Belief(mean, size * spread), torch.Generator().manual_seed(0))
+        ...     for size in (0.0, 100.0)
+        ... )
+        >>> bool(sure[0, 0] > 0.9 > unsure[0, 0])
+        True
     """
     mean, covariance = belief
     normal = torch.randn(draws, mean.shape[-1], generator=generator, dtype=mean.dtype, device=mean.device)

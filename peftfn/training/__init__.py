@@ -1,1 +1,1 @@
-"""Optimizers, many adapters trained at once, allocation of ranks."""
+"""Optimizers as functions, sweeps (many adapters trained at once), and AdaLoRA's allocation of ranks."""

@@ -1,7 +1,6 @@
 """Training AdaLoRA: its regulariser, and which ranks are left after each step, as pure functions.
 
-A step of training with `torch.func`, and how a `torch.optim` optimizer, which writes into the adapter's own tensors,
-goes on with what `allocate` returns:
+A step of training with `torch.func`:
 
 ```python
 state = pf.adalora.init_state(adapter)
@@ -10,6 +9,8 @@ for step, batch in enumerate(batches):
     adapter = adapter.replace(params=update(adapter.params, grads))
     state, adapter = pf.adalora.allocate(state, adapter, grads, step)
 ```
+
+and with a `torch.optim` optimizer, which holds the adapter's own tensors, so that the new values are copied into them:
 
 ```python
     (pf.apply(model, adapter, batch).loss + pf.adalora.regulariser(adapter)).backward()
@@ -44,6 +45,13 @@ class State(NamedTuple):
     Attributes:
         sensitivity: of |value · gradient| (equation 9 of the paper).
         uncertainty: of how far |value · gradient| is from that (equation 10).
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> adapter = pf.init(model, pf.AdaLoraConfig(init_r=2, target_modules=["0"]))
+        >>> {name: tuple(t.shape) for name, t in pf.adalora.init_state(adapter).sensitivity["0"].items()}
+        {'lora_A': (2, 4), 'lora_B': (4, 2), 'lora_E': (2, 1)}
     """
 
     sensitivity: Tree
@@ -55,6 +63,16 @@ def regulariser(adapter: Adapter) -> Tensor:
 
     The mean of ‖PᵀP - I‖ and ‖QQᵀ - I‖ (Frobenius) over all sites. PEFT adds it to `outputs.loss` by itself; here it
     is the caller's to add.
+
+    Args:
+        adapter: an AdaLoRA adapter, or a stack that `torch.vmap` maps.
+
+    Returns:
+        A 0-d tensor, differentiable in the adapter.
+
+    Raises:
+        TypeError: the adapter is of another method.
+        ValueError: it is a stack that nothing maps, or one of unlike configs or sites.
 
     Example:
         >>> import torch, peftfn as pf
@@ -73,7 +91,21 @@ def regulariser(adapter: Adapter) -> Tensor:
 
 
 def init_state(adapter: Adapter) -> State:
-    """The state before the first step: zeros."""
+    """The state before the first step: zeros.
+
+    Args:
+        adapter: the adapter to be trained.
+
+    Raises:
+        TypeError, ValueError: as `regulariser`.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> adapter = pf.init(model, pf.AdaLoraConfig(init_r=2, target_modules=["0"]))
+        >>> pf.adalora.init_state(adapter).uncertainty["0"]["lora_E"].T
+        tensor([[0., 0.]])
+    """
     _config(adapter)
     zeros, again = (
         {path: {name: torch.zeros_like(leaf[name], requires_grad=False) for name in NAMES} for path, leaf in sites}
@@ -88,8 +120,20 @@ def budget(adapter: Adapter, step: int) -> tuple[int, bool]:
     All of them up to `tinit`; then fewer by a cubic schedule, decided anew each `deltaT` steps (equation 12); from
     `total_step - tfinal` on, `target_r` for each site. The last decision is that of step `total_step - tfinal`.
 
+    Args:
+        adapter: the adapter in training.
+        step: the number of the step, from 0.
+
     Raises:
-        ValueError: the config has no `total_step`.
+        TypeError: as `regulariser`.
+        ValueError: the config has no `total_step`; or as `regulariser`.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> config = pf.AdaLoraConfig(init_r=8, target_r=2, total_step=10, tinit=2, tfinal=2, target_modules=["0"])
+        >>> adapter = pf.init(torch.nn.Sequential(torch.nn.Linear(8, 8)), config)
+        >>> [pf.adalora.budget(adapter, step)[0] for step in range(10)]
+        [8, 8, 8, 5, 3, 2, 2, 2, 2, 2]
     """
     config, sites = _config(adapter), len(_sites(adapter))
     first, last = config.init_r * sites, config.target_r * sites
@@ -123,8 +167,19 @@ def allocate(
 
     Raises:
         ValueError: the config has no `total_step`; or this is the last step to decide, and no step before it was
-            counted; or the adapter comes from a file, where ranks are given up for good.
+            counted; or the adapter comes from a file, where ranks are given up for good; or as `regulariser`.
+        TypeError: as `regulariser`.
         KeyError: a gradient is missing.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> config = pf.AdaLoraConfig(init_r=2, target_r=1, total_step=3, tfinal=1, target_modules=["0"])
+        >>> adapter = pf.init(torch.nn.Sequential(torch.nn.Linear(4, 4)), config)
+        >>> state, grads = pf.adalora.init_state(adapter), adapter.params  # the gradient of half the sum of squares
+        >>> for step in range(3):
+        ...     state, adapter = pf.adalora.allocate(state, adapter, grads, step)
+        >>> pf.adalora.ranks(adapter)
+        {'0': 1}
     """
     config = _config(adapter)
     end = _total(config) - config.tfinal
@@ -222,7 +277,17 @@ def _masked(adapter: Adapter, masks: Mapping[str, Tensor]) -> Adapter:
 
 
 def ranks(adapter: Adapter) -> dict[str, int]:
-    """How many ranks are left at each site."""
+    """How many ranks are left at each site, by its path.
+
+    Args:
+        adapter: an AdaLoRA adapter; of another method there are no ranks to give up, and so no sites.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> pf.adalora.ranks(pf.init(model, pf.AdaLoraConfig(init_r=3, target_modules=["0"])))
+        {'0': 3}
+    """
     return {path: int(adapter.buffers[path]["mask"].sum()) for path in _sites(adapter)}
 
 

@@ -29,6 +29,13 @@ class Optimizer(NamedTuple):
     Attributes:
         init: `params -> state` before the first step: a NamedTuple of trees like the parameters and of 0-d tensors.
         update: `(params, grads, state, *, lr, ...) -> (params, state)`; the keywords are its hyperparameters.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> params = {"0": {"w": torch.ones(2)}}
+        >>> state = pf.optimizers.SGD.init(params)
+        >>> pf.optimizers.SGD.update(params, params, state, lr=0.5)[0]
+        {'0': {'w': tensor([0.5000, 0.5000])}}
     """
 
     init: Callable[[Tree], Any]
@@ -42,6 +49,11 @@ class Moments(NamedTuple):
         step: how many steps were taken, 0-d and float64.
         first: the moving average of the gradient.
         second: the moving average of its square.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> pf.optimizers.adamw_init({"0": {"w": torch.ones(2)}}).first
+        {'0': {'w': tensor([0., 0.])}}
     """
 
     step: Tensor
@@ -55,6 +67,11 @@ class Momentum(NamedTuple):
     Attributes:
         step: how many steps were taken, 0-d and float64.
         velocity: the decaying sum of gradients.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> pf.optimizers.sgd_init({"0": {"w": torch.ones(2)}}).velocity
+        {'0': {'w': tensor([0., 0.])}}
     """
 
     step: Tensor
@@ -62,7 +79,16 @@ class Momentum(NamedTuple):
 
 
 def adamw_init(params: Tree) -> Moments:
-    """The state of AdamW before the first step: zeros."""
+    """The state of AdamW before the first step: zeros.
+
+    Args:
+        params: what is to be trained, at least one tensor.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> pf.optimizers.adamw_init({"0": {"w": torch.ones(2)}}).step
+        tensor(0., dtype=torch.float64)
+    """
     return Moments(_none_taken(params), _zeros(params), _zeros(params))
 
 
@@ -117,7 +143,16 @@ def adamw(
 
 
 def sgd_init(params: Tree) -> Momentum:
-    """The state of SGD before the first step: zeros."""
+    """The state of SGD before the first step: zeros.
+
+    Args:
+        params: what is to be trained, at least one tensor.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> pf.optimizers.sgd_init({"0": {"w": torch.ones(2)}}).step
+        tensor(0., dtype=torch.float64)
+    """
     return Momentum(_none_taken(params), _zeros(params))
 
 
@@ -162,6 +197,9 @@ def sgd(
 def norm(tree: Tree) -> Tensor:
     """The Euclidean norm of all numbers of a tree together, 0-d.
 
+    Args:
+        tree: tensors by site path and name, as `adapter.params` or its gradients.
+
     Example:
         >>> import torch, peftfn as pf
         >>> pf.optimizers.norm({"0": {"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])}})
@@ -172,7 +210,17 @@ def norm(tree: Tree) -> Tensor:
 
 
 def clipped(grads: Tree, max_norm: Number) -> Tree:
-    """The gradients, scaled down where their norm is above `max_norm`: as `torch.nn.utils.clip_grad_norm_` does it."""
+    """The gradients, scaled down where their norm is above `max_norm`: as `torch.nn.utils.clip_grad_norm_` does it.
+
+    Args:
+        grads: tensors by site path and name.
+        max_norm: the largest norm of all of them together, a number or a 0-d tensor.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> pf.optimizers.clipped({"0": {"w": torch.tensor([3.0, 4.0])}}, max_norm=1.0)
+        {'0': {'w': tensor([0.6000, 0.8000])}}
+    """
     scale = (max_norm / (norm(grads) + 1e-6)).clamp(max=1.0)
 
     def shorter(g: Tensor) -> tuple[Tensor]:
@@ -182,7 +230,10 @@ def clipped(grads: Tree, max_norm: Number) -> Tree:
 
 
 ADAMW = Optimizer(adamw_init, adamw)
+"""AdamW, the default of `peftfn.sweep`."""
+
 SGD = Optimizer(sgd_init, sgd)
+"""Gradient descent, with momentum where it is asked for."""
 
 
 def _wide(value: Number, like: Tensor) -> Tensor:

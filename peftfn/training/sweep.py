@@ -48,6 +48,13 @@ class Run(NamedTuple):
     Attributes:
         adapter: the stack.
         state: the optimizer's, of which every tensor has a leading axis K too.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 1))
+        >>> run = pf.sweep.begin([pf.init(model, pf.LoraConfig(r=1, target_modules=["0"]))] * 3)
+        >>> run.adapter.params["0"]["lora_A"].shape, run.state.step
+        (torch.Size([3, 1, 4]), tensor([0., 0., 0.], dtype=torch.float64))
     """
 
     adapter: Adapter
@@ -60,6 +67,16 @@ def begin(adapters: Sequence[Adapter], optimizer: Optimizer = ADAMW) -> Run:
     Args:
         adapters: as for `peftfn.stack`: of one method; ranks, alphas and sites may differ.
         optimizer: the one that `step` will be given.
+
+    Raises:
+        TypeError, ValueError: the adapters cannot be stacked, as in `peftfn.stack`.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 1))
+        >>> adapters = [pf.init(model, pf.LoraConfig(r=r, target_modules=["0"])) for r in (1, 2)]
+        >>> type(pf.sweep.begin(adapters, pf.optimizers.SGD).state).__name__
+        'Momentum'
     """
     stacked = stacking.stack(adapters)
     return Run(stacked, torch.vmap(optimizer.init)(_detached(stacked.params)))
@@ -71,8 +88,20 @@ def gradients(stacked: Adapter, losses: Losses, batch: Any) -> tuple[Tree, Tenso
     One backward pass of the sum: ∂(L₁ + … + L_K)/∂θₖ = ∂Lₖ/∂θₖ. It is torch's ordinary one, so activation checkpointing
     works. A tensor that no loss depends on has gradient 0.
 
+    Args:
+        stacked: the stack, `run.adapter`.
+        losses: `(stack, batch) -> (K,)`, the loss of each adapter.
+        batch: what `losses` takes: as a rule each tensor is (K, rows, ...), the batch of each adapter.
+
     Raises:
         ValueError: `losses` does not return one number for each adapter.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> adapter = pf.init(torch.nn.Sequential(torch.nn.Linear(4, 1)), pf.LoraConfig(r=1, target_modules=["0"]))
+        >>> losses = torch.vmap(lambda adapter, x: adapter.params["0"]["lora_B"].sum() * x)
+        >>> pf.sweep.gradients(pf.stack([adapter] * 2), losses, torch.tensor([2.0, 3.0]))[0]["0"]["lora_B"].flatten()
+        tensor([2., 3.])
     """
     params = {path: {n: t.detach().requires_grad_() for n, t in leaf.items()} for path, leaf in stacked.params.items()}
     with torch.enable_grad():
@@ -107,7 +136,15 @@ def update(
         **hyperparameters: what the optimizer's `update` takes (`lr`, `weight_decay`, ...): a number, or K numbers.
 
     Raises:
-        ValueError: a hyperparameter has neither one value nor K.
+        ValueError: a hyperparameter, `active` or `max_norm` has neither one value nor K.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> adapter = pf.init(torch.nn.Sequential(torch.nn.Linear(4, 1)), pf.LoraConfig(r=1, target_modules=["0"]))
+        >>> run = pf.sweep.begin([adapter] * 2, pf.optimizers.SGD)
+        >>> grads = {"0": {name: torch.ones_like(t) for name, t in run.adapter.params["0"].items()}}
+        >>> pf.sweep.update(run, grads, pf.optimizers.SGD, lr=[0.5, 0.25]).adapter.params["0"]["lora_B"].flatten()
+        tensor([-0.5000, -0.2500])
     """
     given = {name: _each(name, value, run.adapter) for name, value in hyperparameters.items()}
     runs = None if active is None else _each("active", active, run.adapter).bool()
@@ -142,7 +179,19 @@ def step(
 ) -> tuple[Run, Tensor]:
     """The run after one training step of every adapter, and the losses (K,) before it.
 
-    `gradients` and then `update`, whose arguments it takes.
+    `gradients` and then `update`.
+
+    Args:
+        run: as `begin`, `step` or `keep` returned it.
+        losses: `(stack, batch) -> (K,)`, the loss of each adapter.
+        batch: what `losses` takes: as a rule each tensor is (K, rows, ...), the batch of each adapter.
+        optimizer: the one of `begin`.
+        active: as of `update`.
+        max_norm: as of `update`.
+        **hyperparameters: as of `update`.
+
+    Raises:
+        ValueError: `losses` does not return (K,) numbers, or as `update`.
 
     Example:
         >>> import torch, peftfn as pf
@@ -162,13 +211,24 @@ def step(
 
 
 def keep(run: Run, numbers: Sequence[int]) -> Run:
-    """The run of some of the adapters alone, as it would be had the others never been there.
+    """The run of some of the adapters alone, as if it had begun without the others.
 
     So adapters that have stopped cost nothing more. Ranks are padded to the largest that is left.
 
     Args:
         run: as `begin` or `step` returned it.
         numbers: which adapters, from 0, in the order that is wanted.
+
+    Raises:
+        ValueError: there is no number.
+        IndexError: a number is not that of an adapter.
+
+    Example:
+        >>> import torch, peftfn as pf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 1))
+        >>> run = pf.sweep.begin([pf.init(model, pf.LoraConfig(r=r, target_modules=["0"])) for r in (1, 2, 3)])
+        >>> [one.config.r for one in pf.unstack(pf.sweep.keep(run, [0, 1]).adapter)]
+        [1, 2]
     """
     if not numbers:
         raise ValueError("keep was given no number; expected at least one adapter to go on with.")
