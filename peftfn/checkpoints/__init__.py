@@ -1,1 +1,1 @@
-"""PEFT's files, both ways, and merging from file to file."""
+"""Adapters read from PEFT's files and written to them, and merging from file to file."""

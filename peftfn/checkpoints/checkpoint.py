@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn import methods
-from peftfn.checkpoints import keys, prompt_encoder, renamed_keys, site_notes
+from peftfn.checkpoints import keys, model_card, prompt_encoder, renamed_keys, site_notes
 from peftfn.core import files, hub
 from peftfn.core.adapter import Adapter
 from peftfn.core.config import PeftConfig
@@ -33,7 +33,7 @@ from peftfn.core.transforms import is_traced
 from peftfn.models import fused_projections
 from peftfn.ops import validate
 
-# Names in files that are out there: they are not those of modules, and never change.
+# Names in files that people have: they never change, whatever the modules here are called.
 _CONFIG_KEY = "peftfn.config"
 _REPLACES_KEY = "peftfn.replaces"
 _PARTS_KEY = "peftfn.parts"
@@ -41,19 +41,20 @@ _BUFFERS_KEY = "peftfn.buffers"
 
 
 def save(adapter: Adapter, folder: str | Path) -> Path:
-    """Write the adapter into `folder` (made if missing) as PEFT's two files and a model card; the folder.
+    """The folder, with the adapter written into it as PEFT's two files and a model card.
 
     PEFT's files hold the prompt that P-tuning and projected prefixes make, not the network that makes it: that goes
     into a file of its own beside them, so that training can go on.
 
     Args:
         adapter: a single adapter; tensors are written as they are, bit for bit.
-        folder: an adapter that is there is replaced, other files are left alone.
+        folder: made if missing; an adapter that is there is replaced, other files are left alone.
 
     Raises:
         TypeError: it is not an adapter, or it is a stack.
         ValueError: a tensor has no values to write (it is on the meta device, or inside a `torch.func` transform).
         NotADirectoryError: `folder` is a file.
+        OSError: the disk is full, or the folder cannot be written to; what was there stays.
 
     Example:
         >>> import tempfile, torch, peftfn as pf
@@ -84,7 +85,7 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
         files.CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
     }
     if not (folder / files.CARD).exists():
-        writes[files.CARD] = lambda path: path.write_text(card(adapter), encoding="utf-8")
+        writes[files.CARD] = lambda path: path.write_text(model_card.card(adapter), encoding="utf-8")
     files.write_together(folder, writes)
     (folder / files.PICKLE).unlink(missing_ok=True)  # an older file of the same adapter, which readers would find too
     prompt_encoder.remove_others(folder, encoder)
@@ -143,6 +144,14 @@ def load(
             what is not supported, or is not the weights' own; or, with `model`, something does not fit.
         KeyError: a key is unknown or missing.
         TypeError: `model` is no module, or the first argument no path.
+
+    Example:
+        >>> import tempfile, torch, peftfn as pf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> folder = pf.save(pf.init(model, pf.LoraConfig(r=2, target_modules=["0"])), tempfile.mkdtemp())
+        >>> pf.load(folder, model)
+        Adapter(LoraConfig, 1 sites)
+          0: lora_A 2×4, lora_B 2×2
     """
     _check_types(folder_or_hub_id, model)
     device = torch.device(device)
@@ -267,28 +276,23 @@ def push_to_hub(
     token: str | bool | None = None,
     private: bool | None = None,
 ) -> str:
-    """Upload the adapter's files and its model card to a hub repository (made if missing); the commit's address."""
+    """The address of the commit that puts the adapter's files and its model card into a hub repository.
+
+    Args:
+        adapter: as for `save`.
+        repo_id: the repository, `user/name`; made if missing.
+        revision: the branch, made if missing; by default the main one.
+        token: as `huggingface_hub` has it; by default the one of `hf auth login`.
+        private: whether a repository that is made is private; by default what the account says.
+
+    Raises:
+        TypeError: as `save`.
+        ValueError: as `save`, or `repo_id` is no valid name (`HFValidationError`).
+        OSError: the hub cannot be reached, or refuses (`HfHubHTTPError`).
+
+    Example:
+        >>> import peftfn as pf
+        >>> pf.push_to_hub(pf.load("path/of/an/adapter"), "user/name")  # doctest: +SKIP
+        'https://huggingface.co/user/name/commit/...'
+    """
     return hub.push(repo_id, lambda folder: save(adapter, folder), token=token, private=private, revision=revision)
-
-
-def card(adapter: Adapter) -> str:
-    """A model card: what the adapter is, what it goes with, and how to use it."""
-    config: Any = adapter.config
-    base = config.base_model_name_or_path
-    hub_id = base if base and re.fullmatch(r"[\w.\-]+/[\w.\-]+", base) else None
-    head = ["---", "library_name: peft", *([f"base_model: {hub_id}"] if hub_id else []), "tags:", "- peftfn", "---"]
-    trained = sum(tensor.numel() for leaf in adapter.params.values() for tensor in leaf.values())
-    facts = [f"Method: {config.peft_type}", f"sites: {len(adapter.params)}", f"trained parameters: {trained:,}"]
-    if base:
-        facts.append(f"base: `{base}`")
-    use = [
-        "```python",
-        "import peftfn as pf",
-        "",
-        'adapter = pf.load("path/or/hub-id")',
-        "output = pf.apply(model, adapter, batch)",
-        "```",
-        "",
-        "It is in PEFT's format: `peft.PeftModel.from_pretrained(model, ...)` reads it too.",
-    ]
-    return "\n".join([*head, "", "# Adapter", "", "; ".join(facts) + ".", "", *use, ""])

@@ -1,4 +1,4 @@
-"""Many adapters from disk as one stack."""
+"""`load_stack`: adapters from several folders, as one stack."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def load_stack(
 
     Raises:
         ValueError: there is no folder, or what is in them cannot be stacked.
-        FileNotFoundError, KeyError, TypeError: as `load`.
+        TypeError: one path was given in place of several; or as `load`.
+        FileNotFoundError, KeyError: as `load`.
 
     Example:
         >>> import tempfile, torch, peftfn as pf

@@ -50,9 +50,9 @@ def load_with_model(
 ) -> tuple[Any, Adapter]:
     """The base model that an adapter names, and the adapter: `pf.apply(*pf.load_with_model(folder), batch)`.
 
-    It stands for all of PEFT's `AutoPeftModelFor...` classes: the adapter's config says which base, in which revision,
-    and which of transformers' classes, by its task type (`CLASSES` of this file), or by the class of the model that it
-    was made for. The base is what `from_pretrained` returns, with nothing in it.
+    It does what PEFT's `AutoPeftModelFor...` classes do. The adapter's config says which base, in which revision, and
+    which of transformers' classes: by its task type (`CLASSES` of this file), or by the class of the model that it was
+    made for. The base is what `from_pretrained` returns, unchanged: the adapter is not put into it.
 
     Two things follow the adapter: a vocabulary that it has grown (an embedding in its file, or a tokenizer beside it),
     and the labels of a head in its file: their number, and their names where `peftfn train` made it. What the base's
@@ -67,14 +67,27 @@ def load_with_model(
         revision: of the adapter; that of the base is in the config.
         token: for the hub, for both.
         cache_dir: for the hub, for both.
-        options: for the base's `from_pretrained`: `dtype`, `device_map`, `quantization_config`, ...
+        **options: for the base's `from_pretrained`: `dtype`, `device_map`, `quantization_config`, ...
 
     Raises:
         FileNotFoundError: the adapter, or its base, is not there.
-        ValueError: the config names no base, or no class that can be used, or the adapter does not fit the base.
+        ValueError: the config names no base, or no class that can be used; the base's folder holds an adapter itself;
+            or the adapter's files are not whole or do not fit the base, as in `load`.
+        KeyError: the adapter lacks sites of the base, or has others, as in `load`.
+        TypeError: `cls` has no `from_pretrained`.
 
     Example:
-        >>> model, adapter = pf.load_with_model("path/or/hub-id", dtype="auto")  # doctest: +SKIP
+        >>> import tempfile, torch, transformers, peftfn as pf
+        >>> config = transformers.LlamaConfig(
+        ...     vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        ... )
+        >>> base = tempfile.mkdtemp()
+        >>> transformers.LlamaForCausalLM(config).save_pretrained(base)
+        >>> lora = pf.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        >>> adapter = pf.init(transformers.LlamaForCausalLM.from_pretrained(base), lora)
+        >>> model, adapter = pf.load_with_model(pf.save(adapter, tempfile.mkdtemp()))
+        >>> pf.apply(model, adapter, torch.tensor([[1, 2, 3]])).logits.shape
+        torch.Size([1, 3, 8])
     """
     where = "/".join(part for part in (subfolder, adapter_name) if part and part != "default") or None
     origin = hub.Origin(str(folder_or_hub_id), where, revision, token, cache_dir)

@@ -1,4 +1,4 @@
-"""The table of methods. A method is a tuple of functions; adding one is one file here and one line below."""
+"""The table of methods. A method is a tuple of functions: to add one, write a file here and a line below."""
 
 from __future__ import annotations
 

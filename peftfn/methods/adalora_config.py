@@ -12,13 +12,29 @@ from peftfn.methods.lora_config import LowRankConfig, check_positive, described
 
 @dataclasses.dataclass(frozen=True)
 class AdaLoraConfig(LowRankConfig):
-    """AdaLoRA's config, with PEFT's fields and defaults.
+    """AdaLoRA's config, with PEFT's fields and defaults: W + s·P·Λ·Q (https://arxiv.org/abs/2303.10512).
 
     `r`, `use_rslora` and `alpha_pattern` are PEFT's and change nothing: the rank is `init_r`. Files may have them,
-    `peftfn.init` refuses them. `total_step` may be left out here, as in files of PEFT 0.5.0; allocation needs it.
+    `peftfn.init` refuses them. How ranks are given up in training: `peftfn.adalora`.
+
+    Attributes:
+        target_r: the average rank of a site in the end.
+        init_r: the rank at the start.
+        tinit: how many steps keep all ranks.
+        tfinal: how many steps at the end keep the ranks that are left.
+        deltaT: steps from one decision about ranks to the next.
+        beta1: the part of a sensitivity's moving average that a step keeps, above 0 and below 1.
+        beta2: the same of its uncertainty.
+        orth_reg_weight: the factor of `peftfn.adalora.regulariser`.
+        total_step: the number of training steps; `None`, as in files of PEFT 0.5.0, serves everything but allocation.
+        rank_pattern: from files: which of the `init_r` rows of each site are left.
+
+    Raises:
+        ValueError: a field is out of its range, or `tinit` and `tfinal` leave no step between them.
 
     Example:
-        >>> config = AdaLoraConfig(init_r=12, target_r=4, total_step=1000, tinit=100, tfinal=200, deltaT=10)
+        >>> import peftfn as pf
+        >>> config = pf.AdaLoraConfig(init_r=12, target_r=4, total_step=1000, tinit=100, tfinal=200, deltaT=10)
         >>> config.init_r, config.r
         (12, 8)
     """

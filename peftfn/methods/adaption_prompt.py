@@ -1,4 +1,4 @@
-"""LLaMA-Adapter: prompts that each attention layer looks at through a gate that starts at zero.
+"""LLaMA-Adapter: each adapted attention also attends to trained prompts, scaled by a gate that starts at zero.
 
 o + o_proj(g · softmax(q·k(P)ᵀ/√d)·v(P)): Zhang et al. 2023, https://arxiv.org/abs/2303.16199, section 3.2. As in PEFT,
 GPT-2's is added after the output projection.
@@ -33,6 +33,14 @@ class AdaptionPromptConfig(PeftConfig):
         target_modules: the name of the attention modules; `None` takes the model type's.
         adapter_len: how many prompt tokens per layer.
         adapter_layers: how many layers get them, counted from the top.
+
+    Raises:
+        ValueError: a number is not positive.
+
+    Example:
+        >>> import peftfn as pf
+        >>> pf.AdaptionPromptConfig(adapter_len=10, adapter_layers=2, task_type="CAUSAL_LM").adapter_len
+        10
     """
 
     peft_type: ClassVar[str] = "ADAPTION_PROMPT"

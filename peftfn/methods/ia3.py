@@ -1,8 +1,8 @@
 """(IA)³: a learned vector that scales what a layer puts out, or what it takes in (Liu et al. 2022).
 
 y = l ∘ (W x + b), or y = W (l ∘ x) + b in the layers that `feedforward_modules` names
-(https://arxiv.org/abs/2205.05638, section 3.3). Which of the two a site is is said by the adapter's
-`sites`, so that nothing matches a pattern while a call runs. Adapters that differ in it are not stacked.
+(https://arxiv.org/abs/2205.05638, section 3.3). The adapter's `sites` hold which of the two each site
+is, so that no pattern is matched while a call runs. Adapters that differ in it are not stacked.
 
 PEFT has linear layers, transformers' `Conv1D`, `nn.Conv2d` and `nn.Conv3d`; `nn.Conv1d` is ours alone.
 """
@@ -31,10 +31,17 @@ from peftfn.models.layouts import WeightShape
 
 @dataclasses.dataclass(frozen=True)
 class IA3Config(TargetedConfig):
-    """The config of (IA)³, with PEFT's fields and defaults.
+    """The config of (IA)³, with PEFT's fields and defaults: vectors that scale outputs, or inputs of some layers.
+
+    Attributes:
+        feedforward_modules: names (a path's ending) or a regex of those targets whose input is scaled; `None` takes the
+            model type's.
+        fan_in_fan_out: whether weights are stored (in, out); `peftfn.init` corrects it from the layers that it finds.
+        init_ia3_weights: `True` (ones), or `False` (normal numbers: not the identity).
 
     Example:
-        >>> config = IA3Config(target_modules=["k", "v", "wo"], feedforward_modules=["wo"])
+        >>> import peftfn as pf
+        >>> config = pf.IA3Config(target_modules=["k", "v", "wo"], feedforward_modules=["wo"])
         >>> config.feedforward_modules
         ('wo',)
     """
@@ -55,7 +62,7 @@ class IA3Config(TargetedConfig):
 def resolve(model: nn.Module, config: IA3Config) -> IA3Config:
     """The config with the targets and feedforward modules that the model decides, and its heads, filled in.
 
-    PEFT reads a config only if its feedforward modules are among its targets, name by name: they are made to be.
+    PEFT reads a config only if its feedforward modules are among its targets, name by name, so they are put there.
     """
     resolved = targets.resolved(model, config, TARGETS)
     given, named = config.feedforward_modules, resolved.target_modules

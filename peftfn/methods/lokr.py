@@ -30,10 +30,28 @@ from peftfn.models.layouts import WeightShape
 
 @dataclasses.dataclass(frozen=True)
 class LoKrConfig(LayeredConfig):
-    """LoKr's config, with PEFT's fields and defaults.
+    """LoKr's config, with PEFT's fields and defaults: W + s·(W₁ ⊗ W₂) (https://arxiv.org/abs/2309.14859).
+
+    Attributes:
+        r: the rank of a factor that is a product; a small W₂ is whole, whatever r is.
+        alpha: the scaling is alpha / r.
+        rank_dropout: the probability in training that a row of the update is dropped.
+        module_dropout: the probability in training that a layer goes without its update.
+        rank_dropout_scale: whether the rows that are left are scaled up to make up for those that are dropped.
+        use_effective_conv2d: whether W₂ of a kernel of more than one element is in Tucker form.
+        decompose_both: whether W₁ may be a product too.
+        decompose_factor: the smaller factor of each dimension, if it divides; -1 takes the largest possible.
+        init_weights: `True` (W₁ = 0), `"lycoris"` (W₂ = 0), or `False` (neither: not the identity).
+        rank_pattern: other ranks, by module name or regex; the first one that matches a path counts.
+        alpha_pattern: other alphas, in the same way.
+
+    Raises:
+        ValueError: a rank or `decompose_factor` is no positive integer, a dropout no probability below 1, or
+            `init_weights` unknown.
 
     Example:
-        >>> config = LoKrConfig(r=4, alpha=8, target_modules=["query"], decompose_factor=8)
+        >>> import peftfn as pf
+        >>> config = pf.LoKrConfig(r=4, alpha=8, target_modules=["query"], decompose_factor=8)
         >>> config.alpha / config.r
         2.0
     """
@@ -174,7 +192,7 @@ def _second(leaf: Mapping[str, Tensor]) -> Tensor:
 
 
 def forward(config: LoKrConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """What the layer computes, and with s·(W₁ ⊗ W₂) and no bias; in training, what dropout leaves of it."""
+    """W x + b + s·(W₁ ⊗ W₂) x; in training, with the rows of the update that dropout leaves."""
     y, change = site(x, *args, **kwargs), delta(config, leaf, layouts.of_site(site))
     if site.training:
         change = _dropped(config, change)

@@ -16,7 +16,30 @@ def described(text: str) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class LowRankConfig(LayeredConfig):
-    """The fields that PEFT's configs of LoRA and AdaLoRA share."""
+    """The fields that PEFT's configs of LoRA and AdaLoRA share.
+
+    Attributes:
+        target_parameters: names of bare parameters to adapt, such as an MoE's experts: (experts, ...) tensors.
+        r: the rank of the update.
+        lora_alpha: the scaling is lora_alpha / r.
+        lora_dropout: the probability in training that a number of A's input is dropped.
+        fan_in_fan_out: whether weights are stored (in, out); `peftfn.init` corrects it from the layers that it finds.
+        bias: which biases to train too: `"none"`, `"all"`, or `"lora_only"`, those of the adapted layers.
+        use_rslora: whether the scaling is lora_alpha / √r instead (https://arxiv.org/abs/2312.03732).
+        init_lora_weights: `True` (A as torch's linear layers, B = 0), `"gaussian"` (A normal of deviation 1/r, B = 0),
+            `False` (both at random: not the identity). Files may have others that need no changed base.
+        alpha_pattern: other alphas, by module name or regex; the first one that matches a path counts.
+
+    Raises:
+        TypeError: `target_parameters` is a string.
+        ValueError: `r` is no positive integer, `lora_dropout` no probability below 1, `bias` unknown, or
+            `init_lora_weights` unknown or one that changes the base too (see `peftfn.pissa` and `peftfn.olora`).
+
+    Example:
+        >>> import peftfn as pf
+        >>> pf.LoraConfig(r=4, alpha_pattern={"layer.0.query": 16}).bias
+        'none'
+    """
 
     inactive: ClassVar[Mapping[str, Any]] = {
         **dict.fromkeys(("megatron_config", "trainable_token_indices", "loftq_config", "eva_config"), OFF),
@@ -58,10 +81,18 @@ class LowRankConfig(LayeredConfig):
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig(LowRankConfig):
-    """LoRA's config, with PEFT's fields and defaults.
+    """LoRA's config, with PEFT's fields and defaults: W + s·B·A with W frozen (https://arxiv.org/abs/2106.09685).
+
+    Attributes:
+        rank_pattern: other ranks, by module name or regex; the first one that matches a path counts.
+        use_dora: whether a length of each output's weights is learned too (DoRA, https://arxiv.org/abs/2402.09353).
+
+    Raises:
+        ValueError: a rank in `rank_pattern` is no positive integer.
 
     Example:
-        >>> config = LoraConfig(r=16, lora_alpha=16, target_modules=["query", "value"], lora_dropout=0.1)
+        >>> import peftfn as pf
+        >>> config = pf.LoraConfig(r=16, lora_alpha=16, target_modules=["query", "value"], lora_dropout=0.1)
         >>> config.r, config.target_modules
         (16, ('query', 'value'))
     """

@@ -35,12 +35,31 @@ from peftfn.models.layouts import WeightShape
 
 @dataclasses.dataclass(frozen=True)
 class OFTConfig(LayeredConfig):
-    """OFT's config, with PEFT's fields and defaults; of `r` and `oft_block_size` one is 0.
+    """OFT's config, with PEFT's fields and defaults: W·Rᵀ, R a rotation in blocks (https://arxiv.org/abs/2306.07280).
 
-    Where the one that is given does not divide a layer's inputs, the nearest number that does is taken, as in PEFT.
+    Where the size that is given does not divide a layer's inputs, the nearest one that does is taken with a warning, as
+    in PEFT.
+
+    Attributes:
+        r: how many blocks a layer has, with `oft_block_size=0`.
+        oft_block_size: how many inputs a block rotates, with `r=0`.
+        module_dropout: the share of a layer's blocks that do nothing in a step of training, drawn anew in each.
+        fan_in_fan_out: whether weights are stored (in, out); `peftfn.init` corrects it from the layers that it finds.
+        bias: which biases to train too: `"none"`, `"all"`, or `"oft_only"`, those of the adapted layers.
+        init_weights: `True` (no rotation), or `False` (a random one).
+        coft: whether rotations are kept near the identity, within `eps`.
+        eps: how far from it: the norm of Q of all blocks together.
+        block_share: whether all blocks of a layer have the same tensor.
+        use_cayley_neumann: whether R is a sum of powers of Q, near a rotation, and not exact.
+        num_cayley_neumann_terms: how many terms that sum has.
+
+    Raises:
+        ValueError: not one of `r` and `oft_block_size` is 0, the other or `num_cayley_neumann_terms` is no positive
+            integer, `module_dropout` is no probability below 1, `eps` is not positive, or `bias` is unknown.
 
     Example:
-        >>> config = OFTConfig(oft_block_size=16, target_modules=["query", "value"])
+        >>> import peftfn as pf
+        >>> config = pf.OFTConfig(oft_block_size=16, target_modules=["query", "value"])
         >>> config.r, config.use_cayley_neumann
         (0, True)
     """
@@ -154,7 +173,7 @@ def rotation(config: OFTConfig, triangles: Tensor) -> Tensor:
     upper = flat.view(-1, block, block)
     skew = upper - upper.mT
     if config.coft:
-        skew = skew + (_constrained(skew.detach(), config.eps) - skew.detach())  # gradients go past it, as in PEFT
+        skew = skew + (_constrained(skew.detach(), config.eps) - skew.detach())  # gradients ignore it, as in PEFT
     eye = torch.eye(block, dtype=skew.dtype, device=skew.device).expand_as(skew)
     if config.use_cayley_neumann:
         return _series(skew, eye, config.num_cayley_neumann_terms)

@@ -59,11 +59,12 @@ def merge_folder(
         progress: whether to show a bar.
 
     Raises:
-        FileNotFoundError: the base has no safetensors weights.
+        FileNotFoundError: the base has no safetensors weights, or an adapter is not there.
         FileExistsError: the output is there already, or is being made by another process.
         KeyError: neither the files nor the model have what an adapter changes.
         ValueError: a file is not whole, something does not fit, or a weight would be NaN or infinite.
-        TypeError: an adapter is a stack.
+        TypeError: an adapter is a stack, or something else than an adapter or a path.
+        OSError: the disk is full; called again, it goes on.
 
     Example:
         >>> import tempfile, torch, transformers, peftfn as pf

@@ -23,7 +23,7 @@ from peftfn.methods.prompt.prompt_config import PromptLearningConfig
 from peftfn.methods.slots import Slot
 from peftfn.models.layers import Site
 
-_MOST_LAYERS = 16  # of the LSTM: the table of names is a finite one
+_MOST_LAYERS = 16  # of the LSTM: the slots below name the tensors of this many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,14 @@ class PromptEncoderConfig(PromptLearningConfig):
         encoder_hidden_size: `None` takes `token_dim`.
         encoder_num_layers: of the LSTM; the MLP has its own number.
         encoder_dropout: between the LSTM's layers, in training.
+
+    Raises:
+        ValueError: the type is unknown, the LSTM has no layer or more than 16, or the dropout is no probability.
+
+    Example:
+        >>> import peftfn as pf
+        >>> pf.PromptEncoderConfig(num_virtual_tokens=8, encoder_hidden_size=16).encoder_reparameterization_type
+        'MLP'
     """
 
     peft_type: ClassVar[str] = "P_TUNING"

@@ -36,6 +36,14 @@ class PrefixTuningConfig(PromptLearningConfig):
         encoder_hidden_size: of the projection; `None` takes `token_dim`.
         prefix_projection: whether a network of two layers makes the prefix (tanh between them).
         init_weights: `"zero"` starts with keys and values of zero, `None` at random.
+
+    Raises:
+        ValueError: `init_weights` is neither.
+
+    Example:
+        >>> import peftfn as pf
+        >>> pf.PrefixTuningConfig(num_virtual_tokens=8, task_type="CAUSAL_LM").prefix_projection
+        False
     """
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"

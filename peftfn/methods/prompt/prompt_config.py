@@ -31,6 +31,14 @@ class PromptLearningConfig(PeftConfig):
         num_attention_heads: of keys and values; `None` takes the model's.
         num_layers: `None` takes the model's.
         modules_to_save: modules to train and save whole, such as a new head.
+
+    Raises:
+        ValueError: a number that is given is not positive.
+
+    Example:
+        >>> import peftfn as pf
+        >>> isinstance(pf.PromptTuningConfig(num_virtual_tokens=8), pf.PromptLearningConfig)
+        True
     """
 
     num_virtual_tokens: int | None = dataclasses.field(default=None, metadata={"help": "How many virtual tokens."})
@@ -55,7 +63,13 @@ class PromptLearningConfig(PeftConfig):
 
     @property
     def rows(self) -> int:
-        """The number of virtual tokens that are trained, PEFT's copies included."""
+        """The number of virtual tokens that are trained, PEFT's copies included.
+
+        Example:
+            >>> import peftfn as pf
+            >>> pf.PromptTuningConfig(num_virtual_tokens=8, num_transformer_submodules=2).rows
+            16
+        """
         return (self.num_virtual_tokens or 0) * (self.num_transformer_submodules or 1)
 
 

@@ -29,7 +29,15 @@ class PromptTuningConfig(PromptLearningConfig):
         prompt_tuning_init: `"RANDOM"` (standard normal), `"SAMPLE_VOCAB"` (embeddings of random tokens) or `"TEXT"`.
         prompt_tuning_init_text: for `"TEXT"`: tokenized, then repeated or cut to the number of virtual tokens.
         tokenizer_name_or_path: for `"TEXT"`: a folder or hub id.
-        tokenizer_kwargs: for `"TEXT"`: arguments of `AutoTokenizer.from_pretrained`.
+        tokenizer_kwargs: for `"TEXT"`: arguments of `AutoTokenizer.from_pretrained`; `trust_remote_code` is dropped.
+
+    Raises:
+        ValueError: the init is unknown, `"TEXT"` lacks its text or tokenizer, or another init has `tokenizer_kwargs`.
+
+    Example:
+        >>> import peftfn as pf
+        >>> pf.PromptTuningConfig(num_virtual_tokens=8, task_type="CAUSAL_LM").prompt_tuning_init
+        'RANDOM'
     """
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
