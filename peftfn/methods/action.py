@@ -15,7 +15,7 @@ Merge = Callable[[Any, Mapping[str, Tensor], WeightShape, Mapping[str, Tensor]],
 
 
 def one_by_one(kind: str, rows: Runs | None) -> bool:
-    """Of methods whose forward takes one leaf at a time: `False`."""
+    """`False`, the default of `takes_rows`: the method's forward takes one leaf at a time."""
     return False
 
 
@@ -71,8 +71,8 @@ class OnCall(NamedTuple):
         check: as of `OnAttention`.
         disabled: as of `OnAttention`.
         call_sites: `(model) -> paths` of the modules whose call is changed.
-        encoded: `(config, leaf, site) -> leaf`: what the leaf's network makes of it, which is what rows share; of a
-            method that has one.
+        encoded: of a method with a network that makes its prompts, `(config, leaf, site) -> leaf` with the prompt that
+            it makes: this runs once for each adapter, whatever the number of its rows.
     """
 
     forward: Callable[..., Any]

@@ -160,7 +160,7 @@ def init(
 def forward(
     config: AdaptionPromptConfig, leaf: Mapping[str, Tensor], site: Site, *args: Any, **kwargs: Any
 ) -> tuple[Any, ...]:
-    """What the attention returns, with what it sees in the prompts added."""
+    """What the attention returns, plus its gated attention to the prompts."""
     attention: Any = site.layer
     output, *rest = site(*args, **kwargs)
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
@@ -183,7 +183,7 @@ def forward(
 
 
 def disabled(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
-    """The leaf of each row, of no prompt tokens where `keep` is false."""
+    """The leaf of each row, with 0 for its number of prompt tokens where `keep` is false."""
     count = torch.tensor(leaf["adaption_prompt"].shape[-2], device=keep.device)
     return {**leaf, insert_tokens.LENGTH: torch.where(keep, leaf.get(insert_tokens.LENGTH, count), 0)}
 

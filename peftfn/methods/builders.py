@@ -1,7 +1,7 @@
 """Methods that change a weight, out of one or two functions: what is added to it, or what it becomes.
 
 Functions see every weight as (out, in, *kernel), whatever the layer (`peftfn.models.layouts`). From the weight follow
-what the layer computes, also over a packed one, and what merging gives; a faster forward is for where there is one.
+what the layer computes, also over a packed one, and what merging gives; a method gives its own forward to be faster.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def reweighted(
     Args:
         weight: `(config, leaf, shape of W, W) -> W'`, both (out, in, *kernel).
         bias: `(config, leaf, shape of W, b) -> b'`, (out,); by default it stays.
-        forward: `(config, leaf, site, x, ...) -> y`, where there is a better way than to run the layer with W' and b'.
+        forward: `(config, leaf, site, x, ...) -> y`, where there is a faster way than to run the layer with W' and b'.
         kinds: the kinds of layer that it acts on.
     """
     merge = functools.partial(_reweighted, weight, bias)
@@ -95,7 +95,7 @@ def additive(delta: Delta, *, forward: Forward | None = None, kinds: Sequence[st
 
     Args:
         delta: `(config, leaf, shape of W) -> ΔW`, (out, in, *kernel).
-        forward: as in `reweighted`; by default what the layer gives, and what it gives with ΔW and no bias.
+        forward: as in `reweighted`; by default the layer's output plus that of the layer with ΔW and no bias.
         kinds: the kinds of layer that it acts on.
     """
     run = functools.partial(_run_added, delta) if forward is None else forward
@@ -117,6 +117,6 @@ def _run_added(
 
 
 def added(site: Site, y: Tensor, change: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """y and what the layer gives of x with a change (out, in, *kernel) of its weight alone, in the dtype of y."""
+    """y + the layer's output with the change (out, in, *kernel) for its weight and no bias, in the dtype of y."""
     stored = layouts.stored(site.kind, change)
     return (y + site.run_with({"weight": stored, "bias": None}, x, *args, **kwargs)).to(y.dtype)

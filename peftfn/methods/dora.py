@@ -59,7 +59,7 @@ def init(config: LoraConfig, path: str, site: Site, generator: torch.Generator, 
 
 
 def constants(config: LoraConfig, path: str, leaf: Leaf) -> Leaf:
-    """The scaling, and that the method acts: a magnitude alone cannot say that it does not."""
+    """The scaling, and `active`, 1: where it is 0 the method does nothing, which no value of the magnitude says."""
     return {**lora.constants(config, path, leaf), "active": constant(1.0, leaf)}
 
 
@@ -87,7 +87,7 @@ def _weight(config: LoraConfig, leaf: Mapping[str, Tensor], shape: WeightShape, 
 
 
 def forward(config: LoraConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """What the layer computes, scaled; see the head of this file."""
+    """y + (g - 1) ∘ (y - b) + g ∘ s·B·A·x, as the head of this file derives it."""
     y, tensors = site(x, *args, **kwargs), site.tensors
     weight, bias = tensors["weight"], tensors["bias"]
     assert weight is not None, "every layer that DoRA acts on has a weight"

@@ -88,12 +88,12 @@ def resolve(model: nn.Module, config: IA3Config) -> IA3Config:
 
 
 def _nested(named: Sequence[str], feedforward: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """The same two sets of sites in names of which the second are some of the first."""
+    """Names for the same two sets of sites, of which the second are among the first."""
     wanted: list[str] = []
     for name in feedforward:
         if name in named or any(name.endswith(f".{one}") for one in named):
             wanted.append(name)
-        else:  # the targets are more of the path
+        else:  # the targets name more of the path than it does
             wanted += [one for one in named if one.endswith(name)]
     return tuple(dict.fromkeys((*named, *wanted))), tuple(dict.fromkeys(wanted))
 

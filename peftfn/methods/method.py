@@ -44,7 +44,7 @@ def _resolve(model: nn.Module, config: Any) -> Any:
 
 
 class Targets(NamedTuple):
-    """Where it acts.
+    """Where a method acts.
 
     Attributes:
         resolve: `(model, config) -> config` with what the model decides filled in (default targets, ...).
@@ -99,7 +99,7 @@ def _same(leaf: Leaf) -> Leaf:
 
 
 class Files(NamedTuple):
-    """How its files differ from its leaves.
+    """How a method's files differ from its leaves.
 
     Attributes:
         check: `(config, path, leaf) -> None`, or a `KeyError` or `ValueError` that says what a file's leaf has.
@@ -173,7 +173,7 @@ class Method:
     whole: str | None = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        """Say what the action is, once: a call asks for each site."""
+        """Find out what kind of action it is, once: a call asks at each site."""
         is_call, is_weights = isinstance(self.action, OnCall), isinstance(self.action, OnWeights)
         object.__setattr__(self, "on_weights", self.action if is_weights else None)
         object.__setattr__(self, "on_call", self.action if is_call else None)
@@ -245,7 +245,7 @@ class Method:
         return self.action.disabled(leaf, keep)
 
     def of_rows(self, leaf: Leaf, kind: str, rows: slice) -> Leaf | None:
-        """The leaf that merges into these rows of a layer's weight alone as the given one does into all of it."""
+        """The leaf that changes these rows of a layer's weight as the given one does; `None` where there is none."""
         if self.on_weights is None or not self.on_weights.by_rows:
             return None
         if kind not in (layers.LINEAR, layers.TRANSPOSED, layers.EMBEDDING):

@@ -2,7 +2,7 @@
 
 Each block of R is made of a skew matrix Q, whose upper triangle is trained: as (I - Q)(I + Q)⁻¹, or as PEFT's sum of
 powers I + 2Q + 2Q² + ... + Qⁿ⁻¹ of `num_cayley_neumann_terms` n (`use_cayley_neumann`, its default), a rotation only
-near Q = 0. One is about the transpose of the other, so the field is a part of what trained tensors mean.
+near Q = 0. To first order they are I - 2Q and I + 2Q: with the other setting, trained tensors rotate the other way.
 
 A linear layer runs on the rotated input and its weight is not read, so any packed base will do. An embedding's outputs
 are rotated. A convolution runs with W·Rᵀ, R acting on inputs and kernel together; with a kernel of more than one

@@ -79,7 +79,7 @@ def wrong(slots: Slots, config: Any, weight: WeightShape, rank: int, leaf: Mappi
 
 
 def _ranks_in(slots: Slots, weight: WeightShape, leaf: Mapping[str, Tensor]) -> list[int]:
-    """What the rank of a leaf may be, by the axes that have it: a tensor for experts has as many in a row."""
+    """The ranks that a leaf may have, by its axes for the rank; tensors for experts have theirs side by side."""
     axes = [(leaf[name], slot.rank) for name, slot in slots.items() if slot.rank is not None and name in leaf]
     return [one.shape[axis] * weight.groups // weight.experts for one, axis in axes if axis < one.dim()]
 
@@ -95,7 +95,7 @@ def resized(slots: Slots, leaf: Leaf, rank: int) -> Leaf:
 
 
 def sized(tensor: Tensor, axis: int | None, count: int) -> Tensor:
-    """The tensor with so many on an axis: cut, or filled up with zeros."""
+    """The tensor with this size along an axis: cut, or filled up with zeros."""
     if axis is None or tensor.shape[axis] == count:
         return tensor
     kept = tensor.narrow(axis, 0, min(count, tensor.shape[axis]))
@@ -104,7 +104,7 @@ def sized(tensor: Tensor, axis: int | None, count: int) -> Tensor:
 
 
 def neutral(slots: Slots, like: Leaf) -> Leaf:
-    """A leaf of these shapes that does nothing, and of which training makes nothing: zeros, but for `off`."""
+    """A leaf of these shapes that does nothing: zeros, or the slot's `off`."""
     return {
         name: torch.full_like(tensor, slots[name].off or 0, requires_grad=False) if name in slots else tensor
         for name, tensor in like.items()
@@ -125,7 +125,7 @@ def disabled(slots: Slots, leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str
 
 
 def of_rows(slots: Slots, leaf: Leaf, rows: slice | Tensor, *, outputs: bool) -> Leaf:
-    """The leaf that makes some of a matrix's outputs alone, or what some of its inputs give."""
+    """The part of a leaf that makes some outputs of a matrix, or that reads some of its inputs."""
     axes = {name: slot.outputs if outputs else slot.inputs for name, slot in slots.items()}
     return {name: _rows(tensor, axes.get(name), rows) for name, tensor in leaf.items()}
 
@@ -135,7 +135,7 @@ def _rows(tensor: Tensor, axis: int | None, rows: slice | Tensor) -> Tensor:
 
 
 def among(slots: Slots, leaf: Leaf, rows: Tensor, count: int) -> Leaf:
-    """The leaf of `count` outputs that makes these of them, and of the others nothing: zero there."""
+    """The leaf for `count` outputs that makes these `rows` of them, and is zero for the others."""
     axes = {name: slots[name].outputs for name in leaf if name in slots}
     return {name: _among(tensor, axes.get(name), rows, count) for name, tensor in leaf.items()}
 

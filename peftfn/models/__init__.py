@@ -1,1 +1,1 @@
-"""A base: its layers, what names them, and the private copy of it that one call runs."""
+"""A base model: its kinds of layers, which of them a config names, and the private copies that a call runs."""

@@ -19,7 +19,7 @@ _WANTS = "_peftfn_wants_grad"
 
 
 def suit(bound: nn.Module) -> None:
-    """Let the module note whether its caller wants gradients, and its input embeddings give what requires grad."""
+    """Make a module record whether gradients are on when it is called, and its embeddings' output require grad."""
     bound.register_forward_pre_hook(_note)
     bound.register_forward_hook(_forget, always_call=True)
     for embedding in input_embeddings(bound):
@@ -27,7 +27,7 @@ def suit(bound: nn.Module) -> None:
 
 
 def wants_grad(bound: nn.Module) -> bool:
-    """Whether gradients were on when the module was called that runs now: inside a checkpoint they are off."""
+    """Whether gradients were on when the bound module was called: inside a checkpointed block they are off."""
     return bound.__dict__.get(_WANTS, False)
 
 
@@ -67,7 +67,7 @@ def _require_grad(bound: nn.Module, module: nn.Module, inputs: Any, output: Any)
 
 
 def refuse_lost_gradient(path: str, tensors: Sequence[Tensor]) -> None:
-    """Refuse the one case in which torch would lose an adapter's gradient without a word: a site that runs without any.
+    """Refuse the one case in which torch would silently lose an adapter's gradient: a site that runs only without them.
 
     Reentrant checkpointing runs a block without gradients first, and again in the backward pass only if one of the
     block's inputs requires grad. A frozen base gives it none.

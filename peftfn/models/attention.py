@@ -38,9 +38,10 @@ def _sdpa_attention_forward() -> Callable[..., Any]:
 
 
 class _Instead(TorchFunctionMode):
-    """Has `attention` called in place of torch's, in this thread, for the few operations around one call of it.
+    """A mode in which `F.scaled_dot_product_attention` is `attention`, in this thread.
 
-    Around a whole model it would cost more, in Python for each operation, than the loop.
+    It surrounds one call of attention only: around a whole model its cost in Python, for each operation, would exceed
+    that of torch's loop over slices.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,7 +78,7 @@ def _is_fused(
     given = (query, key, value, *(() if mask is None else (mask,)))
     if any(one.device.type != "cpu" for one in given) or (mask is not None and transforms.requires_any_grad(mask)):
         return False
-    # torch's answer for tensors of these shapes: it has none for tensors that are mapped
+    # torch is asked with tensors of these shapes: it gives no answer for mapped ones
     like: list[Tensor | None] = [torch.empty(one.shape, dtype=one.dtype) for one in given]
     like = like if mask is not None else [*like, None]
     return transforms.would_run_flash(*like, dropout_p, **how)
@@ -144,7 +145,7 @@ class _FusedBackward(torch.autograd.Function):
 
 
 def _in_rows(one: Tensor) -> Tensor:
-    """The tensor with its last axis in one piece: the kernel reads on from there, whatever the stride says.
+    """The tensor with a contiguous last axis: the kernel reads on from there, whatever the stride says.
 
     torch asks the tensors of a call for their strides before it chooses the kernel; those of a mapped call have other
     ones in memory, by where the mapped axis is.
@@ -153,7 +154,7 @@ def _in_rows(one: Tensor) -> Tensor:
 
 
 def _mapped(function: Any, info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...], mask_at: int) -> Any:
-    """What the function returns with the mapped axis in front of the batch's, and the axis taken out again."""
+    """What the function returns, with the mapped axis folded into the batch's before it and unfolded after it."""
     size, batch = info.batch_size, _batch(inputs[0], in_dims[0])
 
     def folded(number: int) -> Any:

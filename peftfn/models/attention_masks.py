@@ -29,12 +29,12 @@ from peftfn.models import attention
 from peftfn.models import transformers_names as hf
 
 _NAME = "peftfn_sdpa"
-_WHOLE = "peftfn_sdpa_whole"  # whose masks are always made
-_EAGER = "peftfn_eager"  # the same of the attention that each architecture has
+_WHOLE = "peftfn_sdpa_whole"  # the same, with masks that are always made
+_EAGER = "peftfn_eager"  # each architecture's own attention, with masks that are always made
 
 
 def suit(twins: Iterable[nn.Module], given: Mapping[str, Any]) -> None:
-    """Let the twins of a transformers model run a call that is mapped over.
+    """Give the twins of a transformers model, in a call under `torch.vmap`, attention that works when it is mapped.
 
     Args:
         twins: every module of this call.
@@ -59,14 +59,14 @@ def suit(twins: Iterable[nn.Module], given: Mapping[str, Any]) -> None:
 
 
 def _instead(twin: nn.Module, kind: str | None, whole: bool) -> str | None:
-    """The name that the twin is to find its attention by, or `None` for the one that it has."""
+    """The name under which the twin is to look up its attention, or `None` to leave its config as it is."""
     if kind in ("sdpa", _NAME) and _asks(twin, whole):
         return _WHOLE if whole else _NAME
     return _EAGER if kind == "eager" and whole and hasattr(twin, hf.KNOWS_SDPA) else None
 
 
 def _asks(twin: nn.Module, whole: bool) -> bool:
-    """Whether the twin finds its attention, or the masks that are to be whole, by the name in its config.
+    """Whether the twin looks up its attention, or masks that have to be made, by the name in its config.
 
     Falcon, for one, has its masks made by that name, but compares it with "sdpa" where it calls torch's attention.
     """

@@ -26,7 +26,7 @@ def shared(model: nn.Module, same: Iterable[Any] = ()) -> Any:
     """
     memo: Memo = {id(parameter): _alias(parameter) for parameter in model.parameters()}
     memo.update({id(one): one for one in same})
-    # Classes with a __deepcopy__ of their own (TorchScript, torch.fx, parametrized layers) know better.
+    # Classes that define __deepcopy__ (TorchScript, torch.fx, parametrized layers) are copied by it.
     modules = [module for module in model.modules() if not hasattr(type(module), "__deepcopy__")]
     for module in modules:
         memo[id(module)] = object.__new__(type(module))
@@ -81,12 +81,12 @@ def _copied(value: Any, memo: Memo, deep: bool = True) -> Any:
 
 
 def reclosed(function: types.FunctionType, led: Callable[[Any], Any], memo: Memo) -> types.FunctionType:
-    """The function; or, where its closure or defaults lead into a model, one with the same code that leads elsewhere.
+    """The function with `led(value)` for each value in its closure and defaults; the same object where none changes.
 
     Args:
         function: for example a layer's `forward` that somebody replaced by one that calls the old one.
-        led: what a value in the closure is to be there.
-        memo: where functions are noted that are done; one that is in its own closure is met again.
+        led: gives the new value for an old one, for example a layer of the copy for the model's.
+        memo: the functions that are done, by id: a function may be in its own closure.
     """
     if id(function) in memo:
         return memo[id(function)]
@@ -135,7 +135,7 @@ def _parts(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
 
 @functools.cache
 def is_callable_kind(kind: type[object]) -> bool:
-    """Whether a class is of objects, no modules, that can be called: accelerate's around a forward."""
+    """Whether the objects of a class can be called and are no modules, as accelerate's wrapper of a forward."""
     call = next((vars(one)["__call__"] for one in kind.__mro__ if "__call__" in vars(one)), None)
     return isinstance(call, types.FunctionType) and not issubclass(kind, (type, nn.Module, Tensor))
 
@@ -150,7 +150,7 @@ def another(value: Any) -> Any:
 
 
 def _copied_callable(value: Any, memo: Memo) -> Any:
-    """The object; or, where it leads into the model, another one of its class that leads into the copy."""
+    """The object; or, where it refers to the model, another one of its class that refers to the copy."""
     seen = {**memo, id(value): value}  # it may lead to itself
     if all(_copied(one, seen, deep=False) is one for one in value.__dict__.values()):
         return value

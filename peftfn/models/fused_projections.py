@@ -4,7 +4,7 @@ A part is a selection of output rows. The layouts are those of the models that f
 sizes (grouped-query attention), or query, key and value side by side for each head.
 
 PEFT knows no parts: in its files B is whole, with zero rows outside the part, and `target_modules` names the layer. A
-note in the weights file says what was what, for this library.
+note in the weights file tells this library which part a site is.
 """
 
 from __future__ import annotations

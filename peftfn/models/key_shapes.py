@@ -1,4 +1,4 @@
-"""Which keys and values the layers of a model leave in its cache, as a copy of it without weights leaves them."""
+"""The shapes of the keys and values that each layer puts into a cache, found by running a copy without weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from peftfn.models import transformers_names as hf
 
 
 class Shape(NamedTuple):
-    """What one layer keeps of a token.
+    """The shape of what one layer puts into the cache for a token.
 
     Attributes:
-        heads: how many have keys of their own.
-        key: how wide one's keys are.
-        value: how wide its values are.
+        heads: the number of heads of keys and values.
+        key: the width of a head's keys.
+        value: the width of its values.
     """
 
     heads: int
@@ -32,12 +32,12 @@ class Shape(NamedTuple):
 
 
 def key_shapes(model: nn.Module, count: int) -> list[Shape] | None:
-    """What each layer of a model keeps; `None` where it cannot be found out.
+    """The shapes of each layer of a model; `None` where they cannot be found out.
 
-    A config says it in many ways, and not always what its model does: latent attention keeps one head of keys, of
-    another width than its values; layers share keys. So a model of the same class and config, whose tensors have no
-    numbers, is run on one token. Where that ends half way (experts ask how many tokens each of them has), the other
-    layers are taken to be like the last one that it came to.
+    Configs do not always say them: latent attention keeps one head of keys, of another width than its values, and
+    layers may share keys. So a model of the same class and config, whose tensors have no storage, is run on one token.
+    Where that run fails half way (experts read how many tokens each of them has), the other layers are taken to be
+    like the last one that ran.
 
     Args:
         model: one that takes a cache of keys and values.
@@ -59,7 +59,7 @@ def key_shapes(model: nn.Module, count: int) -> list[Shape] | None:
 
 
 def _of_words(model: nn.Module) -> nn.Module:
-    """Of a model of pictures and words the part that has the keys: others' constructors may look at values."""
+    """The language model of a multimodal one: it has the keys, and constructors of other parts may read values."""
     find: Any = getattr(model, "get_decoder", None)
     is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     found = find() if callable(find) and not is_pair else None

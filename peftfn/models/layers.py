@@ -121,7 +121,7 @@ class Site:
         own.__dict__.update(layer.__dict__)
         own.__dict__["_parameters"] = {**layer._parameters, **tensors}
         if isinstance(layer, nn.Embedding):
-            own.__dict__["max_norm"] = None  # it would write to the weight: what is looked up is renormalised instead
+            own.__dict__["max_norm"] = None  # torch would write to the weight: the rows looked up are renormalised
         forward: Callable[..., Any] = type(layer).forward
         return forward(own, x, *args, **kwargs)
 
@@ -144,7 +144,7 @@ class Site:
 
     @property
     def stored(self) -> Tensor:
-        """A tensor of the layer as it is held, packed or not: it says on which device, and float64 from the rest."""
+        """The weight as it is held, packed or not, or another tensor of the layer: for its device and its dtype."""
         own = self.layer._parameters.get(self.weight_name)
         own = getattr(self.layer, self.weight_name, None) if own is None else own
         return own if isinstance(own, Tensor) else next(iter([*self.layer.parameters(), *self.layer.buffers()]))
@@ -163,7 +163,7 @@ def site_of(
     run: Callable[..., Any] | None = None,
     adapted: Callable[[], Mapping[str, Tensor | None]] | None = None,
 ) -> Site:
-    """The site at a path as an adapter acts on it, which knows more of it than the model does."""
+    """The site at a path, with the rows and the side that the adapter knows of it."""
     rows, input_side = info.rows, info.input_side
     return Site(path, place.kind, layer, place.weight, run, rows=rows, input_side=input_side, adapted=adapted)
 

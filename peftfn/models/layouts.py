@@ -54,12 +54,12 @@ def seen(kind: str, weight: Tensor) -> Tensor:
 
 
 def stored(kind: str, weight: Tensor) -> Tensor:
-    """The inverse of `seen`, which is `seen` itself: what is turned twice is as it was."""
+    """The inverse of `seen`: a transposition, or nothing, either of which is its own inverse."""
     return seen(kind, weight)
 
 
 def output_axis(kind: str) -> int:
-    """The axis of a layer's own weight along its outputs; of a matrix."""
+    """The axis of the outputs in a weight as the layer stores it, a matrix or a convolution's."""
     return 1 if kind in _TURNED else 0
 
 
@@ -71,7 +71,7 @@ def of_site(site: Site) -> WeightShape:
 
 
 def acted_on(weight: WeightShape, rows: Runs | None, input_side: bool) -> WeightShape:
-    """The shape of what a method acts on there: of these rows alone, on this side."""
+    """The shape of that part of a weight that a method acts on: these rows, on this side."""
     outputs = weight.outputs if rows is None else row_runs.count(rows)
     return weight._replace(outputs=outputs, rows=rows, input_side=input_side)
 
@@ -83,7 +83,7 @@ def row_numbers(rows: Runs, device: torch.device) -> Tensor:
 
 
 def of_stored(kind: str, shape: torch.Size, groups: int = 1) -> WeightShape | None:
-    """The same for a weight that a layer of this kind stores in this shape; `None` where none does."""
+    """The shape of a weight that a layer of this kind stores in `shape`; `None` where no layer of the kind does."""
     if kind == layers.CONVOLUTION:
         return WeightShape(kind, shape[0], shape[1], tuple(shape[2:]), groups) if len(shape) > 2 else None
     most = 3 if kind in layers.WEIGHT_KINDS else 2
@@ -94,14 +94,14 @@ def of_stored(kind: str, shape: torch.Size, groups: int = 1) -> WeightShape | No
 
 
 def of_tensor(kind: str, weight: Tensor, info: SiteInfo) -> WeightShape:
-    """The same for a weight at hand, of which an adapter knows more; groups are not known here."""
+    """The shape of a weight, with what an adapter knows of it; a convolution's groups are not known here."""
     found = of_stored(kind, weight.shape)
     assert found is not None, f"a {kind} has no weight of shape {tuple(weight.shape)}"
     return acted_on(found, info.rows, info.input_side)
 
 
 def possible(kind: str, shape: torch.Size) -> Iterator[WeightShape]:
-    """Every such shape: those of a convolution do not tell its groups, which divide its outputs."""
+    """Every shape that it may be: a convolution's weight does not tell its groups, which divide its outputs."""
     first = of_stored(kind, shape)
     if first is not None:
         yield first

@@ -1,4 +1,4 @@
-"""What is done to private modules: tensors put in place, other forwards; and error messages that torch leaves unclear.
+"""Changes to private modules: tensors put in place, other forwards; and error messages that torch leaves unclear.
 
 Nothing here knows a method or a format; `peftfn.models.twins` makes the objects, `peftfn.runtime.attach` plans what
 goes where.
@@ -17,18 +17,18 @@ from peftfn.models import activation_checkpointing
 from peftfn.weights import codecs
 
 Wrap = Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
-"""`(an object with the module's tensors, what it runs so far) -> what it is to run`."""
+"""`(an object with the module's tensors, its forward so far) -> its new forward`."""
 
 
 class Plan(NamedTuple):
-    """What the private modules of a model are to be.
+    """The changes to the private modules of a model.
 
     Attributes:
-        forwards: path -> what is put around the module's own forward, one after the other.
-        tensors: (path, name) -> what takes the place of that parameter or buffer.
-        computed: (path, name) -> what makes that tensor of those that are there then: of a weight that the base reads
-            itself, the adapted one.
-        attributes: (path, name) -> another attribute.
+        forwards: path -> the wrappers that are put around the module's own forward, innermost first.
+        tensors: (path, name) -> the tensor that replaces that parameter or buffer.
+        computed: (path, name) -> a function that computes that tensor when it is read: the adapted form of a weight
+            that the base reads itself.
+        attributes: (path, name) -> the new value of that attribute.
     """
 
     forwards: dict[str, list[Wrap]]
@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     attributes: dict[tuple[str, str], Any]
 
     def then(self, path: str, wrap: Wrap) -> None:
-        """Put one more around the forward of a module."""
+        """Add a wrapper around the forward of a module."""
         self.forwards.setdefault(path, []).append(wrap)
 
 
@@ -48,14 +48,14 @@ def install(
     *,
     apart: bool = False,
 ) -> None:
-    """Make private modules what a plan says.
+    """Carry out a plan on private modules.
 
     Args:
-        plan: what they are to be.
+        plan: the changes.
         by_path: the modules.
         hold: how a computed tensor is put on its module: `(module, name, compute)`.
         apart: whether a forward gets a second object of its module. A module that held a forward that held the module
-            would be a cycle, and keep its tensors until the garbage collector comes by.
+            would be a cycle, and keep its tensors until the garbage collector runs.
     """
     for (path, name), tensor in plan.tensors.items():
         put(by_path[path], name, tensor)

@@ -176,7 +176,7 @@ def _refuse_unmatched(model: nn.Module, config: TargetedConfig, paths: list[str]
 
 
 def in_present_names(model: nn.Module, names: Sequence[str] | str | None) -> Sequence[str] | str | None:
-    """The names, with those that no module has put in terms of what transformers calls these modules now."""
+    """The names, with old names of transformers replaced by what it calls these modules now."""
     paths = [path for path, _ in layers.named_modules(model) if path]
     if not names or (isinstance(names, str) and any(re.fullmatch(names, path) for path in paths)):
         return names

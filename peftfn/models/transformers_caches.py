@@ -1,4 +1,4 @@
-"""The caches of transformers: which values are some, what is in them, how much they can hold.
+"""The caches of transformers: how to find one in a call or an output, what it holds, and how much it can hold.
 
 Found by their types, whatever a model calls the argument and the field of its output
 (`peftfn.models.transformers_names`).
@@ -89,7 +89,7 @@ def _layer_holds(layer: Any) -> bool:
     count: Any = getattr(layer, "get_seq_length", None)
     if callable(count) and (found := cast("Any", count())) is not None:
         return int(found) > 0
-    # Mamba's of transformers 4 and Reformer's say nothing of themselves; states start at zero.
+    # Mamba's of transformers 4 and Reformer's have neither: states that are not all zero hold something.
     held = cast("dict[str, Any]", vars(layer)).values()
     return not hasattr(layer, "has_previous_state") and any(map(_moved, held))
 
@@ -101,15 +101,15 @@ def _moved(state: Any) -> bool:
 
 
 def length(cache: Any) -> int | None:
-    """How many tokens a cache of keys and values holds; `None` where it is one of states, which know no number."""
+    """How many tokens a cache of keys and values holds; `None` of recurrent states, which have no number of tokens."""
     if cache is None:
         return 0
-    if isinstance(cache, (tuple, list)):  # as it was before there were classes
+    if isinstance(cache, (tuple, list)):  # of versions before the cache classes
         first: Any = next(iter(cast("Sequence[Any]", cache)), None)
         return int(cast("Sequence[Tensor]", first)[0].shape[-2]) if isinstance(first, (tuple, list)) else None
     layers = layers_of(cache)
     if layers is not None and len(layers) == 0:
-        return 0  # they are made when something is put into them
+        return 0  # layers are made when something is put into them
     counts: Iterable[Any] = (getattr(one, "get_seq_length", None) for one in ([cache] if layers is None else layers))
     found: Any = next((count for count in counts if count is not None), None)
     held: Any = None if found is None else found()
@@ -125,7 +125,7 @@ def self_attention(cache: Any) -> Any:
 
 
 def make_room(cache: Any, places: int, config: Any) -> None:
-    """Let a static cache hold so many tokens more than it was made for: it was not told of a prompt.
+    """Enlarge a static cache by this many tokens: it was made for the input without the prompt.
 
     Args:
         cache: an empty one; one that has its memory already stays as it is.
@@ -150,7 +150,7 @@ def _fixed_layers(cache: Any) -> list[Any]:
 
 
 def window(cache: Any) -> int | None:
-    """How many tokens back the layers see that see least, themselves included; `None` where all see everything."""
+    """The smallest window of the layers, in tokens, the current one included; `None` where all see every token."""
     sliding = [layer for layer in layers_of(cache) or () if getattr(layer, "is_sliding", False)]
     sizes = [getattr(layer, "sliding_window", None) or getattr(layer, "max_cache_len", None) for layer in sliding]
     known = [size for size in sizes if isinstance(size, int)]
@@ -158,7 +158,7 @@ def window(cache: Any) -> int | None:
 
 
 def capacity(cache: Any) -> int | None:
-    """How many tokens a static cache can hold, or `None` where it grows or forgets."""
+    """How many tokens a static cache can hold, or `None` where it grows or slides."""
     sizes = (layer.max_cache_len for layer in _fixed_layers(cache) if not getattr(layer, "is_sliding", False))
     return next(sizes, None)
 

@@ -1,4 +1,4 @@
-"""What transformers calls the things that a call with a prompt or a prefix has to find: the one file to change.
+"""transformers' names for what prompts and prefixes look for: the one file to change when they change.
 
 Its names change: 5.24 calls the argument that holds a model's cache `cache` where it was `past_key_values`, and 5.40
 drops the old name; the field of the output goes along. So a cache is found by what is annotated as one, then by its
@@ -33,10 +33,10 @@ USE_CACHE = "use_cache"
 ENCODED = "encoder_hidden_states"
 ENCODED_MASK = "encoder_attention_mask"
 OTHER_HALF = ("decoder_", "encoder_", "cross_")
-"""What arguments about the other half of an encoder-decoder begin with."""
+"""Prefixes of the names of arguments for the other half of an encoder-decoder."""
 
 ANSWERS = ("start_positions", "end_positions")
-"""Places in the input that a question answering model is to find."""
+"""Labels of question answering: positions of tokens in the input."""
 
 ATTENTION = "_attn_implementation"
 """The field of a config that names the attention of its model."""
@@ -45,7 +45,7 @@ ATTENTIONS = "ALL_ATTENTION_FUNCTIONS"
 """The table in a model's module where it looks that name up."""
 
 KNOWS_SDPA = "_supports_sdpa"
-"""What classes of models say of themselves, by which a module is known to be one of transformers' models."""
+"""A class attribute that only transformers' models have."""
 
 GENERATE = "generate"
 
@@ -56,7 +56,7 @@ _KEY_CACHES = ("cache", "past_key_values", "layer_past")
 _KEY_CACHE_TYPES = ("Cache", "DynamicCache", "EncoderDecoderCache")
 _PER_LAYER_GATE = "per_layer_input_gate"
 _BESIDE_THE_ROW = (
-    "token_dropout",  # ESM's, that depends on which of the tokens are masked
+    "token_dropout",  # ESM's, which depends on which of the tokens are masked
     "encoder_hash_byte_group_size",  # BLT's, of the bytes before it
 )
 _STATES = ("cache_params", "mems", "state", "past_buckets_states")
@@ -88,7 +88,7 @@ def keeps_keys(module: nn.Module) -> bool:
 
 
 def holds_states(name: str | None) -> bool:
-    """Whether the argument of this name holds states, which know no tokens: Mamba's positions are no token's."""
+    """Whether the argument of this name holds recurrent states, as Mamba's: they have no place for each token."""
     return name in _STATES
 
 
@@ -121,7 +121,7 @@ def _annotation(cls: type[nn.Module]) -> tuple[str | None, tuple[str, ...]]:
 
 
 def layer_that_reads_ids(model: nn.Module) -> str | None:
-    """The class of a layer that is given token ids, or what was made of them, beside what comes out of other layers.
+    """The class of a layer that reads token ids, or an embedding of them, beside the hidden states; else `None`.
 
     A prompt's tokens have no ids: Gemma 3n embeds them once more in each layer, and DeepSeek V4 routes by them.
     """
@@ -133,9 +133,9 @@ def layer_that_reads_ids(model: nn.Module) -> str | None:
 
 
 def ids_in_embedding(config: Any) -> str | None:
-    """The field of a config that says that tokens are embedded by more than their row of the table.
+    """The config's field by which tokens are embedded by more than their row of the table; `None` if it has none.
 
-    Such a model takes what it is given for embedded tokens as it is.
+    Such a model does not add the rest to `inputs_embeds`.
     """
     return next((name for name in _BESIDE_THE_ROW if hasattr(config, name)), None)
 
@@ -164,7 +164,7 @@ def keeps_two_caches(model: nn.Module) -> bool:
 
 
 def local_window(module: nn.Module) -> int | None:
-    """How many tokens back layers see whose window is their own business and not that of the cache, as GPT-Neo's."""
+    """The window, in tokens, of layers that apply one themselves, outside of the cache, as GPT-Neo's."""
     config: Any = getattr(module, "config", None)
     kinds: Any = getattr(config, "attention_layers", None)
     return config.window_size if isinstance(kinds, list) and "local" in kinds else None

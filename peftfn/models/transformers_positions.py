@@ -1,4 +1,4 @@
-"""How transformers' models count positions, and what their masks leave out: what prompts and prefixes go by."""
+"""How transformers' models count positions and read masks, which decides where a prompt or a prefix can be put."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TURNS = "apply_rotary_position_embeddings"
 _TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
 _COUNT = "get_rope_index"
 _RUNNING = ("current_pos", "st_idx")
-"""What it calls the position with which the next part of a row begins."""
+"""Names, in the functions that count positions in space, of the position at which the next part of a row begins."""
 
 _MIXING = (
     "trigram_input",  # MobileBERT reads each token with its neighbours
@@ -84,7 +84,7 @@ def pictures(given: Mapping[str, Any]) -> list[str]:
 
 
 def position_table(model: nn.Module, *, rotary: bool = False) -> str | None:
-    """The class of what gives a model's words their positions; `None` where only distances count.
+    """The class of the module that adds positions to a model's tokens; `None` where only distances count.
 
     Args:
         model: any.

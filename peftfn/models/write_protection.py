@@ -25,7 +25,7 @@ def protect(bound: nn.Module, own: Collection[int]) -> None:
 
     `load_state_dict` (of any module of the tree, or of a wrapper) refuses other values for them, `apply(fn)` refuses
     to write to them, `requires_grad_` passes them by, and DDP does not broadcast them. Code that writes to one by
-    name, `bound.layer.weight.normal_()`, writes to the base: nothing can stand between.
+    name, `bound.layer.weight.normal_()`, writes to the base: no method of the module is called that could refuse it.
 
     Args:
         bound: the module, whose parameters share the base's storage.
@@ -48,7 +48,7 @@ def _is_shared(module: nn.Module, name: str) -> bool:
 
 
 def _load(module: nn.Module, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-    """Load into stand-ins of the base's tensors, and say so if what they were given is not what the base has."""
+    """Load into placeholders for the base's tensors, and report an error where a value is not the base's."""
     errors: list[str] = rest[-1]
     before = len(errors)
     state = _unpacked(module, state, prefix, errors)

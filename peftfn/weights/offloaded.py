@@ -26,7 +26,7 @@ def hook_of(module: nn.Module) -> Any:
 
 
 def own(hook: Any) -> Any:
-    """A copy of a hook, which notes in itself what it does in a call; what it keeps for the layers is the same."""
+    """A copy of accelerate's hook, which writes to itself in a call; the weights that it keeps are shared."""
     made = copy.copy(hook)
     if hasattr(made, "hooks"):
         made.hooks = tuple(copy.copy(one) for one in made.hooks)

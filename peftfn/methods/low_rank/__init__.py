@@ -1,1 +1,1 @@
-"""Methods that add s·B·A: kernels that never make the product, and what leaves of that shape have in common."""
+"""Methods that add s·B·A: kernels that never form the product B·A, and functions of leaves that hold A and B."""

@@ -2,7 +2,7 @@
 
 With h = x * A (r channels), o outputs and z = s·Bᵀ dy: dx is the one transposed convolution of dy with W + s·B·A, made
 once more; dA is the gradient of a kernel for x and z, dB = s·Σ dy hᵀ, ds = Σ h ∘ Bᵀ dy. So nothing ever computes the
-gradient of the sum, a convolution as large as the layer's own, and h is all that is kept beside x. It is RunLoRA's
+gradient of the sum, a convolution as large as the layer's own, and only h is kept beside x. It is RunLoRA's
 forward with W + s·B·A (https://arxiv.org/abs/2312.03415), for a convolution.
 
 As in `linear_kernel`, the backward pass is made of ordinary operations of torch, so derivatives of any order follow;
@@ -29,7 +29,7 @@ _CONVOLVE: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.co
 
 
 class Geometry(NamedTuple):
-    """Where the kernel is laid."""
+    """The geometry of a convolution, a number for each axis."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -68,7 +68,7 @@ def convolution(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, delt
 class _Convolved(torch.autograd.Function):
     """x * (W + s·B·A) + b; and h = x * A, because only inputs and outputs can be kept.
 
-    The gradient that comes to h is that of second derivatives.
+    h has a gradient of its own only where second derivatives are taken.
     """
 
     generate_vmap_rule = True

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from peftfn.core.transforms import is_transforming
 
-ROWS = 8  # that share a byte of a column
-_PLANES = 7  # bits of a number
+ROWS = 8  # tokens whose bits share a byte
+_PLANES = 7  # random bits that decide about a value
 _STEPS = 2**_PLANES
 
 
@@ -44,9 +44,10 @@ def draw(tokens: int, n: int, p: float, device: torch.device) -> Kept:
     dropped = round(p * _STEPS * _STEPS)
     whole = min(dropped // _STEPS, _STEPS - 1)
     *planes, coins = _words(_PLANES + 1, -(-groups * n // 8), device)
-    # 7 bits are read from -64 to 63; -1, which is all bits of a byte, where its 8 values are dropped at `whole` itself
+    # A coin from -64 to 63 for each 8 values: where it is below the threshold, the shift by 7 makes a byte of ones, and
+    # those of the 8 whose number equals `whole` are dropped too.
     less = (((coins.view(torch.int8) >> 1) - (dropped - whole * _STEPS - _STEPS // 2)) >> 7).view(torch.int64)
-    for place, plane in enumerate(planes):  # 0 says less where the bit of `whole` is 1; so random bits are taken turned
+    for place, plane in enumerate(planes):  # planes hold the random bits inverted
         less = less | plane if whole >> place & 1 else less & plane
     bits = (~less).view(torch.uint8)[: groups * n].view(groups, n)
     kept = _STEPS * _STEPS - dropped

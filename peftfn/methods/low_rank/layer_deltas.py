@@ -55,7 +55,7 @@ _BY_ROWS: dict[str, Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]] = 
 
 
 def _only_values(a: Tensor, b: Tensor, scaling: Tensor, weight: Tensor) -> bool:
-    """Whether only the values are wanted, on CPU: no gradient, no transform, no trace."""
+    """Whether the result needs no gradient, no transform and no trace, on CPU."""
     tensors = (a, b, scaling, weight)
     if is_traced(*tensors):
         return False
@@ -65,13 +65,13 @@ def _only_values(a: Tensor, b: Tensor, scaling: Tensor, weight: Tensor) -> bool:
 
 
 def _merged_by_blocks(kind: str, a: Tensor, b: Tensor, scaling: Tensor, weight: Tensor) -> Tensor:
-    """`merged`, a block of rows at a time: the delta is never there whole, nor written to memory and read again."""
+    """`merged`, a block of rows at a time, so that the delta is never held whole and stays in the cache."""
     made = torch.empty_like(weight, requires_grad=False)
     for rows in row_blocks.blocks(weight.shape[0], weight.shape[1]):
         old = weight.detach()[rows]
         delta = TABLE[kind].delta(*_BY_ROWS[kind](a, b, rows), old.shape)
         if delta.dtype == scaling.dtype == torch.promote_types(delta.dtype, old.dtype):
-            made[rows] = delta.mul_(scaling).add_(old)  # in one piece of memory, which the next block gets again
+            made[rows] = delta.mul_(scaling).add_(old)  # in place, in memory that the next block reuses
         else:
             made[rows] = old + scaled(delta, scaling)
     return made

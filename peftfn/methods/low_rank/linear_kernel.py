@@ -12,7 +12,7 @@ with.
 A and B may be one pair for each group of tokens (`peftfn.methods.low_rank.matmul`).
 
 The backward pass is made of ordinary operations of torch, so derivatives of any order follow. Under `vmap`, in forward
-mode and while Dynamo traces the caller has no use for this: plain operations are as fast there, or faster.
+mode and while Dynamo traces the caller runs plain operations instead: there they are as fast, or faster.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, delta: Delta, bits: T
         return F.linear(x, _sum(held, delta), bias)
     y = _times(x, weight, bias)
     found = add_to(flat(y, delta.a), scaled(product(rows, delta.a.mT), delta.s), delta.b.mT)
-    return y if y.is_contiguous() else found.view(y.shape)  # then it was written to
+    return y if y.is_contiguous() else found.view(y.shape)  # a contiguous y was written to in place
 
 
 def add(x: Tensor, y: Tensor, delta: Delta, bits: Tensor | None) -> Tensor:
@@ -133,13 +133,13 @@ def _run(x: Tensor, y: Tensor, delta: Delta, bits: Tensor | None, writes: bool) 
 class _Adapted(torch.autograd.Function):
     """y + h Bᵀ, where y is given or is x Wᵀ + b; and h, because only inputs and outputs can be kept.
 
-    The gradient that comes to h is that of second derivatives.
+    h has a gradient of its own only where second derivatives are taken.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> Any:  # torch looks at the signature in each call: the shorter, the sooner
+    def forward(*inputs: Any) -> Any:  # torch inspects the signature at each call: a short one is faster
         x, weight, bias, y, a, b, s, bits, how, *tensors = inputs
         delta = Delta(a, b, s)
         weight = weight if how is None else how(tuple(tensors))
@@ -160,7 +160,7 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        saved = ctx.saved_tensors  # once: a checkpoint computes them when they are asked for
+        saved = ctx.saved_tensors  # read once: a checkpoint computes them at each reading
         x, weight, a, b, s, bits, h, *tensors = saved
         weight = weight if ctx.how is None else ctx.how(tuple(tensors))
         to_x, to_weight, to_bias, to_y, *to_delta = ctx.needs_input_grad[:7]
@@ -183,7 +183,7 @@ class _Adapted(torch.autograd.Function):
 
 
 class _Kept(NamedTuple):
-    """What the backward pass has: x is (tokens, in), or (groups, tokens, in)."""
+    """The tensors that the backward pass reads; x is (tokens, in), or (groups, tokens, in)."""
 
     x: Tensor
     weight: Weight | None

@@ -181,15 +181,15 @@ def _truncated(recipe: Recipe, parts: Sequence[_Part], rank: int, is_swapped: bo
     u, s, vh = _svd(mix.mT if is_swapped else mix, recipe)
     a, b = vh[:, :rank], u[:, :, :rank] * s[:, None, :rank]
     if recipe.clamp is not None:
-        # Of the values as they are, not of their sizes, as PEFT has it: this depends on the signs of U and V, so on a
-        # matrix that was not reduced before.
+        # As in PEFT, a quantile of the signed values, not of their magnitudes. So it depends on the signs of U and V:
+        # the whole matrix has to be decomposed for it, not the smaller one of `_decomposed`.
         most = torch.cat([b.flatten(), a.flatten()]).quantile(recipe.clamp)
         a, b = (torch.maximum(torch.minimum(one, most), -most) for one in (a, b))
     return a, b
 
 
 def _decomposed(a: Tensor, b: Tensor, recipe: Recipe, rank: int) -> Pair:
-    # A Q is orthonormal whatever it was made from: zeros give vectors to train from where `rank` asks for more.
+    # Where `rank` is more than there is, zeros are added: the Q of a QR is orthonormal there too, so it can be trained.
     more = max(0, rank - a.shape[1])
     a = torch.cat([a, a.new_zeros(a.shape[0], more, a.shape[2])], 1)
     b = torch.cat([b, b.new_zeros(b.shape[0], b.shape[1], more)], 2)

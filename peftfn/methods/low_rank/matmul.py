@@ -53,7 +53,7 @@ def add_to(total: Tensor, one: Tensor, other: Tensor, keep: Tensor | None = None
 
 
 def more(total: Tensor | None, one: Tensor, other: Tensor) -> Tensor:
-    """The sum so far, in place, and one more product."""
+    """The sum so far plus one more product, in place."""
     return product(one, other) if total is None else add_to(total, one, other)
 
 

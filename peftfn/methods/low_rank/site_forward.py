@@ -121,7 +121,7 @@ def is_cheaper_as_one(site: Site, delta: Delta, p: float, x: Tensor, weight: Ten
 
 
 def _trains(x: Tensor, weight: Tensor, delta: Delta) -> bool:
-    """Whether a gradient is asked for."""
+    """Whether any of the tensors requires a gradient."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, *delta))
 
 
@@ -135,12 +135,12 @@ def add(site: Site, delta: Delta, p: float, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _drawn(site: Site, delta: Delta, p: float, x: Tensor) -> tuple[Tensor, Delta, Tensor | None]:
-    """x after dropout, or as it is with bits that say what is dropped of it; and the delta that goes with it."""
+    """x after dropout, or x and the bits of a mask that is still to be applied; and the delta, scaled for it."""
     if _is_routed(site, delta):
         delta = Delta(delta.a, delta.b, delta.s.view(-1, 1, 1))
     if not p or not site.training or not x.is_floating_point():
         return x, delta, None
-    if torch.compiler.is_compiling():  # which fuses its own dropout, and keeps what is smallest
+    if torch.compiler.is_compiling():  # the compiler fuses torch's own dropout, and chooses what to keep
         return F.dropout(x.to(delta.a.dtype), p, training=True), delta, None
     tokens = x.numel() // max(x.shape[-1], 1)
     kept = dropout.draw(tokens, x.shape[-1], p, x.device)
@@ -162,7 +162,7 @@ def _is_routed(site: Site, delta: Delta) -> bool:
 
 
 def _only_autograd_is_active(x: Tensor, delta: Delta) -> bool:
-    """Whether nothing but autograd, with or without torch.func, looks on at (..., in) -> (..., out)."""
+    """Whether no compilation, autocast, forward-mode AD or `vmap` over these tensors is active; for x (..., in)."""
     return (
         not torch.compiler.is_compiling()
         and x.dim() > 1

@@ -1,4 +1,4 @@
-"""How several tensors become one: weighted sums, pruned before (magnitude, DARE) or with elected signs (TIES).
+"""Weighted sums of tensors, which may be pruned first (magnitude, DARE) or have their signs elected (TIES).
 
 Sources: TIES https://arxiv.org/abs/2306.01708 (section 3), DARE https://arxiv.org/abs/2311.03099 (section 3.2). The
 formulas are those of PEFT 0.21.2.
@@ -44,7 +44,7 @@ class Recipe(NamedTuple):
 
 
 def mixed(tensors: Sequence[Tensor], weights: Sequence[Tensor], recipe: Recipe) -> Tensor:
-    """One tensor of the shape of each: Σ w·t, of what pruning and the elected signs leave of them."""
+    """Σ w·t over the tensors t of one shape, with the values that pruning and the elected signs leave."""
     if recipe.density is not None and recipe.density < 1:
         tensors = [_pruned(tensor, recipe, recipe.density) for tensor in tensors]
     stacked = torch.stack(list(tensors))
@@ -57,7 +57,7 @@ def mixed(tensors: Sequence[Tensor], weights: Sequence[Tensor], recipe: Recipe) 
 
 def _pruned(tensor: Tensor, recipe: Recipe, density: float) -> Tensor:
     if recipe.method.startswith("dare"):
-        # Drawn where the generator is, the CPU if nothing else is said: the same numbers on every device.
+        # Drawn on the generator's device, by default the CPU, so that every device gets the same numbers.
         chances = torch.full(tensor.shape, density, dtype=tensor.dtype, device=recipe.generator.device)
         return tensor * torch.bernoulli(chances, generator=recipe.generator).to(tensor.device) / density
     flat = tensor.flatten()

@@ -1,4 +1,4 @@
-"""A call whose arguments know of what is in its cache, or in its encoder's output: masks and positions."""
+"""Masks and positions of a call that has prompts in its cache, or in its encoder's output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peftfn.models import transformers_names as hf
 
 
 def settled(call: Call) -> Call:
-    """The call whose arguments know of everything that is in its cache."""
+    """The call, its mask and positions extended by the prompts and prefixes that are in its cache."""
     every = (*call.prompts, *call.prefixes)
     places = sum(added.places for added in every)
     if not call.first and (held := caches.length(call.cache)) is not None:
@@ -55,7 +55,7 @@ def _fitted(call: Call, size: int) -> Call:
 
 
 def _refuse_cut_cache(call: Call, places: int) -> None:
-    """Refuse a call whose mask is about more tokens, or fewer, than its cache and its input have beside prompts."""
+    """Refuse a call whose mask is not as long as its cache and its input together, without the prompts."""
     tokens, mask, held = tokens_of(call), call.given.get(hf.MASK), caches.length(call.cache)
     is_decoder = hf.DECODER_IDS not in call.given
     if tokens is None or held is None or not isinstance(mask, Tensor) or mask.dim() != 2 or not is_decoder:
@@ -70,13 +70,13 @@ def _refuse_cut_cache(call: Call, places: int) -> None:
 
 
 def _explicit(call: Call, added: Sequence[Added]) -> Call:
-    """The call with the mask and the positions that leaving them out means, for all but what was added to its cache."""
+    """The call with the default mask and positions written out, for the text alone."""
     tokens = tokens_of(call)
     if tokens is None:
         return call
     held = caches.length(call.cache)
     if held is None:
-        return call  # states of a model that knows neither masks nor positions of what it has seen
+        return call  # recurrent states: such a model has neither masks nor positions of earlier tokens
     past = held - sum(one.places for one in added)
     changes: dict[str, Any] = {}
     if call.given.get(hf.MASK) is None:
@@ -89,7 +89,7 @@ def _explicit(call: Call, added: Sequence[Added]) -> Call:
 
 
 def _refuse_far_prefix(call: Call) -> None:
-    """Refuse a prefix that a window does not reach over a row's padding, as it does in a row without any."""
+    """Refuse a prefix of which a row's left padding would push a part out of the layers' window."""
     tokens, mask = tokens_of(call), call.given.get(hf.MASK)
     windows = [one for one in (caches.window(call.cache), call.takes.window) if one is not None]
     if tokens is None or not windows or not isinstance(mask, Tensor):
@@ -97,7 +97,7 @@ def _refuse_far_prefix(call: Call) -> None:
     window = min(windows)
     if (caches.length(call.cache) or 0) + tokens.shape[1] <= window:
         return
-    is_asked = torch.compiler.is_compiling() or transforms.is_mapped(mask)  # then nobody knows what is in the mask
+    is_asked = torch.compiler.is_compiling() or transforms.is_mapped(mask)  # the mask's values cannot be read
     if is_asked or bool((left_padding(mask) > 0).any()):
         raise ValueError(
             f"layers of the model see {window} tokens, and padding on the left is between a row and its prefix: the "
@@ -107,7 +107,7 @@ def _refuse_far_prefix(call: Call) -> None:
 
 
 def _with_cached(call: Call, added: Added, *, front: bool) -> Call:
-    """The call with more tokens in its cache than its arguments know of.
+    """The call, its mask and positions extended by tokens that were added to its cache.
 
     Args:
         call: its attention mask covers the text alone.
@@ -128,7 +128,7 @@ def _with_cached(call: Call, added: Added, *, front: bool) -> Call:
 
 
 def with_encoded(call: Call, added: Added) -> Call:
-    """A decoder's call, whose encoder has seen more tokens than the mask knows of."""
+    """A decoder's call, its mask of the encoder's output extended by the prompt that the encoder was given."""
     hidden, mask = call.given[hf.ENCODED], call.given.get(hf.ENCODED_MASK)
     if mask is None and added.own is not None:
         mask = ones(hidden, hidden.shape[1] - added.places)

@@ -22,7 +22,7 @@ from peftfn.methods.prompt.places import IGNORED, Place, ones
 from peftfn.models import transformers_names as hf
 
 LENGTH = "tokens"
-"""The buffer of a stack's leaf that says how many rows each adapter's prompt has, where they have unlike numbers."""
+"""The buffer of a stack's leaf with the number of rows of each adapter's prompt, where these differ."""
 
 _TOKEN_TASKS = ("CAUSAL_LM", "TOKEN_CLS")
 _KNOWN = (hf.IDS, hf.EMBEDS, hf.MASK, hf.TOKEN_TYPES, hf.TOKEN_KINDS, hf.LABELS, hf.POSITIONS, hf.CACHE_POSITIONS)

@@ -74,9 +74,9 @@ class Call(NamedTuple):
         takes: what the model's forward takes.
         first: whether nothing is cached yet. Later calls of a generation bring new tokens only, and a cache that
             begins with the prompt.
-        prompts: what is cached of prompts, and the arguments do not know of (`cached_calls.settled`).
+        prompts: prompts that are in the cache and not yet in the mask and positions (`cached_calls.settled`).
         prefixes: the same of prefixes, which are in the cache before everything else.
-        guessed: whether the position ids are ours: those that the model would have counted in each row alone.
+        guessed: whether the position ids were made here: those that the model would have counted in each row alone.
         whole_mask: whether the mask has a number for each place of a static cache, also the empty ones.
     """
 
@@ -121,7 +121,7 @@ def run(
         steps: what each active adapter does to the call, in the adapters' order; the last one acts first, so that the
             first one's tokens come first.
         settle: what is done to the call after all of them.
-        noted: its number grows, for `expecting`.
+        noted: a counter, which each call increases: by it `expecting` sees whether there was one.
         *args: the call's.
         **kwargs: the call's.
     """
@@ -137,12 +137,12 @@ def run(
         call = step(call)
     required = {name: None for name in takes.required if name in named}  # of BLIP-2 the ids, beside embedded tokens
     output = forward(**{**required, **_with_first_shown(settle(call)).given})
-    # A generation without a cache would go on from one that nobody asked for.
+    # Without use_cache, `generate` would go on from a cache that the caller did not ask for.
     return caches.without_caches(output) if given.get(hf.USE_CACHE) is False and cache is None else output
 
 
 def _with_first_shown(call: Call) -> Call:
-    """The call in which all tokens see a row's first one, where the model has it so and would look for token ids."""
+    """The call with a mask by which all tokens see a row's first one, where the model would make it of token ids."""
     embeds = call.given.get(hf.EMBEDS)
     if not call.takes.shows_first or embeds is None or hf.GLOBAL_MASK in call.given:
         return call

@@ -18,7 +18,7 @@ IGNORED = -100
 
 
 def ones(tokens: Tensor, length: int) -> Tensor:
-    """A mask of so many real tokens for each row of some."""
+    """A mask, (rows, length), for as many rows as `tokens` has, in which every token counts."""
     return torch.ones(tokens.shape[0], length, dtype=torch.long, device=tokens.device)
 
 
@@ -30,7 +30,7 @@ def rightmost(tokens: Tensor, added: Added) -> Tensor:
 
 
 def _front(added: Added) -> Tensor:
-    """(rows, n): which token is in each of the places before a row's text, where no padding is between."""
+    """(rows, n): the number of the token in each place before a row's text, where no padding is between."""
     assert added.own is not None
     at, own = torch.arange(added.places, device=added.own.device), added.own.view(-1, 1)
     return torch.where(at < added.places - own, at + own, at - (added.places - own))
@@ -58,7 +58,7 @@ class Place(NamedTuple):
 
     @classmethod
     def of(cls, mask: Any, tokens: Tensor, added: Added) -> Place:
-        """Where they go before tokens (rows, length, ...) that have this mask, or none."""
+        """The places of new tokens before these, (rows, length, ...), which have this mask, or none."""
         rows, length = tokens.shape[:2]
         if mask is None and added.own is None:
             return cls(added, rows, None, None)
@@ -77,7 +77,7 @@ class Place(NamedTuple):
         order = torch.where(
             at < lead, at + added.places, torch.where(at < lead + own, at - lead, at + added.places - own)
         )
-        if added.own is not None:  # the places that are not used get the new tokens that are left over
+        if added.own is not None:  # unused places hold the new tokens that their row does not use
             order = torch.where(at < 0, at + added.places, torch.where(at >= own + length, at - length, order))
         return cls(added, rows, lead, order)
 
@@ -89,7 +89,7 @@ class Place(NamedTuple):
         return joined.take_along_dim(self.order.view(*self.order.shape, *(1 for _ in old.shape[2:])), 1)
 
     def fill(self, value: int, old: Tensor, missing: int = 0) -> Tensor:
-        """The same with one value for all new tokens, and one for the places that are not used."""
+        """(rows, n + length): `value` for new tokens, `missing` for places that are not used, and the old values."""
         new = torch.full((self.added.places,), value, dtype=old.dtype, device=old.device)
         if self.added.own is not None:
             new = torch.where(self._is_used(), new, missing)
@@ -134,7 +134,7 @@ class Place(NamedTuple):
         return start + _inside(self.added, length, self.lead.device).clamp(min=0).expand(self.rows, -1)
 
     def moved(self) -> Tensor | int:
-        """By how much a row's text has moved."""
+        """How many places a row's text has moved."""
         return self.added.own if self.added.own is not None and self.added.at_end else self.added.places
 
 

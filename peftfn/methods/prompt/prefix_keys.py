@@ -18,7 +18,7 @@ Config = TypeVar("Config", bound=Any)
 
 
 def resolve(model: nn.Module, config: Config) -> Config:
-    """The config with the model's sizes: `token_dim` is all heads' keys together, where heads share keys too.
+    """The config with the model's sizes; `token_dim` is the width of the keys of all heads that have keys.
 
     Raises:
         ValueError: the layers' keys are of unlike shapes, or the model keeps no cache.
@@ -75,7 +75,7 @@ def _refuse_other_keys(model: nn.Module, count: int, shape: Shape) -> None:
 
 
 def key_sizes(config: Any, heads: int, dim: int) -> tuple[int, int]:
-    """How many heads have keys of their own, and how wide one is, by a model's config."""
+    """The number of heads that have keys, and the width of one, by a model's config."""
     own = getattr(config, "num_key_value_heads", None)
     if getattr(config, "new_decoder_architecture", None) is False and getattr(config, "multi_query", False):
         own = 1  # Falcon
@@ -85,7 +85,7 @@ def key_sizes(config: Any, heads: int, dim: int) -> tuple[int, int]:
 
 
 def call_sites(model: nn.Module) -> Sequence[str]:
-    """The module that is given the cache: the model, or what is in it where its head knows none, or its decoder."""
+    """The path of the module that takes the cache: the model, the one inside its head, or its decoder."""
     if prompt_config.is_encoder_decoder(model):
         return (prompt_config.path_of(model, prompt_config.decoder_of(model)),)
     inner = prompt_config.without_head(model)

@@ -1,4 +1,4 @@
-"""What the configs of prompt methods share, and what a model fills in."""
+"""The config that prompt methods share, and how a model's sizes are filled into it."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def size(model: nn.Module, field: str) -> int | None:
 
 
 def refuse_many_vocabularies(model: nn.Module) -> None:
-    """Refuse a model whose input has several rows for each row of the batch, one of each vocabulary."""
+    """Refuse a model with several input embeddings, one for each of its vocabularies."""
     found = from_getter(model, "input_embeddings")
     if isinstance(found, nn.ModuleList):
         raise ValueError(
@@ -194,7 +194,7 @@ def path_of(model: nn.Module, module: nn.Module) -> str:
 
 
 def table(model: nn.Module) -> Tensor:
-    """The input embedding's weight, or else the model's first one: new tensors go where it is."""
+    """The input embedding's weight, or else the model's first parameter: new tensors go to its device."""
     weight = getattr(from_getter(model, "input_embeddings"), "weight", None)
     return weight if isinstance(weight, Tensor) else next(model.parameters())
 

@@ -30,7 +30,7 @@ def resolve(model: nn.Module, config: Config) -> Config:
 
 
 def refuse(model: nn.Module) -> None:
-    """Refuse a model that is given something else than the rows of one embedding, or reads something else as well."""
+    """Refuse a model whose input is not the rows of one embedding, or that also reads token ids elsewhere."""
     _refuse_without_embeds(model)
     if prompt_config.is_encoder_decoder(model):
         decoder = prompt_config.decoder_of(model)
@@ -63,7 +63,7 @@ def refuse(model: nn.Module) -> None:
 def _refuse_without_embeds(model: nn.Module) -> None:
     first = model.get_submodule(call_sites(model)[0])
     inner = prompt_config.without_head(first)
-    # a head may pass them on to a model that knows of none, as ESM C's does; another one names no arguments at all
+    # Both are asked: a head may pass inputs_embeds on to a model that has none (ESM C), or name no arguments at all.
     is_lost = signatures.takes(inner, hf.IDS) and not signatures.takes(inner, hf.EMBEDS)
     if is_lost or not signatures.takes(first, hf.EMBEDS):
         part = f"{type(inner).__name__} in " if inner is not model and is_lost else ""

@@ -65,7 +65,7 @@ def _longer(name: str, tensor: Tensor, rows: int) -> Tensor:
 
 
 def shared(configs: Sequence[Config]) -> Config:
-    """The config of the adapter with the most tokens: all places that rows need are there."""
+    """The config of the adapter with the most tokens, which has the places that every row needs."""
     longest = configs[0]
     for config in configs:  # not max(): Dynamo does not compare them
         if (config.num_virtual_tokens or 0) > (longest.num_virtual_tokens or 0):
@@ -103,7 +103,7 @@ def added(
 
 
 def _refuse_unlike(model: nn.Module, at_end: bool, in_cache: bool) -> None:
-    """Refuse rows of unlike length on a model for which places before a row, or after it, are not as if not there."""
+    """Refuse prompts of unlike length on a model that does not ignore the masked places of a row."""
     why = None
     if not signatures.takes(model, hf.MASK):
         why = f"takes no {hf.MASK}"
@@ -120,7 +120,7 @@ def _refuse_unlike(model: nn.Module, at_end: bool, in_cache: bool) -> None:
 
 
 def reads_last(model: nn.Module) -> bool:
-    """Whether a row's end is what the model's heads look at, as a decoder's do; an encoder's look at its start."""
+    """Whether the model's heads read a row's end, as a decoder's do, and not its start, as an encoder's do."""
     if prompt_config.is_encoder_decoder(model):
         return False
     config: Any = getattr(model, "config", None)

@@ -47,9 +47,9 @@ def _codec(of: Any, is_linear: bool = False) -> Codec:
     return Codec(of.matches, is_linear, of.run, of.product, of.shape, of.read, of.find, of.shared)
 
 
-# --- floating-point weights, stored as they are used: what is there where no format is --------------------------------
+# --- dense floating-point weights: where no format claims the layer ---------------------------------------------------
 
-# As torch has them: one that somebody put in their place does more.
+# torch's own forwards: one that somebody put in their place may compute more.
 _FORWARDS = frozenset((nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward))
 _PLAIN = (Tensor, nn.Parameter)  # a subclass may be packed, or spread over devices
 
@@ -75,13 +75,13 @@ def _shape(module: nn.Module, name: str) -> torch.Size:
 
 def _read(module: nn.Module, name: str) -> Tensor:
     found = _held(module, name)
-    # One that accelerate keeps elsewhere, from there.
+    # A tensor that accelerate keeps elsewhere is read from there.
     there = offloaded.value(module, name) if found.is_meta else None
     return found if there is None else there
 
 
 def _held(module: nn.Module, name: str) -> Tensor:
-    # Past any property of that name: torch's parametrizations have one, and so has a bound module.
+    # Not by getattr where it can be helped: parametrizations and bound modules have a property of that name.
     own = module._parameters.get(name)
     return getattr(module, name) if own is None else own
 
@@ -125,7 +125,7 @@ def of(module: nn.Module) -> Codec:
 
 
 def keep(attributes: dict[str, Any], codec: Codec) -> None:
-    """Make the twin with these attributes stay what it was, also with a dense weight in place of its packed one."""
+    """Note the codec in a twin's attributes: `of` still finds it when a dense weight replaces the packed one."""
     if codec is not DENSE:
         attributes[_KEPT] = codec
 
@@ -153,7 +153,7 @@ def packed_modules(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Co
 
 
 def shared(root: nn.Module) -> list[Any]:
-    """What a copy of a model that shares its weights shares with them."""
+    """The objects beside parameters and buffers (quant states) that a copy which shares the weights must share too."""
     return [one for module, codec in packed_modules(root.modules()) for one in codec.shared(module)]
 
 

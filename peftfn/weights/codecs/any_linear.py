@@ -80,13 +80,13 @@ def run(module: nn.Module, x: Tensor) -> Tensor:
     """What the layer computes."""
     own, bias = product(module, x), _bias(module)
     y = F.linear(x, cast("Tensor", _dense(module))) if own is None else packed_linear.linear(own[0], x, None)
-    # Added here, because torch.compile loses the gradient of a bias beside a layer's own Function (HQQ's), and because
-    # HQQ's layers do: a dense copy of the weight then gives the same bits, whatever the CPU's kernels.
+    # The bias is added here, because torch.compile loses its gradient beside a layer's own Function (HQQ's), and
+    # because HQQ's layers add it so: a dense copy of the weight then gives the same bits, whatever the CPU's kernels.
     return y if bias is None else y + bias.to(y.dtype)
 
 
 def product(module: nn.Module, x: Tensor) -> Product | None:
-    """W and b, but where a dense weight was put in the place of the packed one."""
+    """W and b of x Wᵀ + b; `None` where a dense weight was put in the place of the packed one."""
     return None if _dense(module) is not None else (_packed(module), _bias(module))
 
 
@@ -98,7 +98,7 @@ def _dense(module: nn.Module) -> Tensor | None:
 
 def _is_subclass(weight: object) -> bool:
     kind = type(weight)
-    # Of a frozen base, the weight is a Parameter while Dynamo traces, which cannot ask for its module's name.
+    # Dynamo cannot trace the test below for a Parameter, which the weight of a frozen base is.
     return kind not in (Tensor, nn.Parameter) and kind.__module__.partition(".")[0] in _SUBCLASSES
 
 

@@ -49,13 +49,13 @@ def shape(module: nn.Module, name: str) -> torch.Size:
 
 
 def read(module: nn.Module, name: str) -> Tensor:
-    """W in float32, which the format has no dtype beside; a weight that is held as a float is itself."""
+    """W in float32, for the format does not keep its original dtype; a weight that is held as a float, as it is."""
     weight: Any = module._parameters["weight"]
     return weight if weight.is_floating_point() else unpacked(weight, _scales(weight, module), type(module).__name__)
 
 
 def shared(module: nn.Module) -> list[Any]:
-    """The state, which the module's own forward writes to: there is one, and it stays the base's."""
+    """The state, which the module's own forward writes to: a copy of the model shares the base's."""
     return [state for state in (module.__dict__.get("state"),) if state is not None]
 
 
@@ -75,7 +75,7 @@ def run(module: Any, x: Tensor) -> Tensor:
 
 
 def product(module: Any, x: Tensor) -> Product | None:
-    """W and b, but where a dense weight was put in the place of the packed one."""
+    """W and b of x Wᵀ + b; `None` where a dense weight was put in the place of the packed one."""
     weight, state, where = module._parameters["weight"], module.state, type(module).__name__
     if not weight.is_floating_point():
         made = _packed(weight, _scales(weight, module), where)

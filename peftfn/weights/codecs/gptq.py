@@ -96,7 +96,7 @@ def run(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def product(module: nn.Module, x: Tensor) -> Product | None:
-    """W and b, but where a dense weight was put in the place of the packed one."""
+    """W and b of x Wᵀ + b; `None` where a dense weight was put in the place of the packed one."""
     if _dense(module) is not None:
         return None
     return _packed(_parts(module), _zeros_of(module), _name(module)), _bias(module)

@@ -69,7 +69,7 @@ def linear(packed: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def run(packed: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + b for a Function that has a derivative of its own: autograd sees nothing of it."""
+    """x Wᵀ + b, not recorded by autograd: for a Function that has a derivative of its own."""
     return _computed(_What(_KERNEL, 0, packed.form, packed.spec), x, bias, packed.tensors)
 
 
@@ -109,7 +109,7 @@ _SLOTS = 5  # a Function that torch.compile traces has a fixed number of argumen
 
 @dataclasses.dataclass(frozen=True)
 class _What:
-    """Which of the three products, of what, and how many of x's leading axes are mapped.
+    """One of the three products: which, of which weight, and how many of x's leading axes are mapped.
 
     No tuple: torch.func would look through it for tensors at each call.
     """
@@ -131,7 +131,7 @@ def _multiplied(what: _What, x: Tensor, bias: Tensor | None, tensors: Sequence[A
 
 
 def _computed(what: _What, x: Tensor, bias: Tensor | None, tensors: Tensors) -> Tensor:
-    """The product itself, of which autograd knows nothing."""
+    """The product itself, not recorded by autograd."""
     outputs, inputs = what.spec.shape
     if x.numel() == 0 or outputs == 0:
         made = x.new_zeros(*x.shape[:-1], inputs if what.product == _GRADIENT else outputs)

@@ -24,7 +24,7 @@ class Entry(NamedTuple):
 
 
 def library(name: str) -> Any:
-    """A module of a library that is there, since something of it is; without its types, which few have."""
+    """A module of an optional library that is known to be installed, as `Any`: few of them have types."""
     return importlib.import_module(name)
 
 
