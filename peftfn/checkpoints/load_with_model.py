@@ -190,7 +190,7 @@ def trained_labels(origin: hub.Origin) -> list[str]:
 def _of_head(
     config: PeftConfig, tensors: Mapping[str, Tensor], options: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, Any]:
-    """The labels of a head in the adapter's file: the base's own head gives way to it."""
+    """Options of `from_pretrained` by which the base gets a head with the labels of the one in the adapter's file."""
     if config.task_type not in ("SEQ_CLS", "TOKEN_CLS") or {"num_labels", "id2label", "config"} & options.keys():
         return {}
     labels = {tensor.shape[0] for key, tensor in tensors.items() if LABELS.search(key)}
@@ -217,7 +217,7 @@ def _grow(model: Any, origin: hub.Origin, tensors: Mapping[str, Tensor], options
 
 
 def _words(origin: hub.Origin, options: Mapping[str, Any]) -> int:
-    """How many tokens the tokenizer knows that was saved with the adapter, or above it; 0 without one."""
+    """The size of the tokenizer that was saved with the adapter, or in the folder above it; 0 without one."""
     from transformers import AutoTokenizer
 
     for place in dict.fromkeys((origin, origin._replace(subfolder=None))):

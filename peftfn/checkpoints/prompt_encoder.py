@@ -25,7 +25,7 @@ _PREFIX = "peftfn_encoder-"
 def writes(
     adapter: Adapter, tensors: Mapping[str, Tensor], plain: Callable[[str, Tensor], Tensor]
 ) -> dict[str, files.Write]:
-    """The file to write beside the tensors of an adapter, by name; none where they are all that there is.
+    """The file to write beside the tensors of an adapter, by name; none where it has no network.
 
     Args:
         adapter: what is saved.

@@ -82,7 +82,7 @@ class Live:
             line.close()
 
     def show(self, lines: Sequence[Line]) -> None:
-        """One step on."""
+        """Advance the bar by one step."""
         going = [line for line in lines if line.state == "training"]
         self._bar.set_postfix_str(f"{len(going)} of {len(lines)} adapters train", refresh=False)
         self._bar.update()

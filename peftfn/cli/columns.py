@@ -16,7 +16,7 @@ PROMPT, COMPLETION = "prompt", "completion"
 ANSWER_NAMES = ("completion", "response", "output", "answer", "reply", "chosen")
 """What follows a prompt."""
 _MOST_LABELS = 20
-"""A column of so many values, each of them in several rows, may be labels under another name."""
+"""A column of no more values than these, each of them in several rows, may be labels under another name."""
 
 
 class Columns(NamedTuple):

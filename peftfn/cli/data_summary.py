@@ -1,4 +1,4 @@
-"""What was read of a table, in a few lines, before anything is done with it: a person would rather see than guess."""
+"""A summary of a table as it was read, in a few lines, shown before it is used."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def table(part: str, rows: list[dict[str, str]]) -> Table:
 
 
 class Snapshot(NamedTuple):
-    """All that a base is, copied: what `differences` compares later."""
+    """A copy of everything that must not change in a base, for `differences`."""
 
     tensors: dict[str, Tensor]
     flags: dict[str, bool]

@@ -23,7 +23,7 @@ class Score(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """exp(loss): for a language model, how many tokens it wavers between."""
+        """exp(loss): the number of tokens among which a uniform guess would have this loss."""
         return math.exp(self.loss) if self.loss < 700 else math.inf  # exp(710) overflows a double
 
     @property

@@ -67,5 +67,5 @@ def _member(number: str, settings: SweepSettings, config: PeftConfig, changed: d
 
 
 def shown(value: Any) -> str:
-    """A value in as few characters as tell what it is."""
+    """A value as short text, for names and tables."""
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -49,7 +49,7 @@ def counting(total: int, what: str, unit: str) -> Any:
 
 
 def show(bar: Any, unit: str, metrics: list[records.Record]) -> None:
-    """One step on, with the running mean of the loss and the throughput of the last record."""
+    """Advance the bar by one step, with the running mean of the loss and the throughput of the last record."""
     loss = records.smoothed([r["loss"] for r in metrics[-50:]], keep=0.9)[-1]
     bar.set_postfix_str(f"loss {loss:.4f}, {metrics[-1][f'{unit}_per_second']:,.0f} {unit}/s", refresh=False)
     bar.update()

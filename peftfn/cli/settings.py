@@ -84,7 +84,7 @@ class SweepSettings(TrainSettings):
     replace: bool = option("Replace the sweep that is in --output, and begin anew.", False)
 
     def __post_init__(self) -> None:
-        """Refuse a patience without anything to lose it over."""
+        """Refuse a patience without held-out data, whose loss it is about."""
         super().__post_init__()
         if self.patience is not None and self.eval_data is None:
             raise UserError(f"--patience {self.patience} watches the held-out loss; give --eval-data")
@@ -179,7 +179,7 @@ MAY_DIFFER = frozenset(
 
 
 def fingerprint(settings: TrainSettings, config: PeftConfig, data: str) -> dict[str, Any]:
-    """What has to be the same for a checkpoint to be gone on from, as JSON reads it back.
+    """What has to be equal for a run to go on from a checkpoint, as JSON reads it back.
 
     `data` is a digest of the encoded examples.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints that a killed run goes on from: adapter, optimizer and random state, whole or not there."""
+"""Checkpoints that a killed run goes on from: adapter, optimizer and random state, written atomically."""
 
 from __future__ import annotations
 

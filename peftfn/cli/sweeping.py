@@ -155,12 +155,12 @@ def _batch(plan: Plan, chosen: list[list[int]]) -> dict[str, Tensor]:
 
 def _terms(task: str, batch: dict[str, Tensor]) -> Tensor:
     """Over how many terms each adapter's loss is a mean, (adapters,)."""
-    labels = batch["labels"] if task == "seq_cls" else batch["labels"][..., 1:]  # the first token is nobody's target
+    labels = batch["labels"] if task == "seq_cls" else batch["labels"][..., 1:]  # no loss is of the first token
     return (labels != tasks.IGNORED).flatten(1).sum(1).double()
 
 
 def _measured(plan: Plan, now: Progress, step: int) -> Progress:
-    """With the scores on held-out data, where an epoch or the sweep ends."""
+    """The progress, with scores on held-out data where an epoch or the sweep ends."""
     job = plan.job
     size, parts = job.settings.batch_size, job.settings.grad_accumulation
     ends = (step + 1) % batches.steps_per_epoch(len(job.examples.ids), size, parts) == 0 or step + 1 == job.total
@@ -192,7 +192,7 @@ def _without_stopped(plan: Plan, now: Progress, step: int, found: dict[int, pf.A
 
 
 def _state_of(plan: Plan, line: board.Line, step: int) -> str:
-    """What comes after this step: training goes on, or it is over."""
+    """The state of a run after this step: training, trained, stopped or diverged."""
     if not math.isfinite(line.records[-1]["loss"]):
         return "diverged"
     if step + 1 == plan.job.total:
@@ -204,7 +204,7 @@ def _state_of(plan: Plan, line: board.Line, step: int) -> str:
 
 
 def _closing(lines: Sequence[board.Line], output: Path) -> str:
-    """The table, the best run first, and where everything is."""
+    """The last message: the table, the best run first, and the paths of what was written."""
 
     def rank(line: board.Line) -> float:
         row = line.row()

@@ -187,7 +187,7 @@ def _text_batch(examples: Examples, chosen: Sequence[int], pad: int) -> dict[str
 
 
 def _targets(batch: dict[str, Tensor]) -> int:
-    # the model shifts the labels by one: the first token of a row is nobody's target
+    # the model shifts the labels by one: no loss is of a row's first token
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 

@@ -1,4 +1,4 @@
-"""What each adapter brings to each site."""
+"""The tensors of each adapter at each site, with what a forward needs to know of the adapter."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def of(adapters: Sequence[Adapter], rows: Rows | None = None) -> dict[str, list[
 def merged(
     part: SiteAdapter, leaf: Mapping[str, Tensor], kind: str, tensors: Mapping[str, Tensor]
 ) -> Mapping[str, Tensor]:
-    """Those of a layer's weight and bias that change, with one of the part's leaves in them."""
+    """The new values of those of a layer's weight and bias that the leaf changes."""
     action = part.method.on_weights
     assert action is not None, "methods that act on whole modules have no site with a weight"
     shape = layouts.of_tensor(kind, tensors["weight"], part.info)

@@ -1,4 +1,4 @@
-"""A file that goes to the disk while the rest of it is made, so that little is left for the last `fsync`."""
+"""Syncs of a file to the disk while the rest of it is computed, so that little is left for the last `fsync`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Flushing:
         self._running: Future[None] | None = None
 
     def after(self, size: int) -> None:
-        """So many bytes more are written, or about to be; what an earlier sync raised is raised here."""
+        """Count bytes that are written, and start a sync where many are; what an earlier sync raised is raised here."""
         self._bytes += size
         if self._bytes < _OFTEN or not (self._running is None or self._running.done()):
             return
@@ -33,7 +33,7 @@ class Flushing:
         self._running = self._thread.submit(os.fsync, self._target.fileno())
 
     def finish(self) -> None:
-        """Everything that was written is on the disk."""
+        """Wait until everything that was written is on the disk."""
         self._wait()
         os.fsync(self._target.fileno())
 

@@ -106,7 +106,7 @@ def _loaded(given: Adapter | str | Path | Iterable[Adapter | str | Path]) -> tup
     """The adapters, and the names of the labels that the last of their folders knows."""
     several: Any = [given] if isinstance(given, (Adapter, str, Path)) else given
     if not isinstance(several, (list, tuple)):
-        return as_tuple(several), []  # which says what was expected
+        return as_tuple(several), []  # it refuses them, and says what was expected
     several = cast("Sequence[Adapter | str | Path]", several)
     origins = [hub.Origin(str(one)) for one in several if isinstance(one, (str, Path))]
     pinned = [hub.pinned(origin, hub.find(origin, files.CONFIG)) for origin in origins]
@@ -178,7 +178,7 @@ def _touches_vocabulary(plan: Plan, shapes: Mapping[str, Tensor], sizes: set[int
 
 
 def _digest(found: Sequence[Shard], adapters: Sequence[Adapter], layouts: Mapping[str, Any], dtype: str) -> str:
-    """What is being made: the same arguments, the same files."""
+    """A digest of the work: equal where the arguments and the base's files are."""
     made = hashlib.sha256(repr((layouts, dtype)).encode())
     for shard in found:
         state = shard.path.stat()

@@ -45,8 +45,8 @@ class Unfinished(NamedTuple):
 def making(output: Path, what: str, overwrite: bool) -> Generator[Unfinished | None]:
     """The unfinished folder, with what an earlier run of the same has left; `None` if that run had finished.
 
-    Left in peace, it takes the output's place. An exception that comes from the input removes it; an interrupt, or a
-    full disk, leaves it for the next run.
+    Where the block ends without an exception, it takes the output's place. An exception that comes from the input
+    removes it; an interrupt, or a full disk, leaves it for the next run.
 
     Args:
         output: where the folder goes.
@@ -116,7 +116,7 @@ def _empty(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(work: Path) -> Generator[None]:
-    """Nobody else works there; a kill ends the lock, as the system has it."""
+    """A context in which no other process works in the folder; the system ends the lock with the process."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -142,6 +142,6 @@ def _move(at: Unfinished) -> None:
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Whether the two have changed places, which some systems do in one step."""
+    """Whether the two folders could be exchanged in one step, as some systems can; then they are."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
     return rename is not None and rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0

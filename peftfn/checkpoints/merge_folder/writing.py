@@ -173,7 +173,7 @@ def _values(
         return {key: shards.read(sources[entry.path], entry, next(rooms))}
 
     _keep_freed_memory()
-    # The same memory again and again: what malloc is given back in another order it keeps, and never uses again.
+    # The same memory for every piece: malloc would keep blocks that are freed in another order, and not reuse them.
     size = _largest(pieces, units, entries)
     rooms = itertools.cycle([torch.empty(size, dtype=torch.uint8, device="cpu") for _ in range(_ROOMS)])
     order = [(units[piece.items[0].name], piece.rows) for piece in pieces]
@@ -195,7 +195,7 @@ def _values(
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed, up to twice the largest block that ever was: this one, which is never touched.
+    """Make glibc keep freed memory: up to twice the largest block that was freed, which is this one, never touched.
 
     A process that had freed little gave the memory of every few pieces back to the system, and took it again page by
     page: a merge of 2 GB then had up to a million page faults more, and took twice as long.

@@ -31,7 +31,7 @@ class Held(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         own = self._names[name]
-        found = self._module._parameters.get(own)  # where most are, and getattr looks last
+        found = self._module._parameters.get(own)  # most are there, and getattr looks there last
         return getattr(self._module, own) if found is None else found
 
     def __contains__(self, name: object) -> bool:
@@ -54,7 +54,7 @@ class Holder(NamedTuple):
 
 
 def hold(holder: Holder, path: str, here: list[site_adapters.SiteAdapter]) -> list[site_adapters.SiteAdapter]:
-    """Register the tensors of one site on its module, and give parts that read them from there."""
+    """The adapters of one site, with their tensors registered on its module and read from there."""
     owner = path if path in holder.by_path else path.rpartition(".")[0]
     module = holder.by_path.get(owner)
     if module is None:

@@ -1,4 +1,4 @@
-"""What a bound module writes and takes back: PEFT's files, what `Trainer` looks for beside them, or merged weights."""
+"""What a bound module saves and loads: PEFT's files, what `Trainer` looks for beside them, or merged weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ONLY_DEFAULT = {"variant": None, "save_peft_format": True, "distributed_checkpo
 
 
 def suit(bound: nn.Module) -> None:
-    """Give a bound module and those inside it a `save_pretrained` that knows of the adapters, and more for Trainer."""
+    """Give a bound module and those inside it a `save_pretrained` that writes the adapters, and what Trainer needs."""
     for path, module in layers.named_modules(bound):
         if hasattr(type(module), "save_pretrained"):
             save = _save if not path and _is_transformers(module) else functools.partial(_save_part, path=path)

@@ -92,7 +92,7 @@ def plans(index: Sequence[int], adapters: int) -> tuple[Segments, ...]:
 
 
 def _built(numbers: Numbers, rows: Numbers | None, counts: Numbers, size: int, segments: Numbers) -> Segments:
-    """Segments of `size` places, of which each adapter has so many."""
+    """Segments of `size` places, `segments[k]` of them for adapter k."""
     order = numbers.argsort(kind="stable")
     owner, first = numbers[order], counts.cumsum() - counts
     rank = np.arange(numbers.size) - first[owner]  # among the rows of its adapter

@@ -34,7 +34,7 @@ class Read(NamedTuple):
 
 
 class Given(NamedTuple):
-    """The tensors that a reader is given, which of their axes are rows, and which axes of what it returns are to be."""
+    """The tensors among a reader's arguments, the axis of rows of each, and the axes of rows of what it returns."""
 
     tensors: Mapping[Any, Tensor]
     axes: Mapping[Any, int | None]
