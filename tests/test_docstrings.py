@@ -103,8 +103,8 @@ def entries(section: str) -> frozenset[str]:
 def raised(function: Any) -> frozenset[str]:
     """The exceptions that a function's own body makes and raises, by name."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    made = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise)]
-    return frozenset(_exception(call.func, function) for call in made if isinstance(call, ast.Call))
+    made = [node.exc.func for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+    return frozenset(_exception(one, function) for one in made if isinstance(one, (ast.Name, ast.Attribute)))
 
 
 def _exception(called: ast.expr, function: Any) -> str:

@@ -61,6 +61,7 @@ def merge_folder(
     Raises:
         FileNotFoundError: the base has no safetensors weights, or an adapter is not there.
         FileExistsError: the output is there already, or is being made by another process.
+        NotADirectoryError: the output is a file.
         KeyError: neither the files nor the model have what an adapter changes.
         ValueError: a file is not whole, something does not fit, or a weight would be NaN or infinite.
         TypeError: an adapter is a stack, or something else than an adapter or a path.
