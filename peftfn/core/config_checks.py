@@ -32,7 +32,7 @@ def refuse_unknown(cls: type[Any], given: Mapping[str, Any]) -> None:
 
 def check_types(config: Any) -> None:
     """Refuse a value that is not of its field's annotated type."""
-    hints = _hints(type(config))
+    hints = _hints(cast("type[Any]", type(config)))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not _fits(value, hints[field.name]):
