@@ -11,7 +11,7 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
 from peftfn.core.config import PeftConfig
-from peftfn.core.frozen import FrozenDict
+from peftfn.core.config_values import FrozenDict
 from peftfn.core.row_runs import Runs
 from peftfn.core.transforms import OPTREE_GLOBAL
 

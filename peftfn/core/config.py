@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from peftfn.core import config_checks, files, hub
-from peftfn.core.frozen import freeze, thaw
+from peftfn.core import config_values, files, hub
+from peftfn.core.config_values import freeze, thaw
 
 TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -69,14 +69,14 @@ class PeftConfig:
 
     def __new__(cls, *_: Any, **given: Any) -> Self:
         """A config whose fields are yet to be set; names that are no fields are refused with near ones."""
-        config_checks.refuse_unknown(cls, given)
+        config_values.refuse_unknown(cls, given)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, freeze(getattr(self, field.name)))
-        config_checks.check_types(self)
-        config_checks.check_patterns(self)
+        config_values.check_types(self)
+        config_values.check_patterns(self)
         if self.task_type is not None:
             # PEFT's TaskType is a str enum: keep its value, so that the config is plain data.
             object.__setattr__(self, "task_type", str(getattr(self.task_type, "value", self.task_type)))

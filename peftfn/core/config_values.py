@@ -1,4 +1,4 @@
-"""What is wrong with the fields that a config is given: their names, their types, and patterns that are no regex."""
+"""The values of a config's fields: plain data that cannot change, checked against the fields' names and types."""
 
 from __future__ import annotations
 
@@ -11,7 +11,49 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from peftfn.core.frozen import thaw
+
+def _refuse_change(*_: Any, **__: Any) -> Any:
+    raise TypeError("this dictionary is a part of a frozen value; make a changed one of dict(it).")
+
+
+class FrozenDict(dict[str, Any]):
+    """A dictionary that cannot change and can be hashed: a config is static for every transform."""
+
+    __slots__ = ()
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = cast("Any", _refuse_change)
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # a dict has none
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> Any:
+        return FrozenDict, (dict(self),)  # pickle and copy would set its items one by one
+
+    def __or__(self, other: Any) -> Any:
+        return dict(self) | dict(other)
+
+
+def freeze(value: Any) -> Any:
+    """The value with lists as tuples, sets as sorted tuples and dicts as `FrozenDict`, all the way down."""
+    if isinstance(value, (set, frozenset)):
+        value = sorted(cast("set[Any]", value))
+    if isinstance(value, (list, tuple)):
+        return tuple(freeze(item) for item in cast("list[Any]", value))
+    if isinstance(value, Mapping):
+        return FrozenDict({str(key): freeze(item) for key, item in cast("Mapping[Any, Any]", value).items()})
+    return value
+
+
+def thaw(value: Any) -> Any:
+    """The value with tuples as lists and mappings as dicts, as JSON has them."""
+    if isinstance(value, (list, tuple)):
+        return [thaw(item) for item in cast("list[Any]", value)]
+    if isinstance(value, Mapping):
+        return {key: thaw(item) for key, item in cast("Mapping[str, Any]", value).items()}
+    return value
+
+
+# --- what a config refuses --------------------------------------------------------------------------------------------
 
 
 def refuse_unknown(cls: type[Any], given: Mapping[str, Any]) -> None:
