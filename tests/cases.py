@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import quantized
+import registry
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -229,36 +230,13 @@ def ia3(*targets: str, feedforward: tuple[str, ...] = (), **kwargs: Any) -> pf.I
     return pf.IA3Config(target_modules=list(targets), feedforward_modules=list(feedforward), **kwargs)
 
 
-def adalora(*targets: str, **kwargs: Any) -> pf.AdaLoraConfig:
-    """A small AdaLoRA config."""
-    return pf.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=6, target_modules=list(targets), **kwargs)
-
-
-def dora(*targets: str, **kwargs: Any) -> pf.LoraConfig:
-    """A small LoRA config that asks for DoRA."""
-    return lora(*targets, use_dora=True, **kwargs)
-
-
-def oft(*targets: str, **kwargs: Any) -> pf.OFTConfig:
-    """A small OFT config."""
-    return pf.OFTConfig(oft_block_size=4, target_modules=list(targets), **kwargs)
-
-
 def turned_squares() -> nn.Module:
     """Layers whose shape does not say that their weight is stored (in, out)."""
     return nn.Sequential(Conv1D(8, 8), nn.ReLU(), Conv1D(8, 8))
 
 
-def lokr(*targets: str, **kwargs: Any) -> pf.LoKrConfig:
-    """A small LoKr config, whose second factor is a product."""
-    return pf.LoKrConfig(**{"r": 1, "alpha": 2, "target_modules": list(targets), **kwargs})
-
-
 DEFINED = "padding_idx and scale_grad_by_freq say what the gradient is; it is not the slope"
 REPLACED = "two adapters that replace the same tensor are refused (test_bad_input.py)"
-ONES = {"randomness": "it starts at ones, whatever the generator"}
-ZEROS = {"randomness": "it starts at zeros, whatever the generator"}
-NORMED = {"slope": "the norm is a constant for the gradient, as in peft (test_methods_against_peft.py)"}
 SMALL = {"r": 4, "lora_alpha": 6}
 
 INPUT = {
@@ -415,137 +393,69 @@ CASES = [
     ),
     Case("adaption-llama", llama, ADAPTION, texts, INPUT),
     Case("adaption-gpt2", gpt2, ADAPTION, texts, INPUT),
-    Case("ia3-linear", mlp, ia3("0", "3", feedforward=("3",)), randn(4, 8), ONES),
-    Case("ia3-random", mlp, ia3("0", "3", init_ia3_weights=False), randn(4, 8), {"identity": "asked not to be it"}),
-    Case("ia3-head", mlp, ia3("0", modules_to_save=["3"]), randn(4, 8), {**ONES, "sum": REPLACED}),
-    Case(
-        "ia3-transposed-square",
-        turned_squares,
-        ia3("0", "2", feedforward=("2",)),
-        randn(4, 3, 8),
-        ONES,
-    ),
-    Case(
-        "ia3-conv1d",
-        lambda: nn.Sequential(nn.Conv1d(4, 4, 3, stride=2), nn.ReLU(), nn.Conv1d(4, 5, 1)),
-        ia3("0", "2", feedforward=("0",)),
-        randn(4, 4, 9),
-        ONES,
-    ),
-    Case(
-        "ia3-conv2d",
-        lambda: nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), nn.ReLU(), nn.Conv2d(6, 6, 1)),
-        ia3("0", "2", feedforward=("2",)),
-        randn(4, 4, 6, 6),
-        ONES,
-    ),
-    Case(
-        "ia3-conv2d-groups",
-        lambda: nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.Conv2d(6, 4, 1, groups=2)),
-        ia3("0", "2", feedforward=("2",)),
-        randn(4, 4, 6, 6),
-        ONES,
-    ),
-    Case(
-        "ia3-conv3d",
-        lambda: nn.Sequential(nn.Conv3d(2, 4, (1, 2, 3)), nn.ReLU(), nn.Conv3d(4, 2, 1)),
-        ia3("0", "2", feedforward=("0",)),
-        randn(4, 2, 3, 4, 5),
-        ONES,
-    ),
-    Case("ia3-two-paths", Twice, ia3("first"), randn(4, 8), ONES),
-    Case("ia3-gpt2", gpt2, pf.IA3Config(), lambda: {"input_ids": tokens()()}, ONES),
-    Case(
-        "ia3-llama",
-        llama,
-        pf.IA3Config(target_modules=r".*_proj", feedforward_modules=r".*\.(down|o)_proj"),
-        lambda: {"input_ids": tokens()()},
-        ONES,
-    ),
-    Case("adalora-linear", mlp, adalora("0", "3"), randn(4, 8)),
-    Case("adalora-head", mlp, adalora("0", modules_to_save=["3"]), randn(4, 8), {"sum": REPLACED}),
-    Case("adalora-bias", mlp, adalora("0", bias="lora_only"), randn(4, 8), {"sum": REPLACED}),
-    Case("adalora-random", mlp, adalora("0", init_lora_weights=False), randn(4, 8), {"identity": "asked not to be it"}),
-    Case(
-        "adalora-transposed-square",
-        turned_squares,
-        adalora("0", "2"),
-        randn(4, 3, 8),
-    ),
-    Case(
-        "adalora-conv1d",
-        lambda: nn.Sequential(nn.Conv1d(4, 6, 3, stride=2, padding=1), nn.ReLU()),
-        adalora("0"),
-        randn(4, 4, 9),
-    ),
-    Case(
-        "adalora-conv2d",
-        lambda: nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), nn.ReLU(), nn.Conv2d(6, 3, 1)),
-        adalora("0", "2"),
-        randn(4, 4, 6, 6),
-    ),
-    Case("adalora-conv3d", lambda: nn.Sequential(nn.Conv3d(2, 4, (1, 2, 3))), adalora("0"), randn(4, 2, 3, 4, 5)),
-    Case("adalora-two-paths", Twice, adalora("first"), randn(4, 8)),
-    Case("adalora-gpt2", gpt2, adalora("c_attn", "c_proj"), lambda: {"input_ids": tokens()()}),
-    Case("adalora-llama", llama, pf.AdaLoraConfig(), lambda: {"input_ids": tokens()()}),
-    Case("lokr-linear", mlp, lokr("0", "3", decompose_both=True), randn(4, 8)),
-    Case("lokr-whole", mlp, lokr("0", "3", r=8), randn(4, 8)),
-    Case("lokr-head", mlp, lokr("0", modules_to_save=["3"]), randn(4, 8), {"sum": REPLACED}),
-    Case("lokr-random", mlp, lokr("0", init_weights=False), randn(4, 8), {"identity": "asked not to be it"}),
-    Case(
-        "lokr-transposed-square",
-        turned_squares,
-        lokr("0", "2"),
-        randn(4, 3, 8),
-    ),
-    Case(
-        "lokr-embedding",
-        lambda: nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 3)),
-        lokr("0"),
-        lambda: torch.randint(9, (4, 5)),
-    ),
-    Case("lokr-conv1d", lambda: nn.Sequential(nn.Conv1d(4, 6, 3, stride=2)), lokr("0", r=8), randn(4, 4, 9)),
-    Case(
-        "lokr-conv2d-tucker",
-        lambda: nn.Sequential(nn.Conv2d(8, 12, 3, padding=1, padding_mode="circular", groups=2), nn.Tanh()),
-        lokr("0", use_effective_conv2d=True),
-        randn(4, 8, 6, 6),
-    ),
-    Case("lokr-conv3d", lambda: nn.Sequential(nn.Conv3d(2, 4, (1, 2, 3))), lokr("0"), randn(4, 2, 3, 4, 5)),
-    Case("lokr-two-paths", Twice, lokr("first"), randn(4, 8)),
-    Case("lokr-llama", llama, pf.LoKrConfig(r=2), lambda: {"input_ids": tokens()()}),
-    Case("dora-linear", mlp, dora("0", "3"), randn(4, 8), NORMED),
-    Case("dora-head", mlp, dora("0", modules_to_save=["3"]), randn(4, 8), {"sum": REPLACED, **NORMED}),
-    Case("dora-transposed-square", turned_squares, dora("0", "2"), randn(4, 3, 8), NORMED),
-    Case("dora-embedding", lambda: nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 5)), dora("0"), tokens(), NORMED),
-    Case("dora-conv1d", lambda: nn.Sequential(nn.Conv1d(4, 6, 3, stride=2)), dora("0"), randn(4, 4, 9), NORMED),
-    Case(
-        "dora-conv2d-groups",
-        lambda: nn.Sequential(nn.Conv2d(8, 12, 3, padding=1, padding_mode="circular", groups=2), nn.Tanh()),
-        dora("0"),
-        randn(4, 8, 6, 6),
-        NORMED,
-    ),
-    Case("dora-conv3d", lambda: nn.Sequential(nn.Conv3d(2, 4, (1, 2, 3))), dora("0"), randn(4, 2, 3, 4, 5), NORMED),
-    Case("dora-two-paths", Twice, dora("first"), randn(4, 8), NORMED),
-    Case("dora-llama", llama, pf.LoraConfig(r=2, use_dora=True), lambda: {"input_ids": tokens()()}, NORMED),
-    Case("oft-linear", mlp, oft("0", "3"), randn(4, 8), ZEROS),
-    Case("oft-exact", mlp, oft("0", "3", use_cayley_neumann=False), randn(4, 8), ZEROS),
-    Case("oft-head", mlp, oft("0", modules_to_save=["3"]), randn(4, 8), {"sum": REPLACED, **ZEROS}),
-    Case("oft-transposed-square", turned_squares, oft("0", "2"), randn(4, 3, 8), ZEROS),
-    Case("oft-embedding", lambda: nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 5)), oft("0"), tokens(), ZEROS),
-    Case("oft-conv1d", lambda: nn.Sequential(nn.Conv1d(4, 6, 3, stride=2)), oft("0"), randn(4, 4, 9), ZEROS),
-    Case(
-        "oft-conv2d-groups",
-        lambda: nn.Sequential(nn.Conv2d(8, 12, 3, padding=1, padding_mode="circular", groups=2), nn.Tanh()),
-        oft("0"),
-        randn(4, 8, 6, 6),
-        ZEROS,
-    ),
-    Case("oft-conv3d", lambda: nn.Sequential(nn.Conv3d(2, 4, (1, 2, 3))), oft("0"), randn(4, 2, 3, 4, 5), ZEROS),
-    Case("oft-two-paths", Twice, oft("first"), randn(4, 8), ZEROS),
-    Case("oft-llama", llama, pf.OFTConfig(oft_block_size=4), lambda: {"input_ids": tokens()()}, ZEROS),
 ]
+
+# Kind of layer -> a base, the layers to adapt there, and a batch. Their sizes are multiples of 4.
+KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...], Callable[[], Tensor]]] = {
+    "linear": (mlp, ("0", "3"), randn(4, 8)),
+    "transposed-square": (turned_squares, ("0", "2"), randn(4, 3, 8)),
+    "embedding": (lambda: nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 5)), ("0",), tokens()),
+    "conv1d": (
+        lambda: nn.Sequential(nn.Conv1d(4, 8, 3, stride=2), nn.Tanh(), nn.Conv1d(8, 4, 1)),
+        ("0", "2"),
+        randn(4, 4, 9),
+    ),
+    "conv2d": (
+        lambda: nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular"), nn.Tanh(), nn.Conv2d(8, 4, 1)),
+        ("0", "2"),
+        randn(4, 4, 6, 6),
+    ),
+    "conv2d-groups": (
+        lambda: nn.Sequential(
+            nn.Conv2d(8, 12, 3, padding=1, padding_mode="circular", groups=2), nn.Tanh(), nn.Conv2d(12, 4, 1)
+        ),
+        ("0", "2"),
+        randn(4, 8, 6, 6),
+    ),
+    "conv3d": (
+        lambda: nn.Sequential(nn.Conv3d(2, 4, (1, 2, 3)), nn.Tanh(), nn.Conv3d(4, 2, 1)),
+        ("0", "2"),
+        randn(4, 2, 3, 4, 5),
+    ),
+}
+MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert}
+
+
+def of_method(method: registry.Method) -> list[Case]:
+    """The cases that a method's row asks for."""
+
+    def case(what: str, kind: str, options: Mapping[str, Any], exceptions: Mapping[str, str]) -> Case:
+        build, targets, batch = KINDS[kind]
+        if "bias" in options:
+            exceptions = {**exceptions, "sum": REPLACED}
+        return Case(f"{method.name}-{what}", build, method.make(targets, **options), batch, exceptions)
+
+    usual = method.exceptions
+    found = [case(kind, kind, {}, usual) for kind in method.kinds]
+    found += [case(what, kind, options, usual) for what, (kind, options) in method.others.items()]
+    found += [
+        Case(f"{method.name}-{name}", MODELS[name], method.make(**options), lambda: {"input_ids": tokens()()}, usual)
+        for name, options in method.models.items()
+    ]
+    if "linear" in method.kinds:
+        saved = method.make(("0",), modules_to_save=["3"])
+        found += [
+            Case(f"{method.name}-head", mlp, saved, randn(4, 8), {**usual, "sum": REPLACED}),
+            Case(f"{method.name}-two-paths", Twice, method.make(("first",)), randn(4, 8), usual),
+        ]
+        if method.start is not None:
+            field, _, at_random = method.start
+            without = {law: why for law, why in usual.items() if law != "randomness"}
+            found.append(case("random", "linear", {field: at_random}, {**without, "identity": registry.ASKED}))
+    return found
+
+
+CASES += [case for method in registry.METHODS if method.kinds for case in of_method(method)]
 
 STAIRS = {
     "slope": "the input is rounded to 8 bits, so the function is a staircase; its gradient is straight through",
@@ -580,6 +490,9 @@ def widened(case: Case) -> Case:
     return dataclasses.replace(case, build=functools.partial(case.build, *sizes, **layers), batch=batch or case.batch)
 
 
+PACKED = ("linear", "llama")
+
+
 def on_quantized(*names: str) -> list[Case]:
     """The cases of those names on each kind of quantized base, made as wide as its blocks."""
     plain = {case.name: case for case in CASES}
@@ -606,16 +519,7 @@ CASES += on_quantized(
     "linear-head",
     "linear-bias-all",
     "llama",
-    "ia3-linear",
-    "ia3-llama",
-    "adalora-linear",
-    "adalora-llama",
-    "lokr-linear",
-    "lokr-llama",
-    "dora-linear",
-    "dora-llama",
-    "oft-linear",
-    "oft-llama",
+    *(f"{method.name}-{what}" for method in registry.METHODS if method.kinds and method.packed for what in PACKED),
     "prompt-llama",
     "prompt-t5",
     "p-tuning-mlp-llama",

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import oracle
 import peft
 import pytest
+import registry
 import torch
 from exact import EXACT, off
 from torch import Tensor, nn
@@ -30,83 +31,49 @@ GROUPED: Build = (lambda: nn.Sequential(nn.Conv2d(8, 12, 3, groups=2)), lambda: 
 POINTWISE: Build = (lambda: nn.Sequential(nn.Conv2d(8, 12, 1)), lambda: torch.randn(2, 8, 3, 3))
 
 
+BASES = {
+    "linear": LINEAR,
+    "transposed": TURNED,
+    "embedding": TABLE,
+    "conv1d": CONV1D,
+    "conv2d": CONV2D,
+    "conv2d-groups": GROUPED,
+    "pointwise": POINTWISE,
+    "conv3d": CONV3D,
+}
+
+
 class Case(NamedTuple):
-    """A method's options on a base; `wrong` says what peft has wrong there, and is then left out of the comparison."""
+    """What a method's row in the registry holds against peft."""
 
-    name: str
-    kind: str
-    build: Build
-    options: dict[str, Any]
-    wrong: dict[str, str] = {}  # noqa: RUF012  # a row of a table, which nothing writes to
-    in_old: bool = True
+    method: registry.Method
+    held: registry.AgainstPeft
 
+    @property
+    def name(self) -> str:
+        return f"{self.method.title}, {self.held.base}, {self.held.name}"
 
-def lokr(name: str, build: Build, options: dict[str, Any], *args: Any, **kwargs: Any) -> Case:
-    return Case(f"LoKr, {name}", "LoKrConfig", build, options, *args, **kwargs)
-
-
-def dora(name: str, build: Build, *args: Any, **options: Any) -> Case:
-    return Case(f"DoRA, {name}", "LoraConfig", build, {"r": 2, "lora_alpha": 3, "use_dora": True, **options}, *args)
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the config, here and in peft."""
+        return {**self.method.options, "target_modules": "0|2", **self.held.options}
 
 
-def oft(name: str, build: Build, *args: Any, **options: Any) -> Case:
-    # Before 0.18 peft's sum of powers was another one.
-    in_old = not options.get("use_cayley_neumann", True)
-    return Case(f"OFT, {name}", "OFTConfig", build, {"oft_block_size": 4, **options}, *args, in_old=in_old)
-
-
-VIEW = "'view size is not compatible with input tensor's size and stride'"
-FOLDED = {"outputs": "patches are added up where they overlap", "forward": "the same"}
-TUCKER: dict[str, Any] = {"use_effective_conv2d": True, "r": 1}
-CASES = [
-    lokr("whole factors", LINEAR, {"r": 8}),
-    lokr("a product", LINEAR, {"r": 1, "alpha": 3}),
-    lokr("both products", LINEAR, {"r": 1, "decompose_both": True}),
-    lokr("factor 4", LINEAR, {"r": 2, "decompose_factor": 4}),
-    lokr("a factor that does not divide", LINEAR, {"r": 2, "decompose_factor": 5}),
-    lokr("patterns", LINEAR, {"r": 8, "rank_pattern": {"2": 1}, "alpha_pattern": {"0": 3}}),
-    lokr("convolution, whole", CONV2D, {"r": 8}),
-    lokr("convolution, a product", CONV2D, {"r": 1}),
-    lokr("convolution, Tucker", CONV2D, TUCKER),
-    lokr("convolution 1d, whole", CONV1D, {"r": 8}, in_old=False),
-    lokr("convolution 1d, a product", CONV1D, {"r": 1}, in_old=False),
-    lokr("convolution 1d, Tucker", CONV1D, TUCKER, {"outputs": VIEW, "merge": VIEW}, in_old=False),
-    lokr("convolution with groups", GROUPED, {"r": 1}, in_old=False),
-    lokr("pointwise convolution", POINTWISE, TUCKER),
-    dora("linear", LINEAR),
-    dora("linear, patterns", LINEAR, rank_pattern={"2": 1}, alpha_pattern={"0": 5}, use_rslora=True),
-    dora("transposed", TURNED, {}, fan_in_fan_out=True),
-    dora("embedding", TABLE),
-    dora("convolution 1d", CONV1D),
-    dora("convolution 2d", CONV2D),
-    dora("convolution 3d", CONV3D),
-    dora("pointwise convolution", POINTWISE),
-    oft("linear", LINEAR),
-    oft("linear, blocks by number", LINEAR, oft_block_size=0, r=4),
-    oft("linear, exact", LINEAR, use_cayley_neumann=False),
-    *(oft(f"linear, {terms} terms", LINEAR, num_cayley_neumann_terms=terms) for terms in (1, 2, 3, 4, 7)),
-    oft("linear, a size that does not divide", LINEAR, oft_block_size=7),
-    oft("linear, one block for all", LINEAR, block_share=True),
-    oft("linear, constrained", LINEAR, oft_block_size=0, r=4, coft=True, eps=0.5),
-    oft("embedding", TABLE),
-    oft("pointwise convolution", POINTWISE),
-    oft("convolution 2d", CONV2D, FOLDED),
-]
-CASES = [case for case in CASES if case.in_old or not oracle.IS_OLD]
+CASES = [Case(method, held) for method in registry.METHODS for held in method.peft if held.in_old or not oracle.IS_OLD]
 
 
 def every_case(of: str = "") -> Any:
-    having = [case for case in CASES if of not in case.wrong]
+    having = [case for case in CASES if of not in case.held.wrong]
     return pytest.mark.parametrize("case", having, ids=[case.name for case in having])
 
 
 def fresh(case: Case, **more: Any) -> tuple[nn.Module, Tensor, pf.Adapter]:
     """A base, a batch and an adapter as it begins, in float64."""
-    build, batch = case.build
+    build, batch = BASES[case.held.base]
     torch.manual_seed(0)
     model = build().double().eval()
     x = batch()
-    config = getattr(pf, case.kind)(target_modules="0|2", **case.options, **more)
+    config = getattr(pf, case.method.config)(**{**case.options, **more})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* does not divide")
         return model, x.double() if x.is_floating_point() else x, pf.init(model, config)
@@ -133,9 +100,8 @@ def test_outputs_and_gradients_are_pefts(case: Case, tmp_path: Path) -> None:
     model, x, adapter, other = made(case, tmp_path)
     expected = other(x)
     assert off(pf.apply(model, adapter, x), expected) < EXACT
-    is_felt = case.options.get("num_cayley_neumann_terms") != 1
-    assert ((expected - model(x)).abs().max() > 1e-2) == is_felt
-    if not is_felt:
+    assert ((expected - model(x)).abs().max() > 1e-2) == case.held.is_felt
+    if not case.held.is_felt:
         return
     expected.square().mean().backward()
     ours = grad(lambda p: pf.apply(model, adapter.replace(params=p), x).square().mean())(adapter.params)
@@ -166,12 +132,15 @@ def test_files_are_read_both_ways(case: Case, tmp_path: Path) -> None:
 
 @every_case()
 @pytest.mark.parametrize("is_neutral", [True, False])
-def test_a_fresh_adapter_has_pefts_shapes_and_is_the_identity(case: Case, is_neutral: bool) -> None:
-    init = "init_lora_weights" if case.kind == "LoraConfig" else "init_weights"
-    model, x, adapter = fresh(case, **{init: is_neutral})
+def test_a_fresh_adapter_has_pefts_shapes_and_may_be_the_identity(case: Case, is_neutral: bool) -> None:
+    start = case.method.start
+    if start is None and not is_neutral:
+        return
+    more = {} if start is None else {start[0]: start[1 if is_neutral else 2]}
+    model, x, adapter = fresh(case, **more)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = getattr(peft, case.kind)(target_modules="0|2", **case.options, **{init: is_neutral})
+        config = getattr(peft, case.method.config)(**{**case.options, **more})
         other = peft.get_peft_model(copy.deepcopy(model), config)
     expected = {
         key.replace(".default", "").removesuffix(".weight"): tuple(one.shape)
@@ -184,6 +153,5 @@ def test_a_fresh_adapter_has_pefts_shapes_and_is_the_identity(case: Case, is_neu
         for name, one in leaf.items()
     }
     assert found == expected
-    stays = is_neutral or case.options.get("num_cayley_neumann_terms") == 1 or case.options.get("use_dora")
-    if stays and not (case.options.get("use_dora") and not is_neutral):
+    if is_neutral:
         assert torch.equal(pf.apply(model, adapter, x), model(x))
