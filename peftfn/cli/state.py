@@ -13,7 +13,7 @@ import torch
 
 import peftfn as pf
 from peftfn.cli.errors import UserError
-from peftfn.core import files
+from peftfn.core import files, reading
 
 FOLDER = "checkpoint"
 """Checkpoints are `checkpoint/step-00000100`; at most one is kept."""
@@ -127,4 +127,4 @@ def write_run(output: Path, run: dict[str, Any]) -> None:
 def read_run(folder: Path) -> dict[str, Any]:
     """What `write_run` wrote, or an empty dict where the adapter does not come from `peftfn train`."""
     path = folder / files.RUN
-    return files.read_json(path) if path.is_file() else {}
+    return reading.read_json(path) if path.is_file() else {}

@@ -17,7 +17,7 @@ from peftfn.cli import board, records, state, training
 from peftfn.cli.errors import UserError
 from peftfn.cli.grids import Member
 from peftfn.cli.settings import SweepSettings, differences, fingerprint
-from peftfn.core import files
+from peftfn.core import files, reading
 
 RUNS = "sweep.json"
 """Which folders in --output are a sweep's, so that --replace removes no others, and what the sweep is."""
@@ -72,7 +72,7 @@ def begin(plan: Plan) -> Progress:
     torch.manual_seed(job.settings.seed)
     marks = [_marks(plan, member, adapter) for member, adapter in zip(plan.members, plan.adapters, strict=True)]
     if (output / RUNS).is_file():
-        written = files.read_json(output / RUNS)
+        written = reading.read_json(output / RUNS)
         if not job.settings.replace:
             _refuse_other(output, written, plan, marks)
             if (output / STATE).is_file():

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
-from peftfn.core import files, hub
+from peftfn.core import files, hub, reading
 
 TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -180,9 +180,9 @@ class PeftConfig:
         cache_dir: str | Path | None = None,
     ) -> PeftConfig:
         """The config in a folder or hub repository, of the class that its `peft_type` names."""
-        origin = hub.Origin(str(folder_or_hub_id), subfolder, revision, token, cache_dir)
-        path = hub.find(origin, files.CONFIG)
-        return cls.from_dict(files.read_json(path), source=str(path))
+        origin = reading.Origin(str(folder_or_hub_id), subfolder, revision, token, cache_dir)
+        path = reading.find(origin, files.CONFIG)
+        return cls.from_dict(reading.read_json(path), source=str(path))
 
     def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> str:
         """Upload `adapter_config.json` alone to a hub repository; the commit's address."""
