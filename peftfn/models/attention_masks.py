@@ -21,7 +21,6 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from peftfn.core import transforms
@@ -34,14 +33,12 @@ _EAGER = "peftfn_eager"  # the same of the attention that each architecture has
 
 
 def suit(twins: Iterable[nn.Module], given: Mapping[str, Any]) -> None:
-    """Let the twins of a transformers model run a call that is mapped over.
+    """Let the twins of a transformers model run a call inside a `torch.vmap`.
 
     Args:
         twins: every module of this call.
         given: the call's arguments by name.
     """
-    if torch.compiler.is_compiling() or not transforms.is_mapping():
-        return  # transformers does not look at masks while Dynamo traces
     masks = [value for name, value in given.items() if name.endswith(hf.MASK) and isinstance(value, Tensor)]
     whole = any(map(transforms.is_mapped, masks))
     copies: dict[int, Any] = {}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BASE, PEFT, OURS, BOUND, FUNC = "base alone", "peft", "peftfn", "bind + backward", "torch.func.grad"
 KINDS = [f"{base}, dropout {dropout}" for base in ("float32", "bfloat16 base") for dropout in ("0", "0.1")]

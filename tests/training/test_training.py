@@ -18,6 +18,7 @@ import torch
 import torch.utils._pytree as torch_pytree
 import transformers
 from exact import Float64, assert_close_to_truth, in_float64
+from places import ROOT
 
 import peftfn as pf
 
@@ -88,7 +89,7 @@ def test_a_run_that_was_killed_ends_with_the_same_leaves_as_one_that_was_not(
 ) -> None:
     long = dataclasses.replace(settings, max_steps=60, save_every=5)
     process = subprocess.Popen(  # this test's own command
-        command(long), cwd=Path(__file__).parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(long), cwd=ROOT / "tests" / "helpers", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 600  # a busy machine takes minutes to start a process
     while (checkpoint := state.newest(Path(long.output))) is None or int(checkpoint.name[-8:]) < 10:

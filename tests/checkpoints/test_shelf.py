@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import lora, trained
+from places import ROOT
 from same import assert_same
 from torch import nn
 
@@ -84,7 +85,7 @@ def test_mapped_tensors_lie_in_the_file(tmp_path: Path) -> None:
 
 def test_threads_answer_right_while_adapters_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten seconds of `make soak`."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     script: Any = importlib.import_module("soak")
     threads = torch.get_num_threads()
     try:

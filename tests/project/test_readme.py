@@ -19,6 +19,7 @@ import peft
 import pytest
 import torch
 import transformers
+from places import ROOT
 
 import peftfn as pf
 
@@ -29,7 +30,6 @@ from cli_folders import call
 
 from peftfn.cli.app import METHODS
 
-ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = (README, ROOT / "CONTRIBUTING.md", ROOT / "docs" / "migration.md", ROOT / "docs" / "transforms.md")
 MAKE = shutil.which("make")

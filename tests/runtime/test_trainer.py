@@ -13,6 +13,7 @@ import torch
 import trainers
 import transformers
 from oracle import quiet_peft
+from places import ROOT
 from same import assert_same_tensors, flat
 from snapshot import snapshot
 from trainers import CASES, EVERY, FOUR, STEPS
@@ -66,7 +67,7 @@ def killed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What killed runs have left, a folder each."""
     output = tmp_path_factory.mktemp("killed")
     command = [sys.executable, "-c", KILLED, str(folder), str(output)]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=False, text=True)
+    done = subprocess.run(command, cwd=ROOT / "tests" / "helpers", capture_output=True, check=False, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return output
 

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parent.parent
+from places import ROOT
 
 
 class Modules(NamedTuple):

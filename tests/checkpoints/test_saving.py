@@ -12,6 +12,7 @@ import torch
 import transformers
 from bases import BASES
 from oracle import furthest, quiet_peft
+from places import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from same import adapter_of, assert_same, assert_same_tensors, assert_says, flat, mlp, on_disk
@@ -21,7 +22,7 @@ import peftfn as pf
 from peftfn.checkpoints import keys
 from peftfn.core import files
 
-TWO_ADAPTERS = Path(__file__).parent / "files" / "peft-0.21.2" / "mlp-two-adapters"
+TWO_ADAPTERS = ROOT / "tests" / "files" / "peft-0.21.2" / "mlp-two-adapters"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)

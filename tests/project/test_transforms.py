@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from places import ROOT
 
 from peftfn import methods
 
 pytestmark = pytest.mark.skipif(transformers.__version__ < "5", reason="the page is about transformers 5")
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def cells(script: Any) -> dict[tuple[str, str], dict[str, str]]:
 
 
 def test_the_page_has_every_method_on_every_model(script: Any) -> None:
-    configs = {type(make("CAUSAL_LM")) for make in script.METHODS.values()}
+    configs = {type(make(task_type="CAUSAL_LM")) for make in script.METHODS.values()}
     assert configs == {method.config for method in methods.TABLE}
     assert set(cells(script)) == {(method, model) for method in script.METHODS for model in script.MODELS}
     limits = (ROOT / "docs" / "transforms.md").read_text()

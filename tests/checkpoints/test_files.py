@@ -12,6 +12,7 @@ import torch
 import transformers
 from make_peft_files import build
 from oracle import IS_OLD, called, distance, gradients, outputs, quiet_peft
+from places import ROOT
 from safetensors.torch import load_file
 from same import assert_same, assert_same_tensors
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 import peftfn as pf
 from peftfn import methods
 
-FOLDERS = sorted((Path(__file__).parent / "files").glob("*/*"))
+FOLDERS = sorted((ROOT / "tests" / "files").glob("*/*"))
 
 # Largest difference over largest value, against numbers computed on another CPU. Gradients of a float32 model go
 # through sums of a few thousand products, each rounded to 6e-8.

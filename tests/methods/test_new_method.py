@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cases import trained
+from places import ROOT
 from quantized import packed
 from snapshot import snapshot
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from peftfn.methods.method import Combining
 
 @pytest.fixture
 def gain(monkeypatch: pytest.MonkeyPatch) -> Any:
-    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    text = (ROOT / "CONTRIBUTING.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == 1
     module = types.ModuleType("gain")

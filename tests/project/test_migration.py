@@ -19,12 +19,13 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.errors import OfflineModeIsEnabled
+from places import ROOT
 from torch import Tensor
 
 import peftfn as pf
 from peftfn.checkpoints import keys
 
-PAGE = Path(__file__).parent.parent / "docs" / "migration.md"
+PAGE = ROOT / "docs" / "migration.md"
 ROUNDING = 1e-5  # the same sums in another order, of values about 1
 
 pytestmark = pytest.mark.skipif(oracle.IS_OLD, reason="the page is about peft 0.21; older ones lack some of it")

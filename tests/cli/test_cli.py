@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from places import ROOT
 
 import peftfn as pf
 
@@ -24,7 +25,7 @@ from cli_folders import call
 
 from peftfn.cli.app import FILLED
 
-FILES = Path(__file__).parent / "files"
+FILES = ROOT / "tests" / "files"
 COMMANDS = ("train", "sweep", "eval", "generate", "merge", "convert", "inspect", "demo")
 
 

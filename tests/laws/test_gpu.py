@@ -1,6 +1,6 @@
 """On a GPU: the laws, dropout, bitsandbytes, autocast and compile. `make test-gpu` runs them where torch sees one.
 
-`pytest tests/test_gpu.py --device cpu` tries the tests themselves.
+`pytest tests/laws/test_gpu.py --device cpu` tries the tests themselves.
 """
 
 from __future__ import annotations
