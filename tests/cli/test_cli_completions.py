@@ -17,8 +17,8 @@ pytest.importorskip("typer")
 import cli_folders as small
 from cli_folders import call
 
-from peftfn.cli import data_summary, tables, tasks
-from peftfn.cli.columns import Columns, choose
+from peftfn.cli.data import data_summary, tables, tasks
+from peftfn.cli.data.columns import Columns, choose
 from peftfn.cli.errors import UserError
 from peftfn.cli.settings import DataSettings
 

@@ -14,9 +14,11 @@ pytest.importorskip("typer")
 
 from cli_folders import rows, write_csv, write_jsonl
 
-from peftfn.cli import batches, columns, labels, options, records, tables
+from peftfn.cli import options
+from peftfn.cli.data import batches, columns, labels, tables
 from peftfn.cli.errors import UserError
 from peftfn.cli.settings import TrainSettings, differences
+from peftfn.cli.train import records
 
 ROWS = [{"text": 'He said "no",\nthen left', "label": "no"}, {"text": "Łódź\u2028über", "label": "yes"}]
 

@@ -20,9 +20,10 @@ pytest.importorskip("typer")
 
 import cli_folders as small
 
-from peftfn.cli import tables, tasks, training
 from peftfn.cli.app import FILLED, METHODS
+from peftfn.cli.data import tables, tasks
 from peftfn.cli.settings import TrainSettings
+from peftfn.cli.train import training
 
 call = functools.partial(small.call, columns=250)
 

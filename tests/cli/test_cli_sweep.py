@@ -20,9 +20,10 @@ import cli_folders as small
 from cli_folders import call
 from same import assert_same
 
-from peftfn.cli import grids, records, sweeping, training
 from peftfn.cli.errors import UserError
 from peftfn.cli.settings import SweepSettings
+from peftfn.cli.sweep import grids, sweeping
+from peftfn.cli.train import records, training
 
 CONFIG = pf.LoraConfig(r=2, target_modules=["query", "value"])
 # AdamW divides a gradient by its own size: where that is small, rounding of another kernel becomes a share of a step. A

@@ -13,7 +13,7 @@ pytest.importorskip("typer")
 
 from cli_folders import write_csv
 
-from peftfn.cli import columns, labels, tables
+from peftfn.cli.data import columns, labels, tables
 from peftfn.cli.errors import UserError
 from peftfn.cli.settings import DataSettings
 

@@ -26,9 +26,11 @@ pytest.importorskip("typer")
 
 import cli_folders as small
 
-from peftfn.cli import demo, state, tasks, training
+from peftfn.cli import demo
+from peftfn.cli.data import tasks
 from peftfn.cli.errors import UserError
 from peftfn.cli.settings import TrainSettings
+from peftfn.cli.train import state, training
 
 CONFIG = pf.LoraConfig(r=4, lora_dropout=0.2, target_modules=["query", "value"])
 

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from peftfn.cli.data.tables import Table, refuse_missing, row_numbers
 from peftfn.cli.errors import UserError
-from peftfn.cli.tables import Table, refuse_missing, row_numbers
 
 _WHOLE = re.compile(r"-?\d+")
 _NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)([eE][+-]?\d+)?")

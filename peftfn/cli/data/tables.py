@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from peftfn.cli import text_files
+from peftfn.cli.data import text_files
+from peftfn.cli.data.text_files import Row
 from peftfn.cli.errors import UserError, need, sentence
-from peftfn.cli.text_files import Row
 
 CHATS = ("messages", "conversations", "conversation", "chat")
 """Usual names of a column that holds a list of messages."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from peftfn.cli import records
 from peftfn.cli.errors import need
+from peftfn.cli.train import records
 
 _FORMAT = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps, {elapsed} gone, {remaining} left{postfix}"
 

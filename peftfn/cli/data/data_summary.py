@@ -6,11 +6,12 @@ import collections
 import statistics
 from collections.abc import Iterator
 
-from peftfn.cli import folders, labels, tables
-from peftfn.cli.columns import Columns
+from peftfn.cli import folders
+from peftfn.cli.data import labels, tables
+from peftfn.cli.data.columns import Columns
+from peftfn.cli.data.tables import Table
+from peftfn.cli.data.tasks import Examples, Reading
 from peftfn.cli.settings import DataSettings
-from peftfn.cli.tables import Table
-from peftfn.cli.tasks import Examples, Reading
 
 _MOST = 8
 """Labels, or columns, that are named."""

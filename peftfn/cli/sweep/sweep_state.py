@@ -13,10 +13,11 @@ from typing import Any, NamedTuple, cast
 import torch
 
 import peftfn as pf
-from peftfn.cli import board, records, state, training
 from peftfn.cli.errors import UserError
-from peftfn.cli.grids import Member
 from peftfn.cli.settings import SweepSettings, differences, fingerprint
+from peftfn.cli.sweep import board
+from peftfn.cli.sweep.grids import Member
+from peftfn.cli.train import records, state, training
 from peftfn.core import files, reading
 
 RUNS = "sweep.json"

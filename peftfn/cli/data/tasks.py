@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn.cli import labels, tables
-from peftfn.cli.columns import Columns
+from peftfn.cli.data import labels, tables
+from peftfn.cli.data.columns import Columns
 from peftfn.cli.errors import UserError
 from peftfn.cli.settings import DataSettings
 from peftfn.models import signatures

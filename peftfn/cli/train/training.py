@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 
 import peftfn as pf
-from peftfn.cli import batches, data_summary, labels, progress, ranks, records, state, tables, tasks
 from peftfn.cli.bases import Base, in_base_order, load_base, mode
-from peftfn.cli.columns import Columns, choose
+from peftfn.cli.data import batches, data_summary, labels, tables, tasks
+from peftfn.cli.data.columns import Columns, choose
 from peftfn.cli.errors import UserError, need
 from peftfn.cli.evaluation import evaluate
 from peftfn.cli.settings import TrainSettings, differences, fingerprint
+from peftfn.cli.train import progress, ranks, records, state
 from peftfn.core import files
 from peftfn.models import matching
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from peftfn.cli import folders, grids, progress, records
+from peftfn.cli import folders
 from peftfn.cli.errors import need
-from peftfn.cli.records import Record
+from peftfn.cli.sweep import grids
+from peftfn.cli.train import progress, records
+from peftfn.cli.train.records import Record
 from peftfn.core import files
 
 SUMMARY = "summary.csv"

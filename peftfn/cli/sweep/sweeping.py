@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 import peftfn as pf
-from peftfn.cli import batches, board, evaluation, folders, grids, records, sweep_state, tasks, training
+from peftfn.cli import evaluation, folders
 from peftfn.cli.bases import load_base, mode
+from peftfn.cli.data import batches, tasks
 from peftfn.cli.errors import UserError
 from peftfn.cli.settings import SweepSettings
-from peftfn.cli.sweep_state import Plan, Progress
+from peftfn.cli.sweep import board, grids, sweep_state
+from peftfn.cli.sweep.sweep_state import Plan, Progress
+from peftfn.cli.train import records, training
 
 
 def prepare(settings: SweepSettings, config: pf.PeftConfig, values: Mapping[str, Sequence[Any]]) -> Plan:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import peftfn as pf
-from peftfn.cli import folders, tables
+from peftfn.cli import folders
+from peftfn.cli.data import tables
 from peftfn.cli.errors import UserError
 
 COLUMN = "adapter"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from peftfn.cli import labels, tables
+from peftfn.cli.data import labels, tables
+from peftfn.cli.data.tables import Table
 from peftfn.cli.errors import UserError
 from peftfn.cli.settings import DataSettings
-from peftfn.cli.tables import Table
 
 TEXT_NAMES = ("text", "sentence", "content", "document", "body", "review", "message", "prompt", "article", "completion")
 LABEL_NAMES = ("label", "labels", "category", "class", "target", "sentiment", "topic", "intent")
