@@ -21,7 +21,7 @@ import registry
 import torch
 import torch.utils._pytree as pytree
 import transformers
-from limits import LIMITS, Limit
+from lib.limits import LIMITS, Limit
 from torch import Tensor, nn
 from torch.func import grad, grad_and_value, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel

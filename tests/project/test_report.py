@@ -27,11 +27,8 @@ class Modules(NamedTuple):
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch) -> Modules:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import goals
-    import harness
-    import records
     import report
-    import timing
+    from lib import goals, harness, records, timing
 
     return Modules(report, goals, harness, timing, records)
 

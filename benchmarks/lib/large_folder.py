@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from setting import LINEAR
+
+from lib.setting import LINEAR
 
 SHARD = 1 << 30  # bytes
 

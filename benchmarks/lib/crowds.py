@@ -6,12 +6,12 @@ import copy
 import functools
 from typing import Any, NamedTuple
 
-import setting
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import peftfn as pf
+from lib import setting
 
 
 class Crowd(NamedTuple):

@@ -20,11 +20,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timing
 import torch
-from pictures import UNIT, draw
-from records import FLOOR, PEFT, RESULTS, Measured, Quartiles, Row, quartiles, rounded, table, write
-from timing import pin
+
+from lib import timing
+from lib.pictures import UNIT, draw
+from lib.records import FLOOR, PEFT, RESULTS, Measured, Quartiles, Row, quartiles, rounded, table, write
+from lib.timing import pin
 
 __all__ = [
     "FLOOR",

@@ -15,7 +15,7 @@ FUNCTIONAL_FLOOR, BARE_ROWS = f"{FLOOR}, torch.func.grad", "base, 8 rows"
 HAND = "by hand"
 BESIDE = frozenset({FLOOR, FUNCTIONAL_FLOOR, BARE_ROWS, HAND})
 """Cases that are neither ours nor peft's."""
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 
 
 class Quartiles(NamedTuple):

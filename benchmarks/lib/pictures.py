@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from records import BESIDE, PEFT, Measured, Quartiles
+from lib.records import BESIDE, PEFT, Measured, Quartiles
 
 COLUMNS = 4  # charts side by side
 UNIT = "× the base alone"
