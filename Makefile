@@ -114,7 +114,7 @@ test-newest:  ## the tests with the newest of every library but torch
 	$(NEWEST)/bin/python $(call RECORD,newest)
 
 # What asks transformers for names and ways, and clients of a model: what a new version changes. CI has no time for all.
-NEWEST_PART := $(wildcard $(addprefix tests/test_,prompt*.py generate.py bind*.py trainer*.py transformers_names.py \
+NEWEST_PART := $(wildcard $(addprefix tests/*/test_,prompt*.py generate.py bind*.py trainer*.py transformers_names.py \
 	targets.py masks.py attention.py key_shapes.py loading.py auto.py readme.py migration.py))
 
 test-newest-part: $(NEWEST)/dev.stamp  ## of those the part that a new transformers is likely to break
@@ -128,21 +128,21 @@ test-python: $(OTHER)/dev.stamp  ## the tests with another Python and the pinned
 	$(OTHER)/bin/python $(call RECORD,pinned)
 
 test-gpu: $(VENV)/dev.stamp  ## laws, dropout, bitsandbytes, autocast and compile on a GPU; skipped where torch sees none
-	$(PY) -m pytest -n 0 tests/test_gpu.py $(ARGS)
+	$(PY) -m pytest -n 0 tests/laws/test_gpu.py $(ARGS)
 
 # One compile test a kind of layer is left out: torch is the same in both environments, and they take minutes.
 test-transformers4: $(TF4)/dev.stamp  ## the tests with transformers 4.57 and peft 0.17
-	$(TF4)/bin/python $(PYTEST) --deselect tests/test_compile.py::test_every_kind_of_layer_compiles_whole $(ARGS)
+	$(TF4)/bin/python $(PYTEST) --deselect tests/laws/test_compile.py::test_every_kind_of_layer_compiles_whole $(ARGS)
 
 # Not in CI: its torch is a newer one than the others', of several gigabytes.
 test-gptqmodel: $(GPTQMODEL)/dev.stamp  ## bases of GPTQModel's layers against themselves and peft
-	$(GPTQMODEL)/bin/python $(PYTEST) tests/test_gptqmodel.py $(ARGS)
+	$(GPTQMODEL)/bin/python $(PYTEST) tests/weights/test_gptqmodel.py $(ARGS)
 
 gptqmodel: $(GPTQMODEL)/dev.stamp  ## quantize layers of SmolLM2-135M with GPTQModel, and write what comes of it to benchmarks/results/
 	$(GPTQMODEL)/bin/python -W ignore benchmarks/gptqmodel_run.py $(ARGS)
 
 test-gptq: $(GPTQ)/dev.stamp  ## GPTQ bases against auto-gptq and peft 0.17, and the nine laws on them
-	$(GPTQ)/bin/python $(PYTEST) tests/test_gptq.py tests/test_laws.py -k gptq $(ARGS)
+	$(GPTQ)/bin/python $(PYTEST) tests/weights/test_gptq.py tests/laws/test_laws.py -k gptq $(ARGS)
 
 test-peft050: $(PEFT050)/peft.stamp  ## make tests/files/peft-0.5.0 again with that peft, and compare
 	@made=$$(mktemp -d) && trap 'rm -rf "$$made"' EXIT && \

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from forwards import adapters
-from harness import FLOOR, PEFT, Row, begin, keep, timed
-from setting import LINEAR, Sizes, in_peft, llama
+from lib.harness import FLOOR, PEFT, Row, begin, keep, timed
+from lib.setting import LINEAR, Sizes, in_peft, llama
 from torch import Tensor
 
 import peftfn as pf

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from forwards import TOLERANCE, adapters
-from harness import FLOOR, PEFT, Row, Run, begin, keep, timed
-from setting import in_peft
+from lib.harness import FLOOR, PEFT, Row, Run, begin, keep, timed
+from lib.setting import in_peft
 from torch import Tensor, nn
 from tqdm import tqdm
 

@@ -12,8 +12,8 @@ import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
-import harness
 import torch
+from lib import harness
 from torch import Tensor, nn
 
 import peftfn as pf

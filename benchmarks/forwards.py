@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from harness import FLOOR, PEFT, Row, begin, keep, timed
-from setting import DEEP, LINEAR, QUICK, Sizes, in_peft, llama, moved, trained
+from lib.harness import FLOOR, PEFT, Row, begin, keep, timed
+from lib.setting import DEEP, LINEAR, QUICK, Sizes, in_peft, llama, moved, trained
 from torch import Tensor, nn
 
 import peftfn as pf

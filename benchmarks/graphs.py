@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from harness import PEFT, begin, machine, versions
-from records import save
-from setting import LINEAR, Sizes, in_peft, llama, trained
+from lib.harness import PEFT, begin, machine, versions
+from lib.records import save
+from lib.setting import LINEAR, Sizes, in_peft, llama, trained
 from torch import Tensor
 
 import peftfn as pf

@@ -16,11 +16,11 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 
-import harness
 import peft
 import torch
-from records import RESULTS, quartiles, save
-from setting import LINEAR
+from lib import harness
+from lib.records import RESULTS, quartiles, save
+from lib.setting import LINEAR
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfn as pf

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import setting
 import torch
 import torch.nn.functional as F
-from crowds import Crowd, by_hand, crowd, ids
-from harness import FLOOR, PEFT, Row, begin, keep, timed
-from records import BARE_ROWS, HAND
+from lib import setting
+from lib.crowds import Crowd, by_hand, crowd, ids
+from lib.harness import FLOOR, PEFT, Row, begin, keep, timed
+from lib.records import BARE_ROWS, HAND
 from torch import Tensor
 from torch.func import grad, vmap
 

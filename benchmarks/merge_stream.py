@@ -29,10 +29,10 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 
-import harness
 import torch
-from records import PEFT, RESULTS, Quartiles, quartiles, save
-from timing import in_child, peak
+from lib import harness
+from lib.records import PEFT, RESULTS, Quartiles, quartiles, save
+from lib.timing import in_child, peak
 
 OURS = "merge_folder"
 COPY, SYNCED, KERNEL = "read and write", "read and write, fsync", "copy in the kernel"
@@ -201,7 +201,7 @@ def main() -> None:
         case, base, adapter, output, threads = sys.argv[2:]
         child(case, Path(base), Path(adapter), Path(output), int(threads))
         return
-    from large_folder import Sizes, make_adapter, make_folder  # not in a child, whose memory is measured
+    from lib.large_folder import Sizes, make_adapter, make_folder  # not in a child, whose memory is measured
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=2, help="size of the weights")

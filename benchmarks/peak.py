@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from harness import FLOOR, PEFT, Quartiles, Run, begin, keep, pin
-from records import quartiles
-from setting import FULL, QUICK, Sizes, build
-from timing import count_anew, in_child, peak
+from lib.harness import FLOOR, PEFT, Quartiles, Run, begin, keep, pin
+from lib.records import quartiles
+from lib.setting import FULL, QUICK, Sizes, build
+from lib.timing import count_anew, in_child, peak
 from training_step import NAMES, group_of, steps
 
 CASES = (FLOOR, PEFT, "apply + backward", "bind + backward", "torch.func.grad")

@@ -16,9 +16,9 @@ from typing import Any
 import bitsandbytes
 import peft
 import torch
-from harness import FLOOR, PEFT, Row, begin, keep, timed
+from lib.harness import FLOOR, PEFT, Row, begin, keep, timed
+from lib.setting import FULL, LINEAR, QUICK, Setting, Sizes, llama, our_dropout, trained
 from saved import Kept, compared, saved
-from setting import FULL, LINEAR, QUICK, Setting, Sizes, llama, our_dropout, trained
 from torch import Tensor, nn
 from training_step import Step, backward, floor
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from goals import GOALS, Goal
-from pictures import Line, ratios
-from records import BESIDE, PEFT, RESULTS, Quartiles, exactly, rounded
+from lib.goals import GOALS, Goal
+from lib.pictures import Line, ratios
+from lib.records import BESIDE, PEFT, RESULTS, Quartiles, exactly, rounded
 
 Record = Mapping[str, Any]
 NEEDED = {"group", "what", "repeats", "machine", "versions"}

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from harness import FLOOR, PEFT, Quartiles, begin, keep
-from records import exactly
-from setting import FULL, QUICK, Sizes, build
+from lib.harness import FLOOR, PEFT, Quartiles, begin, keep
+from lib.records import exactly
+from lib.setting import FULL, QUICK, Sizes, build
 from torch import Tensor, nn
 from training_step import NAMES, Step, backward, check, floor, group_of, steps
 

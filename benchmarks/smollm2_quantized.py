@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lib.setting import LINEAR
+from lib.timing import peak
 from quantized import pack, saved
-from setting import LINEAR
 from smollm2 import HELD_OUT, RESULTS, ROWS, TOKENS, batches, load, measure
-from timing import peak
 from torch import Tensor
 from tqdm import tqdm
 

@@ -20,9 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import harness
-import setting
 import torch
+from lib import harness, setting
 from torch import Tensor
 from tqdm import tqdm
 

@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from harness import FLOOR, PEFT, Row, begin, keep, timed
-from records import BESIDE, FUNCTIONAL_FLOOR
-from setting import DEEP, FULL, QUICK, Setting, build, our_dropout
+from lib.harness import FLOOR, PEFT, Row, begin, keep, timed
+from lib.records import BESIDE, FUNCTIONAL_FLOOR
+from lib.setting import DEEP, FULL, QUICK, Setting, build, our_dropout
 from torch import Tensor
 
 import peftfn as pf

@@ -7,17 +7,21 @@ by one, and otherwise what was said or how far off it is.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
 
+import registry
 import torch
 import torch.utils._pytree as pytree
 import transformers
-from limits import LIMITS, Limit
+from lib.limits import LIMITS, Limit
 from torch import Tensor, nn
 from torch.func import grad, grad_and_value, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,22 +32,10 @@ PAGE = Path(__file__).parent.parent / "docs" / "transforms.md"
 TOLERANCE = 1e-5  # of the largest value: the same sums in another order, in float32
 BACKEND = "aot_eager"  # Dynamo traces forward and backward whole; no kernels are generated, which takes minutes
 
-TOKENS: Any = {"num_virtual_tokens": 3}
-METHODS: dict[str, Callable[[str], pf.PeftConfig]] = {
-    "LoRA": lambda task: pf.LoraConfig(r=4, task_type=task),
-    "IA3": lambda task: pf.IA3Config(task_type=task),
-    "AdaLoRA": lambda task: pf.AdaLoraConfig(init_r=4, target_r=2, task_type=task),
-    "LoKr": lambda task: pf.LoKrConfig(r=2, task_type=task),
-    "DoRA": lambda task: pf.LoraConfig(r=2, use_dora=True, task_type=task),
-    "OFT": lambda task: pf.OFTConfig(oft_block_size=4, task_type=task),
-    "prompt tuning": lambda task: pf.PromptTuningConfig(**TOKENS, task_type=task),
-    "P-tuning, MLP": lambda task: pf.PromptEncoderConfig(**TOKENS, task_type=task),
-    "P-tuning, LSTM": lambda task: pf.PromptEncoderConfig(
-        **TOKENS, encoder_reparameterization_type="LSTM", task_type=task
-    ),
-    "prefix tuning": lambda task: pf.PrefixTuningConfig(**TOKENS, task_type=task),
-    "prefix tuning, projected": lambda task: pf.PrefixTuningConfig(**TOKENS, prefix_projection=True, task_type=task),
-    "LLaMA-Adapter": lambda task: pf.AdaptionPromptConfig(adapter_len=3, adapter_layers=2, task_type=task),
+METHODS = {
+    title: functools.partial(method.make, **options)
+    for method in registry.METHODS
+    for title, options in (method.variants or {method.title: {}}).items()
 }
 
 
@@ -97,7 +89,7 @@ class Setting:
         make, task = MODELS[model]
         torch.manual_seed(0)
         self.model = make().eval()
-        fresh = pf.init(self.model, METHODS[method](task))
+        fresh = pf.init(self.model, METHODS[method](task_type=task))
         self.adapters = [moved(fresh, seed) for seed in range(3)]
         self.params = self.adapters[0].params
         self.batch = batch(task)

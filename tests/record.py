@@ -31,8 +31,8 @@ HEAD = """# What was run
 
 `make test-machines`, `make test-newest`, `make test-oldest` and `make test-python` write this page: how the tests
 ended with these libraries, in these orders, with so many threads, and with the kernels of other CPUs. *Sums n* is a
-CPU that adds up each product of matrices in an order of its own (tests/sums.py). *Code* is a digest of peftfn/, tests/
-and the libraries' versions.
+CPU that adds up each product of matrices in an order of its own (tests/helpers/sums.py). *Code* is a digest of peftfn/,
+tests/ and the libraries' versions.
 """
 RUNS_HEAD = ["Libraries", "Python", "Run", "Passed", "Failed", "Skipped", "Minutes", "On", "Code"]
 PACKAGE = "Package"

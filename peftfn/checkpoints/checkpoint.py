@@ -13,11 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import safetensors
 import safetensors.torch
@@ -25,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from peftfn import methods
-from peftfn.checkpoints import keys, model_card, prompt_encoder, renamed_keys, site_notes
-from peftfn.core import files, hub
-from peftfn.core.adapter import Adapter
+from peftfn.checkpoints import keys, prompt_encoder, renamed_keys, site_notes
+from peftfn.core import files, hub, reading
+from peftfn.core.adapter import Adapter, SiteInfo
 from peftfn.core.config import PeftConfig
+from peftfn.core.config_values import freeze
 from peftfn.core.transforms import is_traced
-from peftfn.models import fused_projections
+from peftfn.models import fused_projections, layers
 from peftfn.ops import validate
 
 # Names in files that people have: they never change, whatever the modules here are called.
@@ -85,7 +85,7 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
         files.CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
     }
     if not (folder / files.CARD).exists():
-        writes[files.CARD] = lambda path: path.write_text(model_card.card(adapter), encoding="utf-8")
+        writes[files.CARD] = lambda path: path.write_text(card(adapter), encoding="utf-8")
     files.write_together(folder, writes)
     (folder / files.PICKLE).unlink(missing_ok=True)  # an older file of the same adapter, which readers would find too
     prompt_encoder.remove_others(folder, encoder)
@@ -156,21 +156,35 @@ def load(
     _check_types(folder_or_hub_id, model)
     device = torch.device(device)
     where = "/".join(part for part in (subfolder, adapter_name) if part and part != "default") or None
-    origin = hub.Origin(str(folder_or_hub_id), where, revision, token, cache_dir)
+    origin = reading.Origin(str(folder_or_hub_id), where, revision, token, cache_dir)
     tensors, metadata, source, config = read(origin, device, mmap=mmap)
-    if model is not None:
+    if model is not None and not _has_modules_of(tensors, model):
         tensors, config = renamed_keys.in_present_names(tensors, config, model, str(source))
-    note = metadata.get(_PARTS_KEY, "")
-    ours = _CONFIG_KEY in metadata
-    noted = site_notes.read(note)
+    note = _note(metadata)
+    noted = {path: SiteInfo.from_dict(one) for path, one in note["sites"].items()}
     fixed = frozenset(json.loads(metadata.get(_BUFFERS_KEY, "[]")))
+    ours = _CONFIG_KEY in metadata
     adapter = keys.from_keys(tensors, config, str(source), ordered=ours, model=model, noted=noted, fixed=fixed)
-    adapter = prompt_encoder.restored(adapter, origin, device)
-    if note:
-        adapter = adapter.replace(config=site_notes.named_config(adapter, note))
+    if methods.of(config).on_call is not None:
+        adapter = prompt_encoder.restored(adapter, origin, device)
+    if note["sites"] and freeze(note["named"]) != cast("Any", adapter.config).target_modules:
+        adapter = adapter.replace(config=site_notes.named_config(adapter, note["named"]))
     if model is not None:
         validate.against(adapter, model, str(source))
     return adapter
+
+
+def _has_modules_of(tensors: Mapping[str, Tensor], model: nn.Module) -> bool:
+    """Whether each key is that of a module of the model, as far as can be told at once."""
+    present = {path for path, _ in layers.named_modules(model)}
+    owners = (key.removeprefix(keys.PREFIX).rpartition(".")[0] for key in tensors)
+    return all(owner in present or owner.rpartition(".")[0] in present for owner in owners)
+
+
+def _note(metadata: Mapping[str, str]) -> Mapping[str, Any]:
+    text = metadata.get(_PARTS_KEY) or '{"sites": {}}'
+    note: dict[str, Any] = json.loads(text)
+    return site_notes.in_present_form(note) if '"transposed":' in text else note
 
 
 class Read(NamedTuple):
@@ -182,11 +196,11 @@ class Read(NamedTuple):
     config: PeftConfig
 
 
-def read(origin: hub.Origin, device: torch.device, *, mmap: bool = False) -> Read:
+def read(origin: reading.Origin, device: torch.device, *, mmap: bool = False) -> Read:
     """Both files of an adapter, as they are; with `mmap`, tensors that are the file in memory."""
-    beside = hub.try_find(origin, files.CONFIG)
+    beside = reading.try_find(origin, files.CONFIG)
     text = beside.read_bytes() if beside else None  # before the weights: see _config
-    origin = hub.pinned(origin, beside)
+    origin = reading.pinned(origin, beside)
     tensors, metadata, source = _read_weights(origin, text is None, device, mmap)
     return Read(tensors, metadata, source, _config(origin, beside, text, metadata))
 
@@ -198,7 +212,7 @@ def _check_types(folder: object, model: object) -> None:
         raise TypeError(f"load: model is a {type(model).__name__}; expected the base, an nn.Module.")
 
 
-def _config(origin: hub.Origin, beside: Path | None, text: bytes | None, metadata: Mapping[str, str]) -> PeftConfig:
+def _config(origin: reading.Origin, beside: Path | None, text: bytes | None, metadata: Mapping[str, str]) -> PeftConfig:
     """The config beside the weights, or the one inside them if what is beside them is the one that they replace.
 
     The weights are renamed before the config and read after it: a config beside them that is neither theirs nor the
@@ -207,61 +221,22 @@ def _config(origin: hub.Origin, beside: Path | None, text: bytes | None, metadat
     inside = metadata.get(_CONFIG_KEY)
     if inside and (text is None or _digest(text) == metadata.get(_REPLACES_KEY)):
         source = f"the config inside {origin.folder / files.WEIGHTS}"
-        return PeftConfig.from_dict(files.parse_json(inside, source), source=source)
+        return PeftConfig.from_dict(reading.parse_json(inside, source), source=source)
     if beside is None or text is None:
-        raise hub.missing(origin, files.CONFIG)
-    return PeftConfig.from_dict(files.parse_json(text, str(beside)), source=str(beside))
+        raise reading.missing(origin, files.CONFIG)
+    return PeftConfig.from_dict(reading.parse_json(text, str(beside)), source=str(beside))
 
 
 def _read_weights(
-    origin: hub.Origin, alone: bool, device: torch.device, mmap: bool
+    origin: reading.Origin, alone: bool, device: torch.device, mmap: bool
 ) -> tuple[dict[str, Tensor], dict[str, str], Path]:
-    path = hub.try_find(origin, files.WEIGHTS)
+    path = reading.try_find(origin, files.WEIGHTS)
     if path is not None:
-        return *_read_safetensors(path, device, mmap), path
-    path = hub.try_find(origin, files.PICKLE)
+        return *reading.safetensors_of(path, device, mmap), path
+    path = reading.try_find(origin, files.PICKLE)
     if path is not None:
-        return _read_pickle(path, device), {}, path
-    raise hub.missing(origin, files.CONFIG if alone else f"{files.WEIGHTS} or {files.PICKLE}")
-
-
-def _read_safetensors(path: Path, device: torch.device, mmap: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        opened: Any = safetensors.safe_open(path, framework="pt", device=str(device))
-        with opened:
-            names: list[str] = opened.keys()
-            found: dict[str, Tensor] = {name: opened.get_tensor(name) for name in names}
-            # A copy: on CPU what safetensors returns is the file itself in memory, and changes when it does.
-            if device.type == "cpu" and not mmap:
-                found = {name: tensor.clone() for name, tensor in found.items()}
-            return found, opened.metadata() or {}
-    except (safetensors.SafetensorError, OSError) as error:
-        with path.open("rb") as file:
-            pointer = file.read(len(files.POINTER)) == files.POINTER
-        raise ValueError(
-            f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` there."
-            if pointer
-            else f"{path} is not a whole safetensors file ({error}); it is truncated or corrupt: fetch it again."
-        ) from error
-
-
-def _read_pickle(path: Path, device: torch.device) -> dict[str, Tensor]:
-    try:
-        found: Any = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # corrupt bytes make torch's unpickler raise whatever they happen to hit
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        if asked and isinstance(error, pickle.UnpicklingError):
-            raise ValueError(
-                f"{path} holds more than tensors ({asked[1]}) and was not unpickled: a pickle can run code. Get the "
-                f"adapter as {files.WEIGHTS}."
-            ) from error
-        raise ValueError(
-            f"{path} is not a whole PyTorch file ({type(error).__name__}); it is truncated or corrupt: fetch it again."
-        ) from error
-    items: dict[Any, Any] = {**found} if isinstance(found, dict) else {None: found}
-    if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in items.items()):
-        raise ValueError(f"{path} holds no mapping from names to tensors alone; it is not the weights of an adapter.")
-    return {key: tensor.detach() for key, tensor in items.items()}
+        return reading.pickled(path, device), {}, path
+    raise reading.missing(origin, files.CONFIG if alone else f"{files.WEIGHTS} or {files.PICKLE}")
 
 
 def _digest(text: bytes) -> str:
@@ -296,3 +271,26 @@ def push_to_hub(
         'https://huggingface.co/user/name/commit/...'
     """
     return hub.push(repo_id, lambda folder: save(adapter, folder), token=token, private=private, revision=revision)
+
+
+def card(adapter: Adapter) -> str:
+    """A model card: what the adapter is, what it goes with, and how to use it."""
+    config: Any = adapter.config
+    base = config.base_model_name_or_path
+    hub_id = base if base and re.fullmatch(r"[\w.\-]+/[\w.\-]+", base) else None
+    head = ["---", "library_name: peft", *([f"base_model: {hub_id}"] if hub_id else []), "tags:", "- peftfn", "---"]
+    trained = sum(tensor.numel() for leaf in adapter.params.values() for tensor in leaf.values())
+    facts = [f"Method: {config.peft_type}", f"sites: {len(adapter.params)}", f"trained parameters: {trained:,}"]
+    if base:
+        facts.append(f"base: `{base}`")
+    use = [
+        "```python",
+        "import peftfn as pf",
+        "",
+        'adapter = pf.load("path/or/hub-id")',
+        "output = pf.apply(model, adapter, batch)",
+        "```",
+        "",
+        "It is in PEFT's format: `peft.PeftModel.from_pretrained(model, ...)` reads it too.",
+    ]
+    return "\n".join([*head, "", "# Adapter", "", "; ".join(facts) + ".", "", *use, ""])

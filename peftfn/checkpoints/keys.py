@@ -145,21 +145,21 @@ def from_keys(
         return prompt_keys.from_keys(method, tensors, config, source)
     if model is not None and _names(config):
         config = dataclasses.replace(config, target_parameters=targets.in_model_order(model, _names(config)))
-    own: Tree = {}
+    keyed: Tree = {}
     params: Tree = {}
     buffers: Tree = {}
     sites: dict[str, SiteInfo] = {}
     for key, tensor in _without_copies(tensors).items():
         site, name = _split(method, key, source)
         if name in method.names:
-            own.setdefault(site, {})[name] = tensor
+            keyed.setdefault(site, {})[name] = tensor
         else:
             path = _owner(site)
             is_buffer = key in fixed or not tensor.is_floating_point() or _is_buffer(model, path, name)
             home = params if not is_buffer and _is_trained(config, path, name, site) else buffers
             home.setdefault(path, {})[name] = tensor
-    paths = _paths(config, own, source, ordered or model is not None)
-    for site, leaf in own.items():
+    paths = _paths(config, keyed, source, ordered or model is not None)
+    for site, leaf in keyed.items():
         at = layers.pattern_path(paths[site], set(paths.values()))
         try:
             method.files.check(config, at, leaf)
@@ -167,7 +167,9 @@ def from_keys(
             raise type(error)(f"{source} has {error.args[0]} for {paths[site]!r}; expected a whole adapter.") from None
         info = (noted or {}).get(paths[site], UNKNOWN)._replace(input_side=method.targets.input_side(config, at))
         sites[paths[site]] = info
-        params.setdefault(paths[site], {}).update(common_sites.on_own_rows(method, method.files.read(leaf), info))
+        whole = method.files.read(leaf)
+        own = whole if info.rows is None else common_sites.on_own_rows(method, whole, info)
+        params.setdefault(paths[site], {}).update(own)
         buffers.setdefault(paths[site], {}).update(method.constants(config, at, leaf))
     return Adapter(sorted_tree(params), sorted_tree(buffers), config, sites)
 

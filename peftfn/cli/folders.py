@@ -17,9 +17,9 @@ import transformers
 import peftfn as pf
 from peftfn import methods
 from peftfn.checkpoints.merge_folder import merging
-from peftfn.cli import state
 from peftfn.cli.bases import from_pretrained, load_model, quiet
 from peftfn.cli.errors import UserError
+from peftfn.cli.train import state
 from peftfn.core import files, hub
 
 AUTO_CLASSES = {

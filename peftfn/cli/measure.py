@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import peftfn as pf
-from peftfn.cli import data_summary, folders, routed, state, tables, tasks
+from peftfn.cli import folders
 from peftfn.cli.bases import Base, in_base_order, load_base
-from peftfn.cli.columns import Columns, choose
+from peftfn.cli.data import data_summary, routed, tables, tasks
+from peftfn.cli.data.columns import Columns, choose
 from peftfn.cli.errors import UserError
 from peftfn.cli.evaluation import Score, evaluate
 from peftfn.cli.settings import DataSettings, EvalOptions
+from peftfn.cli.train import state
 
 
 class Comparison(NamedTuple):

@@ -11,11 +11,12 @@ from typing import Any, cast
 import torch
 
 import peftfn as pf
-from peftfn.cli import batches, progress, routed, tables
 from peftfn.cli.bases import device_of, from_pretrained, load_model, mode, quiet
-from peftfn.cli.columns import completion_column, text_column
+from peftfn.cli.data import batches, routed, tables
+from peftfn.cli.data.columns import completion_column, text_column
 from peftfn.cli.errors import UserError
 from peftfn.cli.settings import GenerateOptions
+from peftfn.cli.train import progress
 from peftfn.core import files
 
 

@@ -38,6 +38,17 @@ class SiteInfo(NamedTuple):
     outputs: int = 0
     input_side: bool = False
 
+    def to_dict(self) -> dict[str, Any]:
+        """What a file's note says of it: all but `input_side`, which the config says."""
+        part = {} if self.rows is None else {"rows": self.rows, "outputs": self.outputs}
+        return {"kind": self.kind, **part}
+
+    @classmethod
+    def from_dict(cls, noted: Mapping[str, Any]) -> SiteInfo:
+        """The inverse of `to_dict`."""
+        rows = tuple((start, end) for start, end in noted["rows"]) if "rows" in noted else None
+        return cls(noted.get("kind", ""), rows, int(noted.get("outputs", 0)))
+
 
 Sites = Mapping[str, SiteInfo]
 """What is known of sites, by path."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from peftfn.core import config_values, files, hub
+from peftfn.core import config_values, files, hub, reading
 from peftfn.core.config_values import freeze, thaw
 
 TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
@@ -210,9 +210,9 @@ class PeftConfig:
             >>> pf.LoraConfig.from_pretrained(folder).r
             4
         """
-        origin = hub.Origin(str(folder_or_hub_id), subfolder, revision, token, cache_dir)
-        path = hub.find(origin, files.CONFIG)
-        return cls.from_dict(files.read_json(path), source=str(path))
+        origin = reading.Origin(str(folder_or_hub_id), subfolder, revision, token, cache_dir)
+        path = reading.find(origin, files.CONFIG)
+        return cls.from_dict(reading.read_json(path), source=str(path))
 
     def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> str:
         """The address of the commit that puts `adapter_config.json` alone into a hub repository.

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
 import uuid
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import Any, cast
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -87,24 +85,6 @@ def write_together(folder: Path, writes: Mapping[str, Write]) -> None:
             temporary.unlink(missing_ok=True)
         raise
     sync_folder(folder)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, or a `ValueError` that names the file."""
-    return parse_json(path.read_bytes(), str(path))
-
-
-def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
-    """The JSON object in a text, or a `ValueError` that names its source."""
-    try:
-        data = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{source} is not valid JSON ({error}); it may be truncated: write or fetch it again."
-        ) from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{source} holds a JSON {type(data).__name__}; expected an object with a config's fields.")
-    return cast("dict[str, Any]", data)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,60 +1,37 @@
-"""Adapter files in a folder or in a repository of the Hugging Face hub."""
+"""Files of repositories of the Hugging Face hub."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
-
-from peftfn.core import files
 
 
-class Origin(NamedTuple):
-    """Where an adapter is: a folder, or a hub id with how to reach it."""
+def download(
+    name: str,
+    filename: str,
+    *,
+    subfolder: str | None,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    is_pinned: bool,
+) -> Path | None:
+    """The local path of a file of a repository, or `None` where it has no such file.
 
-    name: str
-    subfolder: str | None = None
-    revision: str | None = None
-    token: str | bool | None = None
-    cache_dir: str | Path | None = None
-    commit: str | None = None  # see `pinned`
-
-    @property
-    def folder(self) -> Path:
-        """The folder, if the name is one."""
-        return Path(self.name) / self.subfolder if self.subfolder else Path(self.name)
-
-
-def find(origin: Origin, filename: str) -> Path:
-    """The local path of a file of the adapter, downloaded if `origin` is a hub id.
+    Args:
+        name: the repository's.
+        filename: the file's.
+        subfolder: where in the repository it is.
+        revision: a branch, a tag or a commit.
+        token: as `huggingface_hub` has it.
+        cache_dir: where downloads are kept.
+        is_pinned: whether another file of this commit is here already: then a file that the cache has not is none of
+            this commit's, where there is no connection.
 
     Raises:
-        FileNotFoundError: it is not there; the message says where it was looked for.
+        FileNotFoundError: the repository is not to be had.
     """
-    path = try_find(origin, filename)
-    if path is None:
-        raise missing(origin, filename)
-    return path
-
-
-def missing(origin: Origin, filename: str) -> FileNotFoundError:
-    """The error that says that a file was not found, and where it may be."""
-    if not Path(origin.name).exists():
-        where = f"the hub repository {origin.name!r}" + (f", folder {origin.subfolder!r}" if origin.subfolder else "")
-        return FileNotFoundError(f"no {filename} in {where}; expected a repository that holds a PEFT adapter.")
-    if Path(origin.name).is_file():
-        return FileNotFoundError(f"{origin.name} is a file; expected the folder of an adapter, or a hub id.")
-    below = sorted(path.parent.name for path in origin.folder.glob(f"*/{files.CONFIG}"))
-    hint = f" Its sub-folders {', '.join(below)} hold one: adapter_name={below[0]!r}." if below else ""
-    return FileNotFoundError(f"no {filename} in {origin.folder}; expected a folder that holds a PEFT adapter.{hint}")
-
-
-def try_find(origin: Origin, filename: str) -> Path | None:
-    """As `find`, but `None` where the folder or repository has no such file."""
-    if Path(origin.name).exists():
-        path = origin.folder / filename
-        return path if path.is_file() else None
     # Where it is used: a folder needs none of it, and it takes a third of the time of `import peftfn`.
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -62,29 +39,22 @@ def try_find(origin: Origin, filename: str) -> Path | None:
     try:
         return Path(
             HfApi().hf_hub_download(
-                origin.name,
-                filename,
-                subfolder=origin.subfolder,
-                revision=origin.commit or origin.revision,
-                token=origin.token,
-                cache_dir=origin.cache_dir,
+                name, filename, subfolder=subfolder, revision=revision, token=token, cache_dir=cache_dir
             )
         )
     except LocalEntryNotFoundError as error:
-        if origin.commit:
+        if is_pinned:
             return None  # offline: what the cache has of this commit is all there is
         raise FileNotFoundError(
-            f"{origin.name!r} is no folder here, and {filename} could not be fetched from the hub (offline, or no "
+            f"{name!r} is no folder here, and {filename} could not be fetched from the hub (offline, or no "
             "connection) and is not in its cache; give a folder, or fetch the repository first."
         ) from error
     except EntryNotFoundError:
         return None
     except HFValidationError as error:
-        raise FileNotFoundError(f"{origin.name!r} is neither a folder that exists nor a valid hub id.") from error
+        raise FileNotFoundError(f"{name!r} is neither a folder that exists nor a valid hub id.") from error
     except HfHubHTTPError as error:
-        raise FileNotFoundError(
-            f"{filename} could not be read from the hub repository {origin.name!r}: {error}"
-        ) from error
+        raise FileNotFoundError(f"{filename} could not be read from the hub repository {name!r}: {error}") from error
 
 
 _MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.jinja", "*.py")
@@ -108,14 +78,6 @@ def fetch(name: str, revision: str | None = None) -> Path:
             f"the base {name!r} is no folder here and could not be fetched from the hub; give its folder, or fetch it "
             "first."
         ) from error
-
-
-def pinned(origin: Origin, found: Path | None) -> Origin:
-    """The origin with the commit that the file `found` came from, so that the next file is read from it too."""
-    if found is None or Path(origin.name).exists():
-        return origin
-    snapshot = found.parents[len(Path(origin.subfolder or "").parts)]  # <cache>/models--<name>/snapshots/<commit>
-    return origin._replace(commit=snapshot.name)
 
 
 def push(

@@ -160,6 +160,11 @@ def check_file(config: LoraConfig, path: str, leaf: Leaf) -> None:
         raise ValueError(f"rank {rows}, and the config says {rank}")
 
 
+def from_file(leaf: Leaf) -> Leaf:
+    """The leaf of a file, with a convolution's A in its groups."""
+    return leaf_shapes.from_file(leaf) if any(tensor.dim() > 2 for tensor in leaf.values()) else leaf
+
+
 def factors(config: LoraConfig, leaf: Mapping[str, Tensor], kind: str, shape: torch.Size) -> Delta:
     """A, B and s of one leaf."""
     first, second = ("lora_embedding_A", "lora_embedding_B") if kind == layers.EMBEDDING else ("lora_A", "lora_B")
@@ -177,6 +182,6 @@ METHOD = Method(
     action=site_forward.low_rank(factors, takes_rows=True, takes_parts=True),
     targets=Targets(resolve, sites),
     stacking=Stacking(matching.rank, resize=leaf_shapes.resized, varies=VARIES),
-    files=Files(check_file, write=leaf_shapes.to_file, read=leaf_shapes.from_file),
+    files=Files(check_file, write=leaf_shapes.to_file, read=from_file),
     combining=Combining(lora_combine.combine, lora_combine.combined),
 )

@@ -21,7 +21,6 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from peftfn.core import transforms
@@ -40,8 +39,6 @@ def suit(twins: Iterable[nn.Module], given: Mapping[str, Any]) -> None:
         twins: every module of this call.
         given: the call's arguments by name.
     """
-    if torch.compiler.is_compiling() or not transforms.is_mapping():
-        return  # transformers does not look at masks while Dynamo traces
     masks = [value for name, value in given.items() if name.endswith(hf.MASK) and isinstance(value, Tensor)]
     whole = any(map(transforms.is_mapped, masks))
     copies: dict[int, Any] = {}

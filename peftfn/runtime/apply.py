@@ -67,7 +67,7 @@ def apply(
     for table in made.tables:
         surgery.keep_norms(table)
     found = site_adapters.of(adapters, which)
-    if transforms.is_mapping():
+    if not tracing and transforms.is_mapping():  # transformers does not look at masks while Dynamo traces
         attention_masks.suit(made.by_path.values(), keywords | attach.masks(found))
     wants_grad = _always if torch.is_grad_enabled() and not tracing else None
     check = tracing or not remembered_checks.are_known(model, adapters, made.by_path)

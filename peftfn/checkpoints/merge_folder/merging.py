@@ -15,7 +15,7 @@ from peftfn.checkpoints.merge_folder import other_files, planning, shards, tenso
 from peftfn.checkpoints.merge_folder.planning import Plan
 from peftfn.checkpoints.merge_folder.shards import Shard
 from peftfn.checkpoints.merge_folder.tensor_names import Names
-from peftfn.core import files, hub
+from peftfn.core import files, reading
 from peftfn.core.adapter import Adapter, as_tuple
 from peftfn.models import matching
 from peftfn.ops.merge import refuse_not_finite
@@ -109,8 +109,8 @@ def _loaded(given: Adapter | str | Path | Iterable[Adapter | str | Path]) -> tup
     if not isinstance(several, (list, tuple)):
         return as_tuple(several), []  # it refuses them, and says what was expected
     several = cast("Sequence[Adapter | str | Path]", several)
-    origins = [hub.Origin(str(one)) for one in several if isinstance(one, (str, Path))]
-    pinned = [hub.pinned(origin, hub.find(origin, files.CONFIG)) for origin in origins]
+    origins = [reading.Origin(str(one)) for one in several if isinstance(one, (str, Path))]
+    pinned = [reading.pinned(origin, reading.find(origin, files.CONFIG)) for origin in origins]
     known = [names for names in map(load_with_model.trained_labels, pinned) if names]
     read = [checkpoint.load(one, mmap=True) if isinstance(one, (str, Path)) else one for one in several]
     return as_tuple(read), known[-1] if known else []

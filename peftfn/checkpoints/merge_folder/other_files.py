@@ -15,7 +15,7 @@ from peftfn.checkpoints import load_with_model, save_merged
 from peftfn.checkpoints.merge_folder import shards
 from peftfn.checkpoints.merge_folder.planning import Plan
 from peftfn.checkpoints.merge_folder.tensor_names import Names
-from peftfn.core import files
+from peftfn.core import files, reading
 from peftfn.core.adapter import Adapter
 from peftfn.core.files import Write
 
@@ -33,7 +33,7 @@ _TOKENIZER = (
 
 def read(folder: Path) -> dict[str, Any]:
     """The folder's config; empty where it has none."""
-    return files.read_json(folder / NAME) if (folder / NAME).is_file() else {}
+    return reading.read_json(folder / NAME) if (folder / NAME).is_file() else {}
 
 
 def vocabularies(config: Any) -> set[int]:
@@ -145,7 +145,7 @@ def _with_dtype(config: Any, dtype: torch.dtype) -> Any:
 
 
 def _index(folder: Path, plan: Plan) -> str:
-    index = files.read_json(folder / shards.INDEX)
+    index = reading.read_json(folder / shards.INDEX)
     where = {item.name: name for name, items in plan.files.items() for item in items}
     total = sum(item.size for items in plan.files.values() for item in items)
     metadata = {**index.get("metadata", {}), "total_size": total}

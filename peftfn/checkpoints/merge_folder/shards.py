@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from peftfn.core import files
+from peftfn.core import files, reading
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -84,7 +84,7 @@ def read_shard(path: Path) -> Shard:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
             raise _broken(path)
-        header = files.parse_json(file.read(length), f"the header of {path}")
+        header = reading.parse_json(file.read(length), f"the header of {path}")
     metadata = header.pop("__metadata__", {})
     try:
         entries = {name: _entry(path, one, 8 + length) for name, one in header.items()}
@@ -125,7 +125,7 @@ def find(folder: Path) -> list[Shard]:
             "model's folder with safetensors weights. Others can be loaded and written again: "
             "from_pretrained(...).save_pretrained(...)."
         )
-    where = files.read_json(folder / INDEX).get("weight_map")
+    where = reading.read_json(folder / INDEX).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise ValueError(f"{folder / INDEX} has no weight_map; it may be truncated: fetch it again.")
     names: dict[str, str] = {str(key): str(name) for key, name in where.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]

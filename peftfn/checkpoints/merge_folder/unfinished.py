@@ -17,7 +17,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peftfn.core import files
+from peftfn.core import files, reading
 
 _NOTE = "making.json"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -101,7 +101,7 @@ def _boot() -> str | None:
 
 def _note(work: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
-        return files.read_json(work / _NOTE)
+        return reading.read_json(work / _NOTE)
     return {}
 
 

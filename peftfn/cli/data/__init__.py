@@ -1,0 +1,1 @@
+"""Rows out of files, and examples out of rows."""

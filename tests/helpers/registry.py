@@ -1,0 +1,229 @@
+"""The registry of methods: of a row follow the laws, the comparison with peft and the table of transforms.
+
+A new method is a file in peftfn/methods, a line in their table, and a row here; what is peculiar to it has a test file
+of its own. LoRA and prompts have more rows of the laws, by hand, in cases.py: theirs are the kinds of layer and of
+base that no other method has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import peftfn as pf
+
+Options = Mapping[str, Any]
+
+ALL = ("linear", "transposed-square", "embedding", "conv1d", "conv2d-groups", "conv3d")
+"""Kinds of layer; cases.py has a base of each."""
+
+ONES = "it starts at ones, whatever the generator"
+ZEROS = "it starts at zeros, whatever the generator"
+ASKED = "asked not to be it"
+
+
+def nothing_more(targets: Sequence[str]) -> Options:
+    """No options that depend on the layers' names."""
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class AgainstPeft:
+    """What is held against peft: outputs, gradients, the merge, files both ways, and a fresh adapter's shapes.
+
+    Attributes:
+        name: says what is peculiar.
+        base: a kind of layer; test_methods_against_peft.py has a base of each.
+        options: of the config, beside the method's.
+        wrong: what peft has wrong ("outputs" or "merge") -> how; that is then left out.
+        in_old: whether peft 0.17 has it too.
+        is_felt: whether trained tensors change the output.
+    """
+
+    name: str
+    base: str
+    options: Options = dataclasses.field(default_factory=dict)
+    wrong: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    in_old: bool = True
+    is_felt: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method as the tests see it.
+
+    Attributes:
+        name: begins the names of its cases.
+        title: what the table of transforms calls it.
+        config: the name of its config, here and in peft.
+        options: of a small config, for layers whose sizes are multiples of 4.
+        more: `(targets) -> options` that name layers.
+        kinds: the kinds of layer that it acts on.
+        others: more cases of the laws: what is peculiar -> (a kind of layer, options).
+        models: "llama" and what else there is in cases.py -> options, of cases on whole models.
+        exceptions: law -> why it has no meaning for the method.
+        start: the field that says how it starts, its value for no change and its value for random numbers, which its
+            case "random" has; `None` where it has no such field.
+        peft: what is held against peft.
+        variants: titles -> options, of the rows in the table of transforms where there are several.
+        packed: whether the laws also run on packed bases.
+    """
+
+    name: str
+    title: str
+    config: str
+    options: Options = dataclasses.field(default_factory=dict)
+    more: Callable[[Sequence[str]], Options] = nothing_more
+    kinds: Sequence[str] = ()
+    others: Mapping[str, tuple[str, Options]] = dataclasses.field(default_factory=dict)
+    models: Mapping[str, Options] = dataclasses.field(default_factory=lambda: {"llama": {}})
+    exceptions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    start: tuple[str, Any, Any] | None = ("init_weights", True, False)
+    peft: Sequence[AgainstPeft] = ()
+    variants: Mapping[str, Options] = dataclasses.field(default_factory=dict)
+    packed: bool = True
+
+    def make(self, targets: Sequence[str] | None = None, /, **more: Any) -> Any:
+        """A small config that acts on these layers, or on the default ones of the model."""
+        named: Options = {} if targets is None else {"target_modules": list(targets), **self.more(targets)}
+        return getattr(pf, self.config)(**{**self.options, **named, **more})
+
+
+def last_is_feedforward(targets: Sequence[str]) -> Options:
+    """(IA)³ scales what goes into the last layer, and what comes out of the others."""
+    return {"feedforward_modules": list(targets[-1:])}
+
+
+LORA: Options = {"r": 4, "lora_alpha": 6}
+TUCKER: Options = {"use_effective_conv2d": True, "r": 1}
+TOKENS: Options = {"num_virtual_tokens": 3}
+VIEW = "'view size is not compatible with input tensor's size and stride'"
+FOLDED = {"outputs": "patches are added up where they overlap"}
+SUM_OF_POWERS = {"in_old": False}  # before 0.18 peft's sum of powers was another one
+
+METHODS = [
+    Method(
+        "lora", "LoRA", "LoraConfig", LORA
+    ),  # its cases of the laws are in cases.py, what is peft's in test_against_peft.py
+    Method(
+        "ia3",
+        "IA3",
+        "IA3Config",
+        more=last_is_feedforward,
+        kinds=("linear", "transposed-square", "conv1d", "conv2d", "conv2d-groups", "conv3d"),
+        models={
+            "gpt2": {},
+            "llama": {"target_modules": r".*_proj", "feedforward_modules": r".*\.(down|o)_proj"},
+        },
+        exceptions={"randomness": ONES},
+        start=("init_ia3_weights", True, False),
+    ),
+    Method(
+        "adalora",
+        "AdaLoRA",
+        "AdaLoraConfig",
+        {"init_r": 4, "target_r": 2, "lora_alpha": 6},
+        kinds=("linear", "transposed-square", "conv1d", "conv2d", "conv3d"),
+        others={"bias": ("linear", {"bias": "lora_only"})},
+        models={"gpt2": {"target_modules": ["c_attn", "c_proj"]}, "llama": {}},
+        start=("init_lora_weights", True, False),
+    ),
+    Method(
+        "lokr",
+        "LoKr",
+        "LoKrConfig",
+        {"r": 1, "alpha": 2},
+        kinds=ALL,
+        others={
+            "both-products": ("linear", {"decompose_both": True}),
+            "whole": ("linear", {"r": 8}),
+            "conv2d-tucker": ("conv2d-groups", {"use_effective_conv2d": True}),
+        },
+        peft=[
+            AgainstPeft("whole factors", "linear", {"r": 8}),
+            AgainstPeft("a product", "linear", {"alpha": 3}),
+            AgainstPeft("both products", "linear", {"decompose_both": True}),
+            AgainstPeft("factor 4", "linear", {"r": 2, "decompose_factor": 4}),
+            AgainstPeft("a factor that does not divide", "linear", {"r": 2, "decompose_factor": 5}),
+            AgainstPeft("patterns", "linear", {"r": 8, "rank_pattern": {"2": 1}, "alpha_pattern": {"0": 3}}),
+            AgainstPeft("whole", "conv2d", {"r": 8}),
+            AgainstPeft("a product", "conv2d"),
+            AgainstPeft("Tucker", "conv2d", TUCKER),
+            AgainstPeft("whole", "conv1d", {"r": 8}, in_old=False),
+            AgainstPeft("a product", "conv1d", in_old=False),
+            AgainstPeft("Tucker", "conv1d", TUCKER, {"outputs": VIEW, "merge": VIEW}, in_old=False),
+            AgainstPeft("a product", "conv2d-groups", in_old=False),
+            AgainstPeft("Tucker", "pointwise", TUCKER),
+        ],
+    ),
+    Method(
+        "dora",
+        "DoRA",
+        "LoraConfig",
+        {**LORA, "use_dora": True},
+        kinds=ALL,
+        exceptions={"slope": "the norm is a constant for the gradient, as in peft (test_methods_against_peft.py)"},
+        start=("init_lora_weights", True, False),
+        peft=[
+            AgainstPeft("as it is", "linear"),
+            AgainstPeft(
+                "patterns",
+                "linear",
+                {"rank_pattern": {"2": 1}, "alpha_pattern": {"0": 5}, "use_rslora": True},
+            ),
+            AgainstPeft("as it is", "transposed", {"fan_in_fan_out": True}),
+            AgainstPeft("as it is", "embedding"),
+            AgainstPeft("as it is", "conv1d"),
+            AgainstPeft("as it is", "conv2d"),
+            AgainstPeft("as it is", "conv3d"),
+            AgainstPeft("as it is", "pointwise"),
+        ],
+    ),
+    Method(
+        "oft",
+        "OFT",
+        "OFTConfig",
+        {"oft_block_size": 4},
+        kinds=ALL,
+        others={"exact": ("linear", {"use_cayley_neumann": False})},
+        exceptions={"randomness": ZEROS},
+        peft=[
+            AgainstPeft("as it is", "linear", **SUM_OF_POWERS),
+            AgainstPeft("blocks by number", "linear", {"oft_block_size": 0, "r": 4}, **SUM_OF_POWERS),
+            AgainstPeft("exact", "linear", {"use_cayley_neumann": False}),
+            *(
+                AgainstPeft(
+                    f"{terms} terms", "linear", {"num_cayley_neumann_terms": terms}, is_felt=terms > 1, **SUM_OF_POWERS
+                )
+                for terms in (1, 2, 3, 4, 7)
+            ),
+            AgainstPeft("a size that does not divide", "linear", {"oft_block_size": 7}, **SUM_OF_POWERS),
+            AgainstPeft("one block for all", "linear", {"block_share": True}, **SUM_OF_POWERS),
+            AgainstPeft(
+                "constrained", "linear", {"oft_block_size": 0, "r": 4, "coft": True, "eps": 0.5}, **SUM_OF_POWERS
+            ),
+            AgainstPeft("as it is", "embedding", **SUM_OF_POWERS),
+            AgainstPeft("as it is", "pointwise", **SUM_OF_POWERS),
+            AgainstPeft("as it is", "conv2d", {}, FOLDED, **SUM_OF_POWERS),
+        ],
+    ),
+    # Prompts act on the call: their cases of the laws are in cases.py.
+    Method("prompt", "prompt tuning", "PromptTuningConfig", TOKENS),
+    Method(
+        "p-tuning",
+        "P-tuning",
+        "PromptEncoderConfig",
+        TOKENS,
+        variants={"P-tuning, MLP": {}, "P-tuning, LSTM": {"encoder_reparameterization_type": "LSTM"}},
+    ),
+    Method(
+        "prefix",
+        "prefix tuning",
+        "PrefixTuningConfig",
+        TOKENS,
+        variants={"prefix tuning": {}, "prefix tuning, projected": {"prefix_projection": True}},
+    ),
+    Method("adaption", "LLaMA-Adapter", "AdaptionPromptConfig", {"adapter_len": 3, "adapter_layers": 2}),
+]
+BY_NAME = {method.name: method for method in METHODS}
