@@ -26,7 +26,7 @@ def of(config: PeftConfig) -> Method:
     for method in TABLE:
         if method.config is type(config) and (not method.variant or getattr(config, method.variant)):
             return method
-    known = ", ".join(method.config.__name__ for method in TABLE)
+    known = ", ".join(dict.fromkeys(method.config.__name__ for method in TABLE))
     given = type(config)
     if given.__module__.partition(".")[0] == "peft":
         raise TypeError(

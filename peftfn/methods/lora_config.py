@@ -69,8 +69,6 @@ class LowRankConfig(LayeredConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.target_parameters, str):
-            raise TypeError(f"target_parameters={self.target_parameters!r}; expected a list of names.")
         check_positive("r", self.r)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout!r}; expected a probability of at least 0 and below 1.")

@@ -76,12 +76,6 @@ def acted_on(weight: WeightShape, rows: Runs | None, input_side: bool) -> Weight
     return weight._replace(outputs=outputs, rows=rows, input_side=input_side)
 
 
-def row_numbers(rows: Runs, device: torch.device) -> Tensor:
-    """The numbers of the rows, (n,)."""
-    runs = [torch.arange(*run, device=device) for run in rows]
-    return runs[0] if len(runs) == 1 else torch.cat(runs)
-
-
 def of_stored(kind: str, shape: torch.Size, groups: int = 1) -> WeightShape | None:
     """The shape of a weight that a layer of this kind stores in `shape`; `None` where no layer of the kind does."""
     if kind == layers.CONVOLUTION:

@@ -134,7 +134,7 @@ def test_a_config_cannot_be_changed_nor_can_what_it_was_made_from_change_it() ->
     assert config == pf.LoraConfig(target_modules=["q"], rank_pattern={"q": 2})
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.r = 9  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(TypeError, match="does not support item assignment"):
+    with pytest.raises(TypeError, match="part of a frozen value"):
         config.rank_pattern["q"] = 9  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
     assert dataclasses.replace(config, r=9).r == 9
 

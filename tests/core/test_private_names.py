@@ -26,7 +26,7 @@ NAMES = (
     "_is_batched",
     "_unwrap",
     "_kinds",
-    "ENGINE_CALLER",
+    "_engine_caller",
     "_unsafe_view",
     "_sdp_choice",
     "FLASH",
