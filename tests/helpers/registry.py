@@ -36,9 +36,10 @@ class AgainstPeft:
         name: says what is peculiar.
         base: a kind of layer; test_methods_against_peft.py has a base of each.
         options: of the config, beside the method's.
-        wrong: what peft has wrong ("outputs" or "merge") -> how; that is then left out.
+        wrong: what peft has wrong ("outputs", "gradients" or "merge") -> how; that is then left out.
         in_old: whether peft 0.17 has it too.
         is_felt: whether trained tensors change the output.
+        in_float32: whether peft computes what it adds in float32, whatever the dtype.
     """
 
     name: str
@@ -47,6 +48,7 @@ class AgainstPeft:
     wrong: Mapping[str, str] = dataclasses.field(default_factory=dict)
     in_old: bool = True
     is_felt: bool = True
+    in_float32: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +99,12 @@ def last_is_feedforward(targets: Sequence[str]) -> Options:
 
 LORA: Options = {"r": 4, "lora_alpha": 6}
 TUCKER: Options = {"use_effective_conv2d": True, "r": 1}
+LOHA_TUCKER: Options = {"use_effective_conv2d": True, "alpha": 200}
 TOKENS: Options = {"num_virtual_tokens": 3}
 VIEW = "'view size is not compatible with input tensor's size and stride'"
 FOLDED = {"outputs": "patches are added up where they overlap"}
+SWAPPED = {"gradients": "those of hada_w1_a and hada_w2_a are made with the other factor's; the laws have the slope"}
+MATRICES = ("linear", "transposed-square")
 SUM_OF_POWERS = {"in_old": False}  # before 0.18 peft's sum of powers was another one
 
 METHODS = [
