@@ -9,6 +9,7 @@ from peftfn.core.adapter import Adapter, Count, count, leaves
 from peftfn.core.config import PeftConfig
 from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adaption_prompt import AdaptionPromptConfig
+from peftfn.methods.fourierft import FourierFTConfig
 from peftfn.methods.ia3 import IA3Config
 from peftfn.methods.loha import LoHaConfig
 from peftfn.methods.lokr import LoKrConfig
@@ -37,6 +38,7 @@ __all__ = [
     "AdaptionPromptConfig",
     "Count",
     "Ensemble",
+    "FourierFTConfig",
     "IA3Config",
     "LoHaConfig",
     "LoKrConfig",

@@ -231,6 +231,25 @@ METHODS = [
             AgainstPeft("as it is", "conv2d", {}, FOLDED, **SUM_OF_POWERS),
         ],
     ),
+    Method(
+        "fourierft",
+        "FourierFT",
+        "FourierFTConfig",
+        {"n_frequency": 12, "init_weights": True},
+        kinds=MATRICES,
+        exceptions={"randomness": ZEROS},
+        peft=[
+            AgainstPeft("as it is", "linear", in_old=False, in_float32=True),
+            AgainstPeft(
+                "patterns",
+                "linear",
+                {"n_frequency_pattern": {"2": 5}, "scaling": 30.0, "random_loc_seed": 5},
+                in_old=False,
+                in_float32=True,
+            ),
+            AgainstPeft("as it is", "transposed", {"fan_in_fan_out": True}, in_old=False, in_float32=True),
+        ],
+    ),
     # Prompts act on the call: their cases of the laws are in cases.py.
     Method("prompt", "prompt tuning", "PromptTuningConfig", TOKENS),
     Method(
