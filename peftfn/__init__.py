@@ -9,6 +9,7 @@ from peftfn.core.adapter import Adapter, Count, count, leaves
 from peftfn.core.config import PeftConfig
 from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adaption_prompt import AdaptionPromptConfig
+from peftfn.methods.c3a import C3AConfig
 from peftfn.methods.fourierft import FourierFTConfig
 from peftfn.methods.ia3 import IA3Config
 from peftfn.methods.loha import LoHaConfig
@@ -36,6 +37,7 @@ __all__ = [
     "AdaLoraConfig",
     "Adapter",
     "AdaptionPromptConfig",
+    "C3AConfig",
     "Count",
     "Ensemble",
     "FourierFTConfig",

@@ -170,6 +170,7 @@ CASES = [
         versions=ONLY_NEW,
     ),
     on_mlp("loha-mlp", "LoHaConfig", r=2, alpha=3),
+    on_mlp("c3a-mlp", "C3AConfig", block_size=5),
     on_mlp("fourierft-mlp", "FourierFTConfig", n_frequency=30),
     Case("dora-bert", "bert", BERT_LORA | {"use_dora": True}, versions=ONLY_NEW),
     Case("dora-conv2d", "conv2d", lora("conv", "lin0", use_dora=True), versions=ONLY_NEW),

@@ -6,6 +6,7 @@ from peftfn.core.config import PeftConfig
 from peftfn.methods import (
     adalora,
     adaption_prompt,
+    c3a,
     dora,
     fourierft,
     ia3,
@@ -26,6 +27,7 @@ TABLE: tuple[Method, ...] = (
     lokr.METHOD,
     oft.METHOD,
     fourierft.METHOD,
+    c3a.METHOD,
     prompt_tuning.METHOD,
     p_tuning.METHOD,
     prefix_tuning.METHOD,

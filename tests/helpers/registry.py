@@ -232,6 +232,24 @@ METHODS = [
         ],
     ),
     Method(
+        "c3a",
+        "C3A",
+        "C3AConfig",
+        {"block_size": 4, "init_weights": True},
+        kinds=MATRICES,
+        exceptions={"randomness": ZEROS},
+        peft=[
+            AgainstPeft("blocks of 2", "linear", {"block_size": 2}, in_old=False, in_float32=True),
+            AgainstPeft(
+                "patterns",
+                "linear",
+                {"block_size_pattern": {"2": 2}},
+                in_old=False,
+                in_float32=True,
+            ),
+        ],
+    ),
+    Method(
         "fourierft",
         "FourierFT",
         "FourierFTConfig",
