@@ -11,6 +11,7 @@ from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adaption_prompt import AdaptionPromptConfig
 from peftfn.methods.c3a import C3AConfig
 from peftfn.methods.fourierft import FourierFTConfig
+from peftfn.methods.gralora import GraloraConfig
 from peftfn.methods.ia3 import IA3Config
 from peftfn.methods.loha import LoHaConfig
 from peftfn.methods.lokr import LoKrConfig
@@ -41,6 +42,7 @@ __all__ = [
     "Count",
     "Ensemble",
     "FourierFTConfig",
+    "GraloraConfig",
     "IA3Config",
     "LoHaConfig",
     "LoKrConfig",

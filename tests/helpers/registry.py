@@ -268,6 +268,20 @@ METHODS = [
             AgainstPeft("as it is", "transposed", {"fan_in_fan_out": True}, in_old=False, in_float32=True),
         ],
     ),
+    Method(
+        "gralora",
+        "GraLoRA",
+        "GraloraConfig",
+        {"r": 4, "alpha": 6},
+        kinds=MATRICES,
+        others={"hybrid": ("linear", {"hybrid_r": 3})},
+        peft=[
+            AgainstPeft("as it is", "linear", in_old=False),
+            AgainstPeft("hybrid", "linear", {"hybrid_r": 3}, in_old=False),
+            AgainstPeft("one block", "linear", {"gralora_k": 1}, in_old=False),
+            AgainstPeft("as it is", "transposed", {"fan_in_fan_out": True}, in_old=False),
+        ],
+    ),
     # Prompts act on the call: their cases of the laws are in cases.py.
     Method("prompt", "prompt tuning", "PromptTuningConfig", TOKENS),
     Method(
