@@ -21,6 +21,7 @@ from peftfn.methods.prompt.p_tuning import PromptEncoderConfig
 from peftfn.methods.prompt.prefix_tuning import PrefixTuningConfig
 from peftfn.methods.prompt.prompt_config import PromptLearningConfig
 from peftfn.methods.prompt.prompt_tuning import PromptTuningConfig
+from peftfn.methods.shira import ShiraConfig
 from peftfn.ops.combine import combine
 from peftfn.ops.init import init
 from peftfn.ops.kbit import prepare_for_kbit_training
@@ -53,6 +54,7 @@ __all__ = [
     "PromptEncoderConfig",
     "PromptLearningConfig",
     "PromptTuningConfig",
+    "ShiraConfig",
     "adalora",
     "apply",
     "bind",

@@ -15,6 +15,7 @@ from peftfn.methods import (
     lokr,
     lora,
     oft,
+    shira,
 )
 from peftfn.methods.method import Method
 from peftfn.methods.prompt import p_tuning, prefix_tuning, prompt_tuning
@@ -30,6 +31,7 @@ TABLE: tuple[Method, ...] = (
     fourierft.METHOD,
     c3a.METHOD,
     gralora.METHOD,
+    shira.METHOD,
     prompt_tuning.METHOD,
     p_tuning.METHOD,
     prefix_tuning.METHOD,

@@ -282,6 +282,17 @@ METHODS = [
             AgainstPeft("as it is", "transposed", {"fan_in_fan_out": True}, in_old=False),
         ],
     ),
+    Method(
+        "shira",
+        "SHiRA",
+        "ShiraConfig",
+        {"r": 2},
+        kinds=MATRICES,
+        peft=[
+            AgainstPeft("as it is", "linear", in_old=False),
+            AgainstPeft("a seed", "linear", {"r": 1, "random_seed": 3}, in_old=False),
+        ],
+    ),
     # Prompts act on the call: their cases of the laws are in cases.py.
     Method("prompt", "prompt tuning", "PromptTuningConfig", TOKENS),
     Method(
