@@ -22,6 +22,7 @@ from peftfn.methods.prompt.prefix_tuning import PrefixTuningConfig
 from peftfn.methods.prompt.prompt_config import PromptLearningConfig
 from peftfn.methods.prompt.prompt_tuning import PromptTuningConfig
 from peftfn.methods.shira import ShiraConfig
+from peftfn.methods.waveft import WaveFTConfig
 from peftfn.ops.combine import combine
 from peftfn.ops.init import init
 from peftfn.ops.kbit import prepare_for_kbit_training
@@ -55,6 +56,7 @@ __all__ = [
     "PromptLearningConfig",
     "PromptTuningConfig",
     "ShiraConfig",
+    "WaveFTConfig",
     "adalora",
     "apply",
     "bind",

@@ -16,6 +16,7 @@ from peftfn.methods import (
     lora,
     oft,
     shira,
+    waveft,
 )
 from peftfn.methods.method import Method
 from peftfn.methods.prompt import p_tuning, prefix_tuning, prompt_tuning
@@ -32,6 +33,7 @@ TABLE: tuple[Method, ...] = (
     c3a.METHOD,
     gralora.METHOD,
     shira.METHOD,
+    waveft.METHOD,
     prompt_tuning.METHOD,
     p_tuning.METHOD,
     prefix_tuning.METHOD,

@@ -293,6 +293,22 @@ METHODS = [
             AgainstPeft("a seed", "linear", {"r": 1, "random_seed": 3}, in_old=False),
         ],
     ),
+    Method(
+        "waveft",
+        "WaveFT",
+        "WaveFTConfig",
+        {"n_frequency": 12},
+        kinds=MATRICES,
+        others={"sym3": ("linear", {"wavelet_family": "sym3"})},
+        exceptions={"randomness": ZEROS},
+        peft=[
+            AgainstPeft("as it is", "linear", in_old=False),
+            AgainstPeft("patterns", "linear", {"n_frequency_pattern": {"2": 5}, "random_loc_seed": 5}, in_old=False),
+            AgainstPeft("db3", "linear", {"wavelet_family": "db3", "scaling": 10.0}, in_old=False),
+            AgainstPeft("no transform", "linear", {"use_idwt": False}, in_old=False),
+            AgainstPeft("as it is", "transposed", {"fan_in_fan_out": True}, in_old=False),
+        ],
+    ),
     # Prompts act on the call: their cases of the laws are in cases.py.
     Method("prompt", "prompt tuning", "PromptTuningConfig", TOKENS),
     Method(
