@@ -22,6 +22,7 @@ from peftfn.methods.prompt.prefix_tuning import PrefixTuningConfig
 from peftfn.methods.prompt.prompt_config import PromptLearningConfig
 from peftfn.methods.prompt.prompt_tuning import PromptTuningConfig
 from peftfn.methods.shira import ShiraConfig
+from peftfn.methods.supertuning import SupertuningConfig
 from peftfn.methods.waveft import WaveFTConfig
 from peftfn.ops.combine import combine
 from peftfn.ops.init import init
@@ -56,6 +57,7 @@ __all__ = [
     "PromptLearningConfig",
     "PromptTuningConfig",
     "ShiraConfig",
+    "SupertuningConfig",
     "WaveFTConfig",
     "adalora",
     "apply",

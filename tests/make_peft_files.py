@@ -174,6 +174,7 @@ CASES = [
     on_mlp("fourierft-mlp", "FourierFTConfig", n_frequency=30),
     on_mlp("gralora-mlp", "GraloraConfig", r=4, hybrid_r=2, gralora_k=2),
     on_mlp("shira-mlp", "ShiraConfig", r=2),
+    on_mlp("supertuning-mlp", "SupertuningConfig", sparsity=0.8, r=2),
     on_mlp("waveft-mlp", "WaveFTConfig", n_frequency=30, wavelet_family="db2"),
     Case("dora-bert", "bert", BERT_LORA | {"use_dora": True}, versions=ONLY_NEW),
     Case("dora-conv2d", "conv2d", lora("conv", "lin0", use_dora=True), versions=ONLY_NEW),

@@ -16,6 +16,7 @@ from peftfn.methods import (
     lora,
     oft,
     shira,
+    supertuning,
     waveft,
 )
 from peftfn.methods.method import Method
@@ -33,6 +34,7 @@ TABLE: tuple[Method, ...] = (
     c3a.METHOD,
     gralora.METHOD,
     shira.METHOD,
+    supertuning.METHOD,
     waveft.METHOD,
     prompt_tuning.METHOD,
     p_tuning.METHOD,

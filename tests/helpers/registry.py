@@ -294,6 +294,20 @@ METHODS = [
         ],
     ),
     Method(
+        "supertuning",
+        "Super-Tuning",
+        "SupertuningConfig",
+        {"sparsity": 0.8},
+        kinds=MATRICES,
+        others={"supra": ("linear", {"r": 2})},
+        exceptions={"randomness": ZEROS},
+        peft=[
+            AgainstPeft("as it is", "linear", in_old=False),
+            AgainstPeft("the smallest", "linear", {"select_top": False}, in_old=False),
+            AgainstPeft("Supra", "linear", {"r": 2, "lora_alpha": 3.0, "sparsity": 0.5}, in_old=False),
+        ],
+    ),
+    Method(
         "waveft",
         "WaveFT",
         "WaveFTConfig",
