@@ -9,7 +9,11 @@ from peftfn.core.adapter import Adapter, Count, count, leaves
 from peftfn.core.config import PeftConfig
 from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adaption_prompt import AdaptionPromptConfig
+from peftfn.methods.c3a import C3AConfig
+from peftfn.methods.fourierft import FourierFTConfig
+from peftfn.methods.gralora import GraloraConfig
 from peftfn.methods.ia3 import IA3Config
+from peftfn.methods.loha import LoHaConfig
 from peftfn.methods.lokr import LoKrConfig
 from peftfn.methods.lora import LoraConfig
 from peftfn.methods.oft import OFTConfig
@@ -17,6 +21,9 @@ from peftfn.methods.prompt.p_tuning import PromptEncoderConfig
 from peftfn.methods.prompt.prefix_tuning import PrefixTuningConfig
 from peftfn.methods.prompt.prompt_config import PromptLearningConfig
 from peftfn.methods.prompt.prompt_tuning import PromptTuningConfig
+from peftfn.methods.shira import ShiraConfig
+from peftfn.methods.supertuning import SupertuningConfig
+from peftfn.methods.waveft import WaveFTConfig
 from peftfn.ops.combine import combine
 from peftfn.ops.init import init
 from peftfn.ops.kbit import prepare_for_kbit_training
@@ -34,9 +41,13 @@ __all__ = [
     "AdaLoraConfig",
     "Adapter",
     "AdaptionPromptConfig",
+    "C3AConfig",
     "Count",
     "Ensemble",
+    "FourierFTConfig",
+    "GraloraConfig",
     "IA3Config",
+    "LoHaConfig",
     "LoKrConfig",
     "LoraConfig",
     "OFTConfig",
@@ -45,6 +56,9 @@ __all__ = [
     "PromptEncoderConfig",
     "PromptLearningConfig",
     "PromptTuningConfig",
+    "ShiraConfig",
+    "SupertuningConfig",
+    "WaveFTConfig",
     "adalora",
     "apply",
     "bind",

@@ -116,6 +116,10 @@ def lora(*targets: str, r: int = 4, **kwargs: Any) -> dict[str, Any]:
     return {"r": r, "lora_alpha": 6, "target_modules": list(targets), **kwargs}
 
 
+def on_mlp(name: str, kind: str, **options: Any) -> Case:
+    return Case(name, "mlp", {"target_modules": ["lin0"], **options}, kind, versions=(NEW,))
+
+
 SEQ_CLS: dict[str, Any] = {"task_type": "SEQ_CLS"}
 CAUSAL_LM: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 PATTERNS = {"rank_pattern": {"layer.0.attention.self.query": 2, "value": 3}}
@@ -165,6 +169,13 @@ CASES = [
         "LoKrConfig",
         versions=ONLY_NEW,
     ),
+    on_mlp("loha-mlp", "LoHaConfig", r=2, alpha=3),
+    on_mlp("c3a-mlp", "C3AConfig", block_size=5),
+    on_mlp("fourierft-mlp", "FourierFTConfig", n_frequency=30),
+    on_mlp("gralora-mlp", "GraloraConfig", r=4, hybrid_r=2, gralora_k=2),
+    on_mlp("shira-mlp", "ShiraConfig", r=2),
+    on_mlp("supertuning-mlp", "SupertuningConfig", sparsity=0.8, r=2),
+    on_mlp("waveft-mlp", "WaveFTConfig", n_frequency=30, wavelet_family="db2"),
     Case("dora-bert", "bert", BERT_LORA | {"use_dora": True}, versions=ONLY_NEW),
     Case("dora-conv2d", "conv2d", lora("conv", "lin0", use_dora=True), versions=ONLY_NEW),
     Case(
@@ -237,7 +248,8 @@ def adapted(case: Case, model: Any, adapter: str, folder: Path, inputs: Tensors)
     output.float().square().mean().backward()
     grads = {name: p.grad for name, p in trained(model, adapter).items() if p.grad is not None}
     if not prompt:
-        return output, peft.get_peft_model_state_dict(model, state_dict=grads, adapter_name=adapter)
+        named = peft.get_peft_model_state_dict(model, state_dict=grads, adapter_name=adapter)
+        return output, {key: grad for key, grad in named.items() if grad.is_floating_point()}  # SHiRA's has its places
     names = {name: name.replace(f".modules_to_save.{adapter}", "") for name in grads}
     return output, {"prompt_embeddings" if "prompt_" in n else names[n]: grad for n, grad in grads.items()}
 

@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 from peftfn.core.config import PeftConfig
-from peftfn.methods import adalora, adaption_prompt, dora, ia3, lokr, lora, oft
+from peftfn.methods import (
+    adalora,
+    adaption_prompt,
+    c3a,
+    dora,
+    fourierft,
+    gralora,
+    ia3,
+    loha,
+    lokr,
+    lora,
+    oft,
+    shira,
+    supertuning,
+    waveft,
+)
 from peftfn.methods.method import Method
 from peftfn.methods.prompt import p_tuning, prefix_tuning, prompt_tuning
 
@@ -12,8 +27,15 @@ TABLE: tuple[Method, ...] = (
     lora.METHOD,
     ia3.METHOD,
     adalora.METHOD,
+    loha.METHOD,
     lokr.METHOD,
     oft.METHOD,
+    fourierft.METHOD,
+    c3a.METHOD,
+    gralora.METHOD,
+    shira.METHOD,
+    supertuning.METHOD,
+    waveft.METHOD,
     prompt_tuning.METHOD,
     p_tuning.METHOD,
     prefix_tuning.METHOD,

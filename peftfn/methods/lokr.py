@@ -12,16 +12,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from peftfn.core.adapter import Leaf
-from peftfn.core.config import LayeredConfig
-from peftfn.methods import builders, lora, slots
+from peftfn.methods import lora, lycoris, slots
 from peftfn.methods.lora_config import check_positive, described
-from peftfn.methods.method import Method, Stacking, constant, like_weight
+from peftfn.methods.lycoris import LycorisConfig
+from peftfn.methods.method import Method, Stacking, like_weight
 from peftfn.methods.slots import Shape, Slot
 from peftfn.models import layouts, matching
 from peftfn.models.layers import Site
@@ -29,7 +29,7 @@ from peftfn.models.layouts import WeightShape
 
 
 @dataclasses.dataclass(frozen=True)
-class LoKrConfig(LayeredConfig):
+class LoKrConfig(LycorisConfig):
     """LoKr's config, with PEFT's fields and defaults: W + s·(W₁ ⊗ W₂) (https://arxiv.org/abs/2309.14859).
 
     Attributes:
@@ -58,14 +58,6 @@ class LoKrConfig(LayeredConfig):
 
     peft_type: ClassVar[str] = "LOKR"
 
-    r: int = dataclasses.field(default=8, metadata=described("Rank of a factor that is a product."))
-    alpha: float = dataclasses.field(default=8, metadata=described("Scaling is alpha / r."))
-    rank_dropout: float = dataclasses.field(
-        default=0.0, metadata=described("Probability in training that a row of the update is dropped.")
-    )
-    module_dropout: float = dataclasses.field(
-        default=0.0, metadata=described("Probability in training that a layer goes without its update.")
-    )
     rank_dropout_scale: bool = dataclasses.field(
         default=False, metadata=described("Whether the rows that are left make up for those that are dropped.")
     )
@@ -81,20 +73,9 @@ class LoKrConfig(LayeredConfig):
     init_weights: bool | str = dataclasses.field(
         default=True, metadata=described("True (W1 = 0), lycoris (W2 = 0), or False (not the identity).")
     )
-    rank_pattern: Mapping[str, int] | None = dataclasses.field(
-        default_factory=dict[str, int], metadata=described("Other ranks, by module name or regex.")
-    )
-    alpha_pattern: Mapping[str, float] | None = dataclasses.field(
-        default_factory=dict[str, float], metadata=described("Other alphas, by module name or regex.")
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for rank in (self.r, *(self.rank_pattern or {}).values()):
-            check_positive("r", rank)
-        for field in ("rank_dropout", "module_dropout"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)!r}; expected a probability of at least 0 and below 1.")
         if self.decompose_factor != -1:
             check_positive("decompose_factor", self.decompose_factor)
         if isinstance(self.init_weights, str) and self.init_weights != "lycoris":
@@ -123,8 +104,8 @@ def _shapes(config: LoKrConfig, weight: WeightShape, r: int) -> dict[str, Shape]
     if r >= max(o2, i2) / 2:
         return first | {"lokr_w2": (o2, i2, *weight.kernel)}
     if config.use_effective_conv2d and math.prod(weight.kernel) > 1:
-        kernel = weight.kernel if len(weight.kernel) > 1 else (*weight.kernel, 1)  # as PEFT holds one of one axis
-        return first | {"lokr_w2_a": (r, o2), "lokr_w2_b": (r, i2), "lokr_t2": (r, r, *kernel)}
+        core = (r, r, *lycoris.tucker_kernel(weight))
+        return first | {"lokr_w2_a": (r, o2), "lokr_w2_b": (r, i2), "lokr_t2": core}
     return first | {"lokr_w2_a": (o2, r), "lokr_w2_b": (r, i2 * math.prod(weight.kernel))}
 
 
@@ -159,18 +140,8 @@ def init(config: LoKrConfig, path: str, site: Site, generator: torch.Generator, 
     shapes = slots.shapes(SLOTS, config, layouts.of_site(site), matching.rank(config, path))
     zero = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b")}.get(config.init_weights, ())
 
-    def drawn(name: str, shape: Shape) -> Tensor:
-        if name in zero:
-            return torch.zeros(shape)
-        return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(math.prod(shape[1:]))
-
-    return {name: like_weight(drawn(name, shape), site.stored, dtype) for name, shape in shapes.items()}
-
-
-def constants(config: LoKrConfig, path: str, leaf: Leaf) -> Leaf:
-    """The scaling of one site, a 0-d tensor."""
-    alpha = matching.pattern_value(config.alpha_pattern, path, config.alpha)
-    return {"scaling": constant(alpha / matching.rank(config, path), leaf)}
+    made = {name: torch.zeros(s) if name in zero else lycoris.drawn(s, generator) for name, s in shapes.items()}
+    return {name: like_weight(one, site.stored, dtype) for name, one in made.items()}
 
 
 def delta(config: LoKrConfig, leaf: Mapping[str, Tensor], weight: WeightShape) -> Tensor:
@@ -191,31 +162,12 @@ def _second(leaf: Mapping[str, Tensor]) -> Tensor:
     return leaf["lokr_w2_a"] @ leaf["lokr_w2_b"]
 
 
-def forward(config: LoKrConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """W x + b + s·(W₁ ⊗ W₂) x; in training, with the rows of the update that dropout leaves."""
-    y, change = site(x, *args, **kwargs), delta(config, leaf, layouts.of_site(site))
-    if site.training:
-        change = _dropped(config, change)
-    return builders.added(site, y, change, x, *args, **kwargs)
-
-
-def _dropped(config: LoKrConfig, change: Tensor) -> Tensor:
-    if config.rank_dropout:
-        kept = torch.rand(change.shape[0], device=change.device, dtype=change.dtype) > config.rank_dropout
-        share = kept.to(change.dtype)
-        share = share / share.mean() if config.rank_dropout_scale else share
-        change = change * share.view(-1, *(1 for _ in change.shape[1:]))
-    if config.module_dropout:
-        change = change * (torch.rand((), device=change.device) > config.module_dropout).to(change.dtype)
-    return change
-
-
 METHOD = Method(
     config=LoKrConfig,
     slots=SLOTS,
     init=init,
-    constants=constants,
-    action=builders.additive(delta, forward=forward),
+    constants=lycoris.constants,
+    action=lycoris.additive(delta),
     targets=lora.METHOD.targets,  # as in PEFT
-    stacking=Stacking(matching.rank, _resized, varies=("r", "alpha", "rank_pattern", "alpha_pattern", "init_weights")),
+    stacking=Stacking(matching.rank, _resized, varies=lycoris.VARIES),
 )

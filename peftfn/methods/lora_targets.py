@@ -26,3 +26,6 @@ TARGETS: dict[str, Sequence[str] | str] = {
     "rwkv": ("key", "value", "receptance", "output"),
     "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
 }
+
+DENSE_TARGETS = TARGETS | dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",))
+"""The same of C3A, FourierFT and WaveFT, for which PEFT has another layer of GPT-2."""

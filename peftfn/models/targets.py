@@ -69,6 +69,17 @@ def resolved(model: nn.Module, config: Config, table: Mapping[str, Sequence[str]
     return dataclasses.replace(config, **changes)
 
 
+def without_exclusions(model: nn.Module, config: Config) -> Config:
+    """The config with its targets as a regex of all paths, if it excludes some, for PEFT's that has no such field."""
+    if not config.exclude_modules:
+        return config
+    named = "|".join(map(re.escape, sites(model, config)))
+    layers_too: dict[str, Any] = {
+        field: None for field in ("layers_to_transform", "layers_pattern") if hasattr(config, field)
+    }
+    return dataclasses.replace(config, target_modules=named, exclude_modules=None, **layers_too)
+
+
 def parameters_of(config: TargetedConfig) -> Sequence[str]:
     """The names of bare parameters in a config, none for a method that has no such field."""
     return cast("Sequence[str]", getattr(config, "target_parameters", None) or ())

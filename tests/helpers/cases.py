@@ -179,7 +179,7 @@ class Twice(nn.Module):
         return self.second(self.first(x).tanh())
 
 
-def mlp(inputs: int = 8, hidden: int = 12, outputs: int = 5) -> nn.Module:
+def mlp(inputs: int = 8, hidden: int = 12, outputs: int = 4) -> nn.Module:
     """Two linear layers with a norm that keeps statistics between them."""
     return nn.Sequential(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 

@@ -19,6 +19,8 @@ from peftfn.checkpoints import keys
 
 Tensors = dict[str, Tensor]
 
+torch.sparse.check_sparse_tensor_invariants.disable()  # SHiRA's peft makes some, and torch warns while nobody has said
+
 # Before that, peft lays out the factors of experts the other way round, does not save the biases of
 # bias="lora_only", and takes the last index of a path for that of the layer.
 IS_TRANSFORMERS_4 = transformers.__version__.startswith("4.")

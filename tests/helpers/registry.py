@@ -36,9 +36,10 @@ class AgainstPeft:
         name: says what is peculiar.
         base: a kind of layer; test_methods_against_peft.py has a base of each.
         options: of the config, beside the method's.
-        wrong: what peft has wrong ("outputs" or "merge") -> how; that is then left out.
+        wrong: what peft has wrong ("outputs", "gradients" or "merge") -> how; that is then left out.
         in_old: whether peft 0.17 has it too.
         is_felt: whether trained tensors change the output.
+        in_float32: whether peft computes what it adds in float32, whatever the dtype.
     """
 
     name: str
@@ -47,6 +48,7 @@ class AgainstPeft:
     wrong: Mapping[str, str] = dataclasses.field(default_factory=dict)
     in_old: bool = True
     is_felt: bool = True
+    in_float32: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +99,12 @@ def last_is_feedforward(targets: Sequence[str]) -> Options:
 
 LORA: Options = {"r": 4, "lora_alpha": 6}
 TUCKER: Options = {"use_effective_conv2d": True, "r": 1}
+LOHA_TUCKER: Options = {"use_effective_conv2d": True, "alpha": 200}
 TOKENS: Options = {"num_virtual_tokens": 3}
 VIEW = "'view size is not compatible with input tensor's size and stride'"
 FOLDED = {"outputs": "patches are added up where they overlap"}
+SWAPPED = {"gradients": "those of hada_w1_a and hada_w2_a are made with the other factor's; the laws have the slope"}
+MATRICES = ("linear", "transposed-square")
 SUM_OF_POWERS = {"in_old": False}  # before 0.18 peft's sum of powers was another one
 
 METHODS = [
@@ -128,6 +133,24 @@ METHODS = [
         others={"bias": ("linear", {"bias": "lora_only"})},
         models={"gpt2": {"target_modules": ["c_attn", "c_proj"]}, "llama": {}},
         start=("init_lora_weights", True, False),
+    ),
+    Method(
+        "loha",
+        "LoHa",
+        "LoHaConfig",
+        {"r": 2, "alpha": 3},
+        kinds=ALL,
+        others={"conv2d-tucker": ("conv2d-groups", {"use_effective_conv2d": True})},
+        peft=[
+            AgainstPeft("as it is", "linear"),
+            AgainstPeft("patterns", "linear", {"rank_pattern": {"2": 1}, "alpha_pattern": {"0": 5}}),
+            AgainstPeft("as it is", "conv2d"),
+            AgainstPeft("as it is", "conv1d", in_old=False),
+            AgainstPeft("as it is", "conv2d-groups", in_old=False),
+            AgainstPeft("Tucker", "conv2d", LOHA_TUCKER, SWAPPED),
+            AgainstPeft("Tucker", "conv1d", LOHA_TUCKER, SWAPPED, in_old=False),
+            AgainstPeft("Tucker", "pointwise", LOHA_TUCKER, in_old=False),
+        ],
     ),
     Method(
         "lokr",
@@ -206,6 +229,98 @@ METHODS = [
             AgainstPeft("as it is", "embedding", **SUM_OF_POWERS),
             AgainstPeft("as it is", "pointwise", **SUM_OF_POWERS),
             AgainstPeft("as it is", "conv2d", {}, FOLDED, **SUM_OF_POWERS),
+        ],
+    ),
+    Method(
+        "c3a",
+        "C3A",
+        "C3AConfig",
+        {"block_size": 4, "init_weights": True},
+        kinds=MATRICES,
+        exceptions={"randomness": ZEROS},
+        peft=[
+            AgainstPeft("blocks of 2", "linear", {"block_size": 2}, in_old=False, in_float32=True),
+            AgainstPeft(
+                "patterns",
+                "linear",
+                {"block_size_pattern": {"2": 2}},
+                in_old=False,
+                in_float32=True,
+            ),
+        ],
+    ),
+    Method(
+        "fourierft",
+        "FourierFT",
+        "FourierFTConfig",
+        {"n_frequency": 12, "init_weights": True},
+        kinds=MATRICES,
+        exceptions={"randomness": ZEROS},
+        peft=[
+            AgainstPeft("as it is", "linear", in_old=False, in_float32=True),
+            AgainstPeft(
+                "patterns",
+                "linear",
+                {"n_frequency_pattern": {"2": 5}, "scaling": 30.0, "random_loc_seed": 5},
+                in_old=False,
+                in_float32=True,
+            ),
+            AgainstPeft("as it is", "transposed", {"fan_in_fan_out": True}, in_old=False, in_float32=True),
+        ],
+    ),
+    Method(
+        "gralora",
+        "GraLoRA",
+        "GraloraConfig",
+        {"r": 4, "alpha": 6},
+        kinds=MATRICES,
+        others={"hybrid": ("linear", {"hybrid_r": 3})},
+        peft=[
+            AgainstPeft("as it is", "linear", in_old=False),
+            AgainstPeft("hybrid", "linear", {"hybrid_r": 3}, in_old=False),
+            AgainstPeft("one block", "linear", {"gralora_k": 1}, in_old=False),
+            AgainstPeft("as it is", "transposed", {"fan_in_fan_out": True}, in_old=False),
+        ],
+    ),
+    Method(
+        "shira",
+        "SHiRA",
+        "ShiraConfig",
+        {"r": 2},
+        kinds=MATRICES,
+        peft=[
+            AgainstPeft("as it is", "linear", in_old=False),
+            AgainstPeft("a seed", "linear", {"r": 1, "random_seed": 3}, in_old=False),
+        ],
+    ),
+    Method(
+        "supertuning",
+        "Super-Tuning",
+        "SupertuningConfig",
+        {"sparsity": 0.8},
+        kinds=MATRICES,
+        others={"supra": ("linear", {"r": 2})},
+        exceptions={"randomness": ZEROS},
+        peft=[
+            AgainstPeft("as it is", "linear", in_old=False),
+            AgainstPeft("the smallest", "linear", {"select_top": False}, in_old=False),
+            AgainstPeft("Supra", "linear", {"r": 2, "lora_alpha": 3.0, "sparsity": 0.5}, in_old=False),
+        ],
+    ),
+    Method(
+        "waveft",
+        "WaveFT",
+        "WaveFTConfig",
+        {"n_frequency": 12},
+        kinds=MATRICES,
+        others={"sym3": ("linear", {"wavelet_family": "sym3"})},
+        exceptions={"randomness": ZEROS},
+        peft=[
+            AgainstPeft("as it is", "linear", in_old=False),
+            AgainstPeft("patterns", "linear", {"n_frequency_pattern": {"2": 5}, "random_loc_seed": 5}, in_old=False),
+            AgainstPeft("db3", "linear", {"wavelet_family": "db3", "scaling": 10.0}, in_old=False),
+            AgainstPeft("no transform", "linear", {"use_idwt": False}, in_old=False),
+            AgainstPeft("as it is", "transposed", {"fan_in_fan_out": True}, in_old=False),
         ],
     ),
     # Prompts act on the call: their cases of the laws are in cases.py.

@@ -67,6 +67,11 @@ def every_case(of: str = "") -> Any:
     return pytest.mark.parametrize("case", having, ids=[case.name for case in having])
 
 
+def within(case: Case) -> float:
+    """How far from peft's, of the largest value: what a few hundred sums in float32 lose, where peft takes float32."""
+    return 1e-6 if case.held.in_float32 else EXACT
+
+
 def fresh(case: Case, **more: Any) -> tuple[nn.Module, Tensor, pf.Adapter]:
     """A base, a batch and an adapter as it begins, in float64."""
     build, batch = BASES[case.held.base]
@@ -99,9 +104,9 @@ def theirs(model: nn.Module, folder: Path) -> Any:
 def test_outputs_and_gradients_are_pefts(case: Case, tmp_path: Path) -> None:
     model, x, adapter, other = made(case, tmp_path)
     expected = other(x)
-    assert off(pf.apply(model, adapter, x), expected) < EXACT
+    assert off(pf.apply(model, adapter, x), expected) < within(case)
     assert ((expected - model(x)).abs().max() > 1e-2) == case.held.is_felt
-    if not case.held.is_felt:
+    if not case.held.is_felt or "gradients" in case.held.wrong:
         return
     expected.square().mean().backward()
     ours = grad(lambda p: pf.apply(model, adapter.replace(params=p), x).square().mean())(adapter.params)
@@ -110,14 +115,14 @@ def test_outputs_and_gradients_are_pefts(case: Case, tmp_path: Path) -> None:
     assert len(named) == sum(map(len, ours.values()))
     for path, leaf in ours.items():
         for name, found in leaf.items():
-            assert off(found, named[f"base_model.model.{path}.{name}"]) < EXACT
+            assert off(found, named[f"base_model.model.{path}.{name}"]) < within(case)
 
 
 @every_case("merge")
 def test_merging_gives_pefts_weights(case: Case, tmp_path: Path) -> None:
     model, x, adapter, other = made(case, tmp_path)
     merged = pf.merge(dict(model.named_parameters()), adapter)
-    assert off(merged, dict(other.merge_and_unload().named_parameters())) < EXACT
+    assert off(merged, dict(other.merge_and_unload().named_parameters())) < within(case)
     assert off(functional_call(model, merged, (x,)), pf.apply(model, adapter, x)) < EXACT
 
 

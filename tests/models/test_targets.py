@@ -21,7 +21,7 @@ from torch import nn
 
 import peftfn as pf
 from peftfn.checkpoints import keys
-from peftfn.methods import adalora_targets, ia3_targets
+from peftfn.methods import adalora_targets, ia3_targets, lora_targets, shira
 from peftfn.methods.lora_targets import TARGETS
 from peftfn.models import matching, renamed_modules
 
@@ -208,6 +208,10 @@ TABLES: dict[str, Mapping[str, Sequence[str] | str]] = {
     "IA3_TARGET": ia3_targets.TARGETS,
     "IA3_FEEDFORWARD": ia3_targets.FEEDFORWARD,
 }
+if not oracle.IS_OLD:
+    TABLES |= {f"{name}_TARGET": TARGETS for name in ("LOHA", "GRALORA", "SUPERTUNING")}
+    TABLES |= {f"{name}_TARGET": lora_targets.DENSE_TARGETS for name in ("C3A", "FOURIERFT")}
+    TABLES |= {"SHIRA_TARGET": shira.DEFAULTS}
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -1,0 +1,65 @@
+"""FourierFT: W + s·Re F⁻¹(S), S zero but for n trained coefficients (https://arxiv.org/abs/2405.03003, section 3).
+
+F⁻¹ is the inverse of the discrete Fourier transform of a matrix, as `torch.fft.ifft2`. Which n coefficients are trained
+follows from `random_loc_seed` and the weight's shape alone, so layers of one shape have the same places; files hold the
+coefficients without them. By default they begin as normal numbers, so a fresh adapter is not the identity unless
+`init_weights=True` asks for it, as in PEFT.
+
+PEFT makes ΔW in float32 whatever the dtype; here it is in float64 where the coefficients are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftfn.methods import builders, coefficients, lora
+from peftfn.methods.coefficients import CoefficientsConfig
+from peftfn.methods.lora_targets import DENSE_TARGETS
+from peftfn.methods.method import Files, Method, Targets
+from peftfn.models import targets
+from peftfn.models.layouts import WeightShape
+
+
+@dataclasses.dataclass(frozen=True)
+class FourierFTConfig(CoefficientsConfig):
+    """FourierFT's config, with PEFT's fields and defaults.
+
+    Example:
+        >>> config = FourierFTConfig(n_frequency=500, scaling=100.0, target_modules=["query", "value"])
+        >>> config.n_frequency, config.random_loc_seed, config.init_weights
+        (500, 777, False)
+    """
+
+    peft_type: ClassVar[str] = "FOURIERFT"
+
+
+NAME = "fourierft_spectrum"
+
+
+def resolve(model: nn.Module, config: FourierFTConfig) -> FourierFTConfig:
+    """The config with PEFT's default targets for the model, and its heads."""
+    return targets.resolved(model, config, DENSE_TARGETS)
+
+
+def delta(config: FourierFTConfig, leaf: Mapping[str, Tensor], weight: WeightShape) -> Tensor:
+    """s·Re F⁻¹(S), (out, in)."""
+    spectrum = coefficients.dense(config, leaf[NAME], leaf["scaling"], weight)
+    made = cast("Tensor", torch.fft.ifft2(spectrum))  # torch does not say what it returns
+    return made.real.to(leaf[NAME].dtype)
+
+
+METHOD = Method(
+    config=FourierFTConfig,
+    slots=coefficients.slots(NAME),
+    init=coefficients.init(NAME, 1.0),
+    constants=coefficients.constants,
+    action=builders.additive(delta, kinds=builders.MATRICES),
+    targets=Targets(resolve, lora.sites),
+    stacking=coefficients.STACKING,
+    files=Files(coefficients.check_file),
+)
