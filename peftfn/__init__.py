@@ -9,6 +9,7 @@ from peftfn.core.adapter import Adapter, Count, count, leaves
 from peftfn.core.config import PeftConfig
 from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adaption_prompt import AdaptionPromptConfig
+from peftfn.methods.boft import BOFTConfig
 from peftfn.methods.ia3 import IA3Config
 from peftfn.methods.lokr import LoKrConfig
 from peftfn.methods.lora import LoraConfig
@@ -34,6 +35,7 @@ __all__ = [
     "AdaLoraConfig",
     "Adapter",
     "AdaptionPromptConfig",
+    "BOFTConfig",
     "Count",
     "Ensemble",
     "IA3Config",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftfn.core.config import PeftConfig
-from peftfn.methods import adalora, adaption_prompt, dora, ia3, lokr, lora, oft
+from peftfn.methods import adalora, adaption_prompt, boft, dora, ia3, lokr, lora, oft
 from peftfn.methods.method import Method
 from peftfn.methods.prompt import p_tuning, prefix_tuning, prompt_tuning
 
@@ -14,6 +14,7 @@ TABLE: tuple[Method, ...] = (
     adalora.METHOD,
     lokr.METHOD,
     oft.METHOD,
+    boft.METHOD,
     prompt_tuning.METHOD,
     p_tuning.METHOD,
     prefix_tuning.METHOD,

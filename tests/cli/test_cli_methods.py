@@ -33,6 +33,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "ia3": ("--lr", "0.2"),
     "adalora": ("--init-r", "4", "--target-r", "2", "--tfinal", "5", "--lr", "0.05"),
     "lokr": ("--r", "2", "--lr", "0.05"),
+    "boft": ("--boft-block-size", "2", "--boft-n-butterfly-factor", "2", "--lr", "0.05"),
     "oft": ("--oft-block-size", "8", "--lr", "0.05"),
     "prompt-tuning": PROMPT,
     "p-tuning": (*PROMPT, "--encoder-hidden-size", "12", "--encoder-reparameterization-type", "LSTM"),

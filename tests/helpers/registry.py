@@ -208,6 +208,21 @@ METHODS = [
             AgainstPeft("as it is", "conv2d", {}, FOLDED, **SUM_OF_POWERS),
         ],
     ),
+    Method(
+        "boft",
+        "BOFT",
+        "BOFTConfig",
+        {"boft_block_size": 2, "boft_n_butterfly_factor": 2},
+        kinds=("linear", "transposed-square", "conv2d-groups"),
+        exceptions={"randomness": ZEROS},
+        peft=[
+            AgainstPeft("two factors", "linear", in_old=False),
+            AgainstPeft("one factor", "linear", {"boft_block_size": 4, "boft_n_butterfly_factor": 1}, in_old=False),
+            AgainstPeft("blocks by number", "linear", {"boft_block_size": 0, "boft_block_num": 2}, in_old=False),
+            AgainstPeft("three factors", "conv2d", {"boft_n_butterfly_factor": 3}, in_old=False),
+        ],
+        packed=False,  # test_boft.py
+    ),
     # Prompts act on the call: their cases of the laws are in cases.py.
     Method("prompt", "prompt tuning", "PromptTuningConfig", TOKENS),
     Method(

@@ -62,6 +62,11 @@ class Case(NamedTuple):
 CASES = [Case(method, held) for method in registry.METHODS for held in method.peft if held.in_old or not oracle.IS_OLD]
 
 
+@pytest.fixture(autouse=True)
+def butterflies(monkeypatch: pytest.MonkeyPatch) -> None:
+    oracle.give_butterflies(monkeypatch)
+
+
 def every_case(of: str = "") -> Any:
     having = [case for case in CASES if of not in case.held.wrong]
     return pytest.mark.parametrize("case", having, ids=[case.name for case in having])
