@@ -10,14 +10,17 @@ from peftfn.core.config import PeftConfig
 from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adaption_prompt import AdaptionPromptConfig
 from peftfn.methods.boft import BOFTConfig
+from peftfn.methods.hra import HRAConfig
 from peftfn.methods.ia3 import IA3Config
 from peftfn.methods.lokr import LoKrConfig
 from peftfn.methods.lora import LoraConfig
+from peftfn.methods.miss import MissConfig
 from peftfn.methods.oft import OFTConfig
 from peftfn.methods.prompt.p_tuning import PromptEncoderConfig
 from peftfn.methods.prompt.prefix_tuning import PrefixTuningConfig
 from peftfn.methods.prompt.prompt_config import PromptLearningConfig
 from peftfn.methods.prompt.prompt_tuning import PromptTuningConfig
+from peftfn.methods.road import RoadConfig
 from peftfn.ops.combine import combine
 from peftfn.ops.init import init
 from peftfn.ops.kbit import prepare_for_kbit_training
@@ -38,15 +41,18 @@ __all__ = [
     "BOFTConfig",
     "Count",
     "Ensemble",
+    "HRAConfig",
     "IA3Config",
     "LoKrConfig",
     "LoraConfig",
+    "MissConfig",
     "OFTConfig",
     "PeftConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptLearningConfig",
     "PromptTuningConfig",
+    "RoadConfig",
     "adalora",
     "apply",
     "bind",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftfn.core.config import PeftConfig
-from peftfn.methods import adalora, adaption_prompt, boft, dora, ia3, lokr, lora, oft
+from peftfn.methods import adalora, adaption_prompt, boft, dora, hra, ia3, lokr, lora, miss, oft, road
 from peftfn.methods.method import Method
 from peftfn.methods.prompt import p_tuning, prefix_tuning, prompt_tuning
 
@@ -15,6 +15,9 @@ TABLE: tuple[Method, ...] = (
     lokr.METHOD,
     oft.METHOD,
     boft.METHOD,
+    hra.METHOD,
+    miss.METHOD,
+    road.METHOD,
     prompt_tuning.METHOD,
     p_tuning.METHOD,
     prefix_tuning.METHOD,

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from peftfn.core.adapter import Adapter
 from peftfn.core.config import TargetedConfig
 from peftfn.models import fused_projections, layers, matching, renamed_modules
 
@@ -114,6 +115,14 @@ def biased(model: nn.Module, config: Any, places: Mapping[str, layers.Place]) ->
     if bias == "all":
         return [path for path, _ in layers.named_modules(model)]
     return [place.owner for place in places.values()] if bias.endswith("_only") else []
+
+
+def without_exclusions(adapter: Adapter) -> Any:
+    """The config for a file with every site named, where some are excluded: of a method whose config in PEFT cannot."""
+    config: Any = adapter.config
+    if not config.exclude_modules:
+        return config
+    return dataclasses.replace(config, target_modules=tuple(sorted(adapter.sites)), exclude_modules=None)
 
 
 def saved_modules(model: nn.Module, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, nn.Module]:

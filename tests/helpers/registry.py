@@ -223,6 +223,52 @@ METHODS = [
         ],
         packed=False,  # test_boft.py
     ),
+    Method(
+        "hra",
+        "HRA",
+        "HRAConfig",
+        {"r": 4},
+        kinds=("linear", "transposed-square", "conv2d-groups"),
+        peft=[
+            AgainstPeft("pairs", "linear", in_old=False),
+            AgainstPeft("one pair", "linear", {"r": 2}, in_old=False),
+            AgainstPeft("pairs", "conv2d", in_old=False),
+        ],
+        packed=False,  # test_hra.py
+    ),
+    Method(
+        "miss",
+        "MiSS",
+        "MissConfig",
+        {"r": 4},
+        kinds=("linear", "transposed-square"),
+        others={"bat": ("transposed-square", {"init_weights": "bat"})},
+        exceptions={"randomness": ZEROS},
+        peft=[
+            AgainstPeft("runs that divide", "linear", in_old=False),
+            AgainstPeft("runs that do not", "linear", {"r": 5}, in_old=False),
+            AgainstPeft("mini", "linear", {"init_weights": "mini", "mini_r": 2}, in_old=False),
+            AgainstPeft("bat", "linear", {"init_weights": "bat", "r": 2}, in_old=False),
+        ],
+        packed=False,  # test_miss.py
+    ),
+    Method(
+        "road",
+        "RoAd",
+        "RoadConfig",
+        {"group_size": 4},
+        kinds=("transposed-square",),
+        others={
+            f"{variant}-linear": ("linear-even", {"variant": variant}) for variant in ("road_1", "road_2", "road_4")
+        },
+        exceptions={"randomness": "it starts at zeros and ones, whatever the generator"},
+        peft=[
+            AgainstPeft("one number", "linear", {"group_size": 2}, in_old=False),
+            AgainstPeft("two numbers", "linear", {"variant": "road_2", "target_modules": "0"}, in_old=False),
+            AgainstPeft("four numbers", "linear", {"variant": "road_4", "target_modules": "0"}, in_old=False),
+        ],
+        packed=False,  # it never reads the weight
+    ),
     # Prompts act on the call: their cases of the laws are in cases.py.
     Method("prompt", "prompt tuning", "PromptTuningConfig", TOKENS),
     Method(
