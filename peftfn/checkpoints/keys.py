@@ -27,12 +27,17 @@ from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, Sites, Tree, s
 from peftfn.core.config import PeftConfig
 from peftfn.methods import Method
 from peftfn.models import layers, matching, targets
+from peftfn.models.layers import Site
 from peftfn.ops import common_sites
 from peftfn.weights import codecs
 
 PREFIX = "base_model.model."
 _BASE = ".base_layer"
-_METHODS = ("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "modules_to_save", "original_module")
+_METHODS = (
+    *("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "fourierft_", "c3a_", "gralora_", "shira_", "waveft_"),
+    *("supertuning_", "modules_to_save", "original_module"),
+    *("boft_", "deft_", "delora_", "glora_", "hira_", "hra_", "miss_", "road_"),
+)
 
 
 def to_keys(adapter: Adapter) -> dict[str, Tensor]:
@@ -46,6 +51,7 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
         return prompt_keys.to_keys(method, adapter)
     found: list[tuple[str, Tensor]] = []
     adapted: list[str] = []
+    names = method.in_files(adapter.config)
     for path, leaf in adapter.params.items():
         own = {name: tensor for name, tensor in leaf.items() if not method.replaces(name)}
         if own and "." not in path and _is_parameter(adapter.config, path):
@@ -59,7 +65,7 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
             held = {name: tensor for name, tensor in adapter.buffers.get(path, {}).items() if method.is_held(name)}
             info = adapter.sites.get(path, UNKNOWN)
             whole = method.files.write(common_sites.on_all_rows(method, {**own, **held}, info))
-            found += [(f"{site}.{key}", whole[name]) for name, key in method.names.items() if name in whole]
+            found += [(f"{site}.{key}", whole[name]) for name, key in names.items() if name in whole]
     for tree in (adapter.params, adapter.buffers):
         for path, leaf in tree.items():
             module = _nested(adapter, path) + _BASE * adapted.count(path)
@@ -149,9 +155,10 @@ def from_keys(
     params: Tree = {}
     buffers: Tree = {}
     sites: dict[str, SiteInfo] = {}
+    names = method.in_files(config)
     for key, tensor in _without_copies(tensors).items():
-        site, name = _split(method, key, source)
-        if name in method.names:
+        site, name = _split(method, names, key, source)
+        if name in names:
             keyed.setdefault(site, {})[name] = tensor
         else:
             path = _owner(site)
@@ -168,9 +175,11 @@ def from_keys(
         info = (noted or {}).get(paths[site], UNKNOWN)._replace(input_side=method.targets.input_side(config, at))
         sites[paths[site]] = info
         whole = method.files.read(leaf)
-        own = whole if info.rows is None else common_sites.on_own_rows(method, whole, info)
-        params.setdefault(paths[site], {}).update(own)
-        buffers.setdefault(paths[site], {}).update(method.constants(config, at, leaf))
+        own = dict(whole) if info.rows is None else common_sites.on_own_rows(method, whole, info)
+        own |= method.files.derived(config, at, own, _site(model, paths[site], info))
+        trained, held = method.parted(config, at, own)
+        params.setdefault(paths[site], {}).update(trained)
+        buffers.setdefault(paths[site], {}).update(held)
     return Adapter(sorted_tree(params), sorted_tree(buffers), config, sites)
 
 
@@ -180,11 +189,18 @@ def _without_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in tensors.items() if plain[key] == key or plain[key] not in tensors}
 
 
-def _split(method: Method, key: str, source: str) -> tuple[str, str]:
+def _site(model: nn.Module | None, path: str, info: SiteInfo) -> Site | None:
+    place = None if model is None else layers.find(model, path)
+    if model is None or place is None:  # that the model has no such site is said by what holds the two together
+        return None
+    return layers.site_of(model.get_submodule(place.owner), place, path, info)
+
+
+def _split(method: Method, names: Mapping[str, str], key: str, source: str) -> tuple[str, str]:
     if not key.startswith(PREFIX):
         raise KeyError(f"{source} has the key {key!r}; expected keys that start with {PREFIX!r}, as PEFT writes them.")
     rest = key.removeprefix(PREFIX).removeprefix("_orig_mod.")
-    for name, ending in method.names.items():
+    for name, ending in names.items():
         if rest.endswith(f".{ending}"):
             return rest.removesuffix(f".{ending}"), name
     site, _, name = rest.rpartition(".")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftfn.checkpoints import keys
-from peftfn.core.config import PeftConfig
+from peftfn.core.config import PeftConfig, patterns_of
 from peftfn.models import layers, renamed_modules, targets
 
 
@@ -27,8 +27,8 @@ def in_present_names(
     if found.keys() == tensors.keys():
         return tensors, config
     given: Any = config
-    for field in ("rank_pattern", "alpha_pattern"):
-        if getattr(given, field, None):
+    for field, patterns in patterns_of(config).items():
+        if patterns:
             raise ValueError(
                 f"{source} is for this model as an older transformers names its modules, and so is its {field}; write "
                 "the present names into adapter_config.json, or load it with that version."

@@ -258,9 +258,16 @@ def _check_types(config: PeftConfig) -> None:
             raise TypeError(f"{type(config).__name__}({field.name}={thaw(value)!r}): expected {field.type}.")
 
 
+def patterns_of(config: PeftConfig) -> dict[str, Mapping[str, Any]]:
+    """The fields of a config that say something of some sites, by name or regex: `rank_pattern` and its like."""
+    named = [field.name for field in dataclasses.fields(config) if field.name.endswith("_pattern")]
+    found: dict[str, Any] = {name: getattr(config, name) for name in named}
+    return {name: value for name, value in found.items() if isinstance(value, Mapping)}
+
+
 def _check_patterns(config: PeftConfig) -> None:
     regexes = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
-    for field in (*regexes, "rank_pattern", "alpha_pattern"):
+    for field in (*regexes, *patterns_of(config)):
         value: Any = getattr(config, field, None)
         patterns: list[str] = [value] if isinstance(value, str) else [*value] if isinstance(value, Mapping) else []
         for pattern in patterns:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn.core.adapter import Leaf
+from peftfn.core.config import TargetedConfig, patterns_of
 from peftfn.methods import slots
 from peftfn.methods.lora_config import LoraConfig
 from peftfn.methods.lora_targets import TARGETS
@@ -77,11 +78,11 @@ def resolve(model: nn.Module, config: LoraConfig) -> LoraConfig:
     return targets.resolved(model, config, TARGETS)
 
 
-def sites(model: nn.Module, config: LoraConfig) -> dict[str, Place]:
+def sites(model: nn.Module, config: TargetedConfig) -> dict[str, Place]:
     """The config's sites in the model; patterns that match none of them are an error."""
     found = targets.sites(model, config)
-    for field in ("rank_pattern", "alpha_pattern"):
-        targets.refuse_unused_patterns(field, getattr(config, field), found)
+    for field, patterns in patterns_of(config).items():
+        targets.refuse_unused_patterns(field, patterns, found)
     return found
 
 

@@ -90,6 +90,10 @@ def _no_check(config: Any, path: str, leaf: Leaf) -> None:
     return None
 
 
+def _nothing(config: Any, path: str, leaf: Leaf, site: Site | None) -> Leaf:
+    return {}
+
+
 def _as_given(adapter: Adapter) -> Any:
     return adapter.config
 
@@ -106,12 +110,15 @@ class Files(NamedTuple):
         config: `(adapter) -> config` for a file, where the adapter's tensors say a part of it.
         write: `(leaf) -> leaf` in PEFT's shapes.
         read: `(leaf) -> leaf`, back.
+        derived: `(config, path, leaf, site) -> buffers leaf` that follows from the base where a file has it not; the
+            site is `None` where no model is given, and a `ValueError` says what for it is needed.
     """
 
     check: Callable[[Any, str, Leaf], None] = _no_check
     config: Callable[[Adapter], Any] = _as_given
     write: Callable[[Leaf], Leaf] = _same
     read: Callable[[Leaf], Leaf] = _same
+    derived: Callable[[Any, str, Leaf, Site | None], Leaf] = _nothing
 
 
 def _same_config(config: Any, adapters: Sequence[Adapter], params: Tree) -> Any:
@@ -145,7 +152,8 @@ class Method:
     Attributes:
         config: the config's class.
         slots: the tensors of its leaves, by name.
-        init: `(config, path, site, generator, dtype) -> params leaf`; patterns match `path`.
+        init: `(config, path, site, generator, dtype) -> params leaf`, and what it has of buffers that follow from the
+            base or are drawn; patterns match `path`.
         action: what it acts on, and what it does there.
         constants: `(config, path, params leaf) -> buffers leaf`: what the config says as tensors (LoRA: `scaling`).
         targets: where it acts.
@@ -190,6 +198,11 @@ class Method:
         """Name of each trained tensor -> the ending of its key in PEFT's files."""
         return {name: slot.key or name for name, slot in self.slots.items() if slot.trained}
 
+    def in_files(self, config: Any) -> dict[str, str]:
+        """Name of each tensor of the method that is in a file -> the ending of its key: trained ones, and constants."""
+        stored = {name: slot.key or name for name, slot in self.slots.items() if slot.stored(config)}
+        return {**self.names, **stored}
+
     def replaces(self, name: str) -> bool:
         """Whether a leaf's name is not the method's own: then it is a tensor that replaces one of the base."""
         return name not in self.slots
@@ -208,8 +221,13 @@ class Method:
         """
         if self.on_weights is not None:
             refuse_other_kinds(self, site)
-        leaf = self.init(config, path, site, generator, dtype)
-        return leaf, self.constants(config, path, leaf)
+        return self.parted(config, path, self.init(config, path, site, generator, dtype))
+
+    def parted(self, config: Any, path: str, leaf: Leaf) -> tuple[Leaf, Leaf]:
+        """The params of a leaf, and its buffers with what the config says as tensors."""
+        params = {name: tensor for name, tensor in leaf.items() if not self.is_held(name)}
+        held = {name: tensor for name, tensor in leaf.items() if self.is_held(name)}
+        return params, {**held, **self.constants(config, path, params)}
 
     def check(self, config: Any, leaf: Mapping[str, Tensor], site: Site) -> str | None:
         """What is wrong with a leaf for this site, or `None`."""

@@ -17,13 +17,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftfn.core.adapter import Leaf
 from peftfn.core.config import TargetedConfig
-from peftfn.methods import builders, lora, slots
+from peftfn.methods import builders, slots
 from peftfn.methods.lora_config import described
-from peftfn.methods.method import Files, Method, Stacking, Targets, like_weight
+from peftfn.methods.lora_targets import TARGETS
+from peftfn.methods.method import Method, Stacking, Targets, like_weight
 from peftfn.methods.slots import Shape, Slot
 from peftfn.models import layouts, targets
 from peftfn.models.layers import Site
@@ -37,7 +38,7 @@ HALVES_OF = {"road_1": 1, "road_2": 2, "road_4": 4}
 class RoadConfig(TargetedConfig):
     """RoAd's config, with PEFT's fields and defaults.
 
-    PEFT's has no `exclude_modules`: a file names what is left of the targets one by one.
+    PEFT's has no `exclude_modules`: where it is given, an adapter names what is left of the targets.
 
     Example:
         >>> config = RoadConfig(variant="road_2", target_modules=["query", "value"])
@@ -63,6 +64,11 @@ class RoadConfig(TargetedConfig):
             raise ValueError(f"variant={self.variant!r}; expected one of {', '.join(HALVES_OF)}.")
         if self.group_size <= 0 or self.group_size % 2:
             raise ValueError(f"group_size={self.group_size!r}; expected an even number above 0.")
+
+
+def resolve(model: nn.Module, config: RoadConfig) -> RoadConfig:
+    """The config with PEFT's default targets for the model, which are LoRA's, and its heads."""
+    return targets.without_exclusions(model, targets.resolved(model, config, TARGETS))
 
 
 def _shape(config: RoadConfig, weight: WeightShape, r: int) -> Shape:
@@ -119,7 +125,6 @@ METHOD = Method(
     slots=SLOTS,
     init=init,
     action=builders.reweighted(_weight, bias=_bias, forward=forward, kinds=builders.MATRICES),
-    targets=Targets(lora.resolve),  # as in PEFT
-    files=Files(config=targets.without_exclusions),
+    targets=Targets(resolve),
     stacking=Stacking(varies=("init_weights",)),
 )

@@ -11,7 +11,6 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from peftfn.core.adapter import Adapter
 from peftfn.core.config import TargetedConfig
 from peftfn.models import fused_projections, layers, matching, renamed_modules
 
@@ -70,6 +69,17 @@ def resolved(model: nn.Module, config: Config, table: Mapping[str, Sequence[str]
     return dataclasses.replace(config, **changes)
 
 
+def without_exclusions(model: nn.Module, config: Config) -> Config:
+    """The config with its targets as a regex of all paths, if it excludes some, for PEFT's that has no such field."""
+    if not config.exclude_modules:
+        return config
+    named = "|".join(map(re.escape, sites(model, config)))
+    layers_too: dict[str, Any] = {
+        field: None for field in ("layers_to_transform", "layers_pattern") if hasattr(config, field)
+    }
+    return dataclasses.replace(config, target_modules=named, exclude_modules=None, **layers_too)
+
+
 def parameters_of(config: TargetedConfig) -> Sequence[str]:
     """The names of bare parameters in a config, none for a method that has no such field."""
     return cast("Sequence[str]", getattr(config, "target_parameters", None) or ())
@@ -115,14 +125,6 @@ def biased(model: nn.Module, config: Any, places: Mapping[str, layers.Place]) ->
     if bias == "all":
         return [path for path, _ in layers.named_modules(model)]
     return [place.owner for place in places.values()] if bias.endswith("_only") else []
-
-
-def without_exclusions(adapter: Adapter) -> Any:
-    """The config for a file with every site named, where some are excluded: of a method whose config in PEFT cannot."""
-    config: Any = adapter.config
-    if not config.exclude_modules:
-        return config
-    return dataclasses.replace(config, target_modules=tuple(sorted(adapter.sites)), exclude_modules=None)
 
 
 def saved_modules(model: nn.Module, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, nn.Module]:

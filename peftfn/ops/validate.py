@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftfn import methods
 from peftfn.core.adapter import UNKNOWN, Adapter
-from peftfn.core.config import PeftConfig
+from peftfn.core.config import PeftConfig, patterns_of
 from peftfn.methods import Method
 from peftfn.models import layers, matching, targets
 from peftfn.models.layers import Site
@@ -104,8 +104,7 @@ def against(adapter: Adapter, model: nn.Module, source: str) -> None:
 
 def _without_patterns(config: PeftConfig) -> PeftConfig:
     """The config without patterns: one that matches nothing is an error where it is written, not where it is read."""
-    fields = {field.name for field in dataclasses.fields(config)} & {"rank_pattern", "alpha_pattern"}
-    return dataclasses.replace(config, **dict[str, Any].fromkeys(fields))
+    return dataclasses.replace(config, **dict[str, Any].fromkeys(patterns_of(config)))
 
 
 def _replaced(model: nn.Module, config: Any, places: Mapping[str, layers.Place]) -> dict[str, set[str]]:
