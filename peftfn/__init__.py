@@ -10,6 +10,10 @@ from peftfn.core.config import PeftConfig
 from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adaption_prompt import AdaptionPromptConfig
 from peftfn.methods.boft import BOFTConfig
+from peftfn.methods.deft import DeftConfig
+from peftfn.methods.delora import DeloraConfig
+from peftfn.methods.glora import GloraConfig
+from peftfn.methods.hira import HiraConfig
 from peftfn.methods.hra import HRAConfig
 from peftfn.methods.ia3 import IA3Config
 from peftfn.methods.lokr import LoKrConfig
@@ -40,8 +44,12 @@ __all__ = [
     "AdaptionPromptConfig",
     "BOFTConfig",
     "Count",
+    "DeftConfig",
+    "DeloraConfig",
     "Ensemble",
+    "GloraConfig",
     "HRAConfig",
+    "HiraConfig",
     "IA3Config",
     "LoKrConfig",
     "LoraConfig",

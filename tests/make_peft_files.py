@@ -116,6 +116,10 @@ def lora(*targets: str, r: int = 4, **kwargs: Any) -> dict[str, Any]:
     return {"r": r, "lora_alpha": 6, "target_modules": list(targets), **kwargs}
 
 
+def on_mlp(name: str, kind: str, **options: Any) -> Case:
+    return Case(name, "mlp", {"target_modules": ["lin0"], **options}, kind, versions=(NEW,))
+
+
 SEQ_CLS: dict[str, Any] = {"task_type": "SEQ_CLS"}
 CAUSAL_LM: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 PATTERNS = {"rank_pattern": {"layer.0.attention.self.query": 2, "value": 3}}
@@ -165,6 +169,14 @@ CASES = [
         "LoKrConfig",
         versions=ONLY_NEW,
     ),
+    on_mlp("boft-mlp", "BOFTConfig", boft_block_size=5),
+    on_mlp("deft-mlp", "DeftConfig", r=3, decomposition_method="qr", alpha=6),
+    on_mlp("delora-mlp", "DeloraConfig", r=2, delora_lambda=4),
+    on_mlp("glora-mlp", "GloraConfig", r=2, config_A_B="vector", config_D_E="none"),
+    on_mlp("hira-mlp", "HiraConfig", r=2),
+    on_mlp("hra-mlp", "HRAConfig", r=2),
+    on_mlp("miss-mlp", "MissConfig", r=4),
+    on_mlp("road-mlp", "RoadConfig", variant="road_2", group_size=4),
     Case("dora-bert", "bert", BERT_LORA | {"use_dora": True}, versions=ONLY_NEW),
     Case("dora-conv2d", "conv2d", lora("conv", "lin0", use_dora=True), versions=ONLY_NEW),
     Case(

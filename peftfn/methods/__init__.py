@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 from peftfn.core.config import PeftConfig
-from peftfn.methods import adalora, adaption_prompt, boft, dora, hra, ia3, lokr, lora, miss, oft, road
+from peftfn.methods import (
+    adalora,
+    adaption_prompt,
+    boft,
+    deft,
+    delora,
+    dora,
+    glora,
+    hira,
+    hra,
+    ia3,
+    lokr,
+    lora,
+    miss,
+    oft,
+    road,
+)
 from peftfn.methods.method import Method
 from peftfn.methods.prompt import p_tuning, prefix_tuning, prompt_tuning
 
@@ -15,6 +31,10 @@ TABLE: tuple[Method, ...] = (
     lokr.METHOD,
     oft.METHOD,
     boft.METHOD,
+    deft.METHOD,
+    delora.METHOD,
+    glora.METHOD,
+    hira.METHOD,
     hra.METHOD,
     miss.METHOD,
     road.METHOD,

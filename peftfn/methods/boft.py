@@ -1,4 +1,4 @@
-"""BOFT: diag(s)·W·Rᵀ, R a rotation, a product of butterfly factors (https://arxiv.org/abs/2311.06243, section 4).
+"""BOFT: diag(s)·W·Rᵀ, R a rotation, a product of butterfly factors (https://arxiv.org/abs/2311.06243).
 
 R = B_{m-1} ··· B_1·B_0, m = `boft_n_butterfly_factor`. Each factor rotates blocks of b inputs by (I - Q)(I + Q)⁻¹, Q
 the skew part of what is trained; a block of factor i takes its inputs from all over a run of b·2ⁱ, every other half

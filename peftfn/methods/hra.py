@@ -1,4 +1,4 @@
-"""HRA: W·H₁·H₂ ··· H_r, reflections H = I - 2·û·ûᵀ of the inputs (https://arxiv.org/abs/2405.17484, section 3).
+"""HRA: W·H₁·H₂ ··· H_r, reflections H = I - 2·û·ûᵀ of the inputs (https://arxiv.org/abs/2405.17484).
 
 The chain is computed as one product, I - V·T·Vᵀ with the unit vectors û as the columns of V and T⁻¹ = I/2 + the part of
 VᵀV above its diagonal (the compact WY form), so r reflections cost two thin products. With `apply_GS` the vectors are

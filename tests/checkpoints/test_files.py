@@ -95,7 +95,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 def test_every_folder_is_a_case_of_one_of_the_tests_below() -> None:
     assert {kind_of(folder) for folder in FOLDERS} == KINDS
-    assert len(CASES) == 56
+    assert len(CASES) == 64
 
 
 @every_case

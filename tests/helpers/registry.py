@@ -39,6 +39,7 @@ class AgainstPeft:
         wrong: what peft has wrong ("outputs" or "merge") -> how; that is then left out.
         in_old: whether peft 0.17 has it too.
         is_felt: whether trained tensors change the output.
+        in_float32: whether peft computes what it adds in float32, whatever the dtype.
     """
 
     name: str
@@ -47,6 +48,7 @@ class AgainstPeft:
     wrong: Mapping[str, str] = dataclasses.field(default_factory=dict)
     in_old: bool = True
     is_felt: bool = True
+    in_float32: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +226,21 @@ METHODS = [
         packed=False,  # test_boft.py
     ),
     Method(
+        "hira",
+        "HiRA",
+        "HiraConfig",
+        {"r": 3},
+        kinds=ALL,
+        peft=[
+            *(
+                AgainstPeft("as it is", base, in_old=False)
+                for base in ("linear", "embedding", "conv1d", "conv2d", "conv3d", "pointwise")
+            ),
+            AgainstPeft("a random start", "transposed", {"fan_in_fan_out": True, "init_weights": False}, in_old=False),
+        ],
+        packed=False,  # test_hira.py
+    ),
+    Method(
         "hra",
         "HRA",
         "HRAConfig",
@@ -268,6 +285,50 @@ METHODS = [
             AgainstPeft("four numbers", "linear", {"variant": "road_4", "target_modules": "0"}, in_old=False),
         ],
         packed=False,  # it never reads the weight
+    ),
+    Method(
+        "delora",
+        "DeLoRA",
+        "DeloraConfig",
+        {"r": 3, "delora_lambda": 4},
+        kinds=("linear", "transposed-square"),
+        peft=[
+            AgainstPeft("as it is", "linear", in_old=False),
+            AgainstPeft("patterns", "linear", {"rank_pattern": {"2": 1}, "lambda_pattern": {"0": 7}}, in_old=False),
+        ],
+        packed=False,  # it reads the weight when it starts
+    ),
+    Method(
+        "deft",
+        "DEFT",
+        "DeftConfig",
+        {"r": 3},
+        kinds=("linear", "transposed-square"),
+        others={"qr": ("linear", {"decomposition_method": "qr"})},
+        peft=[
+            AgainstPeft("relu", "linear", in_old=False, in_float32=True),
+            AgainstPeft("qr", "linear", {"decomposition_method": "qr"}, in_old=False, in_float32=True),
+            AgainstPeft("scaled", "linear", {"r": 8, "alpha": 4}, in_old=False, in_float32=True),
+            AgainstPeft("relu", "transposed", {"fan_in_fan_out": True}, in_old=False, in_float32=True),
+        ],
+        packed=False,  # test_deft.py
+    ),
+    Method(
+        "glora",
+        "GLoRA",
+        "GloraConfig",
+        {"r": 3},
+        kinds=("linear", "transposed-square"),
+        others={
+            "vectors": ("linear", {"config_A_B": "vector", "config_D_E": "vector"}),
+            "no-weight": ("linear", {"config_A_B": "none"}),
+        },
+        peft=[
+            AgainstPeft("as it is", "linear", in_old=False),
+            AgainstPeft("vectors", "linear", {"config_A_B": "vector", "config_D_E": "vector"}, in_old=False),
+            AgainstPeft("numbers", "linear", {"config_A_B": "constant", "config_C": "none"}, in_old=False),
+        ],
+        packed=False,  # test_glora.py
     ),
     # Prompts act on the call: their cases of the laws are in cases.py.
     Method("prompt", "prompt tuning", "PromptTuningConfig", TOKENS),
