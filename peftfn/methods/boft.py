@@ -142,6 +142,7 @@ def _refuse_uneven(config: BOFTConfig, weight: WeightShape, path: str) -> None:
 
 def rotation(trained: Tensor) -> Tensor:
     """The orthogonal blocks (m, blocks, b, b) of the skew parts of what is trained: (I - Q)(I + Q)⁻¹."""
+    trained = trained.to(torch.promote_types(trained.dtype, torch.float32))  # there is no solve of halves
     skew = 0.5 * (trained - trained.mT)
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand_as(skew)
     return cast("Tensor", torch.linalg.solve(eye + skew, eye - skew, left=False))  # torch does not say what it returns

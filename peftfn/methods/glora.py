@@ -189,6 +189,8 @@ def merge(
 ) -> dict[str, Tensor]:
     """The changed weight, and the changed bias where there is one."""
     old, bias = tensors["weight"], tensors.get("bias")
+    if bias is None and set("CDE") - set(_absent(leaf)):
+        raise ValueError("the adapter changes the layer's bias too, and it is not among the parameters")
     weight = layouts.seen(shape.kind, old)
     to_weight, to_bias = _changes(leaf, weight, bias)
     made: dict[str, Tensor] = {"weight": old}

@@ -112,7 +112,8 @@ def _orthogonal(vectors: Tensor) -> Tensor:
 
 
 def reflected(config: HRAConfig, vectors: Tensor, x: Tensor, *, transposed: bool) -> Tensor:
-    """x·H₁ ··· H_r along the last axis, or x·H_r ··· H₁, in the vectors' dtype."""
+    """x·H₁ ··· H_r along the last axis, or x·H_r ··· H₁, in the vectors' dtype, float32 if that is half of it."""
+    vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))  # there is no solve of halves
     x = x.to(vectors.dtype)
     if config.apply_GS:
         basis = _orthogonal(vectors)

@@ -82,6 +82,13 @@ def test_an_adapter_for_a_bias_does_not_fit_a_layer_without_one() -> None:
         pf.apply(bare, adapter, torch.randn(2, 8))
 
 
+def test_merging_needs_the_bias_that_it_changes() -> None:
+    model = nn.Sequential(nn.Linear(8, 6))
+    adapter = pf.init(model, pf.GloraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match="changes the layer's bias too, and it is not among the parameters"):
+        pf.merge({"0.weight": model[0].weight}, adapter)
+
+
 def test_unlike_ranks_stack_and_rows_are_routed() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 6)).double(), torch.randn(3, 8).double()
