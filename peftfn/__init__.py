@@ -9,18 +9,26 @@ from peftfn.core.adapter import Adapter, Count, count, leaves
 from peftfn.core.config import PeftConfig
 from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adaption_prompt import AdaptionPromptConfig
+from peftfn.methods.boft import BOFTConfig
 from peftfn.methods.c3a import C3AConfig
+from peftfn.methods.deft import DeftConfig
+from peftfn.methods.delora import DeloraConfig
 from peftfn.methods.fourierft import FourierFTConfig
+from peftfn.methods.glora import GloraConfig
 from peftfn.methods.gralora import GraloraConfig
+from peftfn.methods.hira import HiraConfig
+from peftfn.methods.hra import HRAConfig
 from peftfn.methods.ia3 import IA3Config
 from peftfn.methods.loha import LoHaConfig
 from peftfn.methods.lokr import LoKrConfig
 from peftfn.methods.lora import LoraConfig
+from peftfn.methods.miss import MissConfig
 from peftfn.methods.oft import OFTConfig
 from peftfn.methods.prompt.p_tuning import PromptEncoderConfig
 from peftfn.methods.prompt.prefix_tuning import PrefixTuningConfig
 from peftfn.methods.prompt.prompt_config import PromptLearningConfig
 from peftfn.methods.prompt.prompt_tuning import PromptTuningConfig
+from peftfn.methods.road import RoadConfig
 from peftfn.methods.shira import ShiraConfig
 from peftfn.methods.supertuning import SupertuningConfig
 from peftfn.methods.waveft import WaveFTConfig
@@ -41,21 +49,29 @@ __all__ = [
     "AdaLoraConfig",
     "Adapter",
     "AdaptionPromptConfig",
+    "BOFTConfig",
     "C3AConfig",
     "Count",
+    "DeftConfig",
+    "DeloraConfig",
     "Ensemble",
     "FourierFTConfig",
+    "GloraConfig",
     "GraloraConfig",
+    "HRAConfig",
+    "HiraConfig",
     "IA3Config",
     "LoHaConfig",
     "LoKrConfig",
     "LoraConfig",
+    "MissConfig",
     "OFTConfig",
     "PeftConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptLearningConfig",
     "PromptTuningConfig",
+    "RoadConfig",
     "ShiraConfig",
     "SupertuningConfig",
     "WaveFTConfig",

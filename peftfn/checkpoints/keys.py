@@ -36,6 +36,7 @@ _BASE = ".base_layer"
 _METHODS = (
     *("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "fourierft_", "c3a_", "gralora_", "shira_", "waveft_"),
     *("supertuning_", "modules_to_save", "original_module"),
+    *("boft_", "deft_", "delora_", "glora_", "hira_", "hra_", "miss_", "road_"),
 )
 
 
@@ -174,7 +175,7 @@ def from_keys(
         info = (noted or {}).get(paths[site], UNKNOWN)._replace(input_side=method.targets.input_side(config, at))
         sites[paths[site]] = info
         whole = method.files.read(leaf)
-        own = whole if info.rows is None else common_sites.on_own_rows(method, whole, info)
+        own = dict(whole) if info.rows is None else common_sites.on_own_rows(method, whole, info)
         own |= method.files.derived(config, at, own, _site(model, paths[site], info))
         trained, held = method.parted(config, at, own)
         params.setdefault(paths[site], {}).update(trained)

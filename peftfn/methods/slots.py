@@ -98,9 +98,10 @@ def wrong(slots: Slots, config: Any, weight: WeightShape, rank: int, leaf: Mappi
 
 
 def _ranks_in(slots: Slots, weight: WeightShape, leaf: Mapping[str, Tensor]) -> list[int]:
-    """The ranks that a leaf may have, by its axes for the rank; tensors for experts have theirs side by side."""
+    """What the rank of a leaf may be, by the axes that have it: LoRA has it once for each group, or expert."""
     axes = [(leaf[name], slot.rank) for name, slot in slots.items() if slot.rank is not None and name in leaf]
-    return [one.shape[axis] * weight.groups // weight.experts for one, axis in axes if axis < one.dim()]
+    found = [one.shape[axis] for one, axis in axes if axis < one.dim()]
+    return [*(count * weight.groups // weight.experts for count in found), *(found if weight.groups > 1 else ())]
 
 
 def _shown(shapes: Mapping[str, Shape]) -> str:

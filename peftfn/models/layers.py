@@ -138,8 +138,13 @@ class Site:
         return cast("Tensor", self.tensors["weight"])
 
     @property
+    def bias(self) -> Tensor | None:
+        """The bias alone, as those adapters leave it; nothing is unpacked for it."""
+        return codecs.bias(self.layer) if self._adapted is None else self._adapted()["bias"]
+
+    @property
     def shape(self) -> torch.Size:
-        """The shape of that tensor, read without unpacking anything."""
+        """The shape of the weight, read without unpacking anything."""
         return codecs.of(self.layer).shape(self.layer, self.weight_name)
 
     @property

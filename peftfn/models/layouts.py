@@ -31,6 +31,7 @@ class WeightShape(NamedTuple):
         experts: how many such weights one tensor holds; 1 but for a mixture of experts.
         rows: those of its outputs, where a method acts on a part of a fused projection; `outputs` counts them alone.
         input_side: whether the method acts on what goes in there, where it could act on either side.
+        has_bias: whether the layer has a bias beside the weight.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class WeightShape(NamedTuple):
     experts: int = 1
     rows: Runs | None = None
     input_side: bool = False
+    has_bias: bool = True
 
     @property
     def fan_in(self) -> int:
@@ -67,7 +69,7 @@ def of_site(site: Site) -> WeightShape:
     """The shape of a site's weight; of a part of a fused projection, of its own rows."""
     found = of_stored(site.kind, site.shape, int(getattr(site.layer, "groups", 1)))
     assert found is not None, f"{site.path}: a {site.kind} has no weight of shape {tuple(site.shape)}"
-    return acted_on(found, site.rows, site.input_side)
+    return acted_on(found, site.rows, site.input_side)._replace(has_bias=site.bias is not None)
 
 
 def acted_on(weight: WeightShape, rows: Runs | None, input_side: bool) -> WeightShape:
@@ -95,9 +97,10 @@ def of_tensor(kind: str, weight: Tensor, info: SiteInfo) -> WeightShape:
 
 
 def possible(kind: str, shape: torch.Size) -> Iterator[WeightShape]:
-    """Every shape that it may be: a convolution's weight does not tell its groups, which divide its outputs."""
+    """Every such shape: it does not tell of a bias, nor a convolution's of its groups, which divide its outputs."""
     first = of_stored(kind, shape)
     if first is not None:
         yield first
+        yield first._replace(has_bias=False)
         if kind == layers.CONVOLUTION:
             yield from (first._replace(groups=g) for g in range(2, first.outputs + 1) if first.outputs % g == 0)

@@ -197,7 +197,13 @@ def _adapted(
         if part.rows is None:
             run = functools.partial(part.method.action.forward, part.config, part.leaf, site)
         else:
-            run = routed_sites.step(part.method, part.config, part.leaf, part.rows, run, site)
+            action = part.method.on_weights
+            if number and part.replaced and action is not None and not action.takes_rows(place.kind, part.info.rows):
+                raise ValueError(
+                    f"{path}: the routed adapters replace {', '.join(part.replaced)} of a layer that another active "
+                    "adapter acts on before them. Apply the routed ones first, or without it (bias='none')."
+                )
+            run = routed_sites.step(part.method, part.config, part.leaf, part.rows, run, site, replaced=part.replaced)
     return run
 
 

@@ -95,7 +95,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 def test_every_folder_is_a_case_of_one_of_the_tests_below() -> None:
     assert {kind_of(folder) for folder in FOLDERS} == KINDS
-    assert len(CASES) == 63
+    assert len(CASES) == 71
 
 
 @every_case

@@ -398,6 +398,7 @@ CASES = [
 # Kind of layer -> a base, the layers to adapt there, and a batch. Their sizes are multiples of 4.
 KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...], Callable[[], Tensor]]] = {
     "linear": (mlp, ("0", "3"), randn(4, 8)),
+    "linear-even": (functools.partial(linears, 8, 12, 4), ("0", "2"), randn(4, 3, 8)),
     "transposed-square": (turned_squares, ("0", "2"), randn(4, 3, 8)),
     "embedding": (lambda: nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 5)), ("0",), tokens()),
     "conv1d": (

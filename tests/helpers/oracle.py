@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -36,6 +37,27 @@ def quiet_peft() -> Generator[None]:
         # peft 0.21.2 gives transformers 5.24 a cache by its old name, through torch.
         warnings.filterwarnings("ignore", category=FutureWarning, message=r"`past_key_values` is deprecated")
         yield
+
+
+class Butterflies:
+    """What peft's CUDA extension computes, without which its BOFT has one factor whatever is asked."""
+
+    @staticmethod
+    def forward(blocks: Tensor) -> list[Tensor]:
+        """Blocks (m, n, b, b) on the diagonals of m matrices."""
+        return [torch.stack([torch.block_diag(*one) for one in blocks])]
+
+    @staticmethod
+    def backward(gradient: Tensor, blocks: Tensor) -> list[Tensor]:
+        """The gradient of those blocks."""
+        _, n, b, _ = blocks.shape
+        return [torch.stack([gradient[:, i * b : (i + 1) * b, i * b : (i + 1) * b] for i in range(n)], 1)]
+
+
+def give_butterflies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let peft's BOFT have as many factors as are asked, as on a machine where its extension is built."""
+    if not IS_OLD:
+        monkeypatch.setattr(f"{peft.__name__}.tuners.boft.layer._FBD_CUDA", Butterflies)
 
 
 def config_of(library: Any, options: Mapping[str, Any]) -> Any:

@@ -323,6 +323,126 @@ METHODS = [
             AgainstPeft("as it is", "transposed", {"fan_in_fan_out": True}, in_old=False),
         ],
     ),
+    Method(
+        "boft",
+        "BOFT",
+        "BOFTConfig",
+        {"boft_block_size": 2, "boft_n_butterfly_factor": 2},
+        kinds=("linear", "transposed-square", "conv2d-groups"),
+        exceptions={"randomness": ZEROS},
+        peft=[
+            AgainstPeft("two factors", "linear", in_old=False),
+            AgainstPeft("one factor", "linear", {"boft_block_size": 4, "boft_n_butterfly_factor": 1}, in_old=False),
+            AgainstPeft("blocks by number", "linear", {"boft_block_size": 0, "boft_block_num": 2}, in_old=False),
+            AgainstPeft("three factors", "conv2d", {"boft_n_butterfly_factor": 3}, in_old=False),
+        ],
+        packed=False,  # test_boft.py
+    ),
+    Method(
+        "hira",
+        "HiRA",
+        "HiraConfig",
+        {"r": 3},
+        kinds=ALL,
+        peft=[
+            *(
+                AgainstPeft("as it is", base, in_old=False)
+                for base in ("linear", "embedding", "conv1d", "conv2d", "conv3d", "pointwise")
+            ),
+            AgainstPeft("a random start", "transposed", {"fan_in_fan_out": True, "init_weights": False}, in_old=False),
+        ],
+        packed=False,  # test_hira.py
+    ),
+    Method(
+        "hra",
+        "HRA",
+        "HRAConfig",
+        {"r": 4},
+        kinds=("linear", "transposed-square", "conv2d-groups"),
+        peft=[
+            AgainstPeft("pairs", "linear", in_old=False),
+            AgainstPeft("one pair", "linear", {"r": 2}, in_old=False),
+            AgainstPeft("pairs", "conv2d", in_old=False),
+        ],
+        packed=False,  # test_hra.py
+    ),
+    Method(
+        "miss",
+        "MiSS",
+        "MissConfig",
+        {"r": 4},
+        kinds=("linear", "transposed-square"),
+        others={"bat": ("transposed-square", {"init_weights": "bat"})},
+        exceptions={"randomness": ZEROS},
+        peft=[
+            AgainstPeft("runs that divide", "linear", in_old=False),
+            AgainstPeft("runs that do not", "linear", {"r": 5}, in_old=False),
+            AgainstPeft("mini", "linear", {"init_weights": "mini", "mini_r": 2}, in_old=False),
+            AgainstPeft("bat", "linear", {"init_weights": "bat", "r": 2}, in_old=False),
+        ],
+        packed=False,  # test_miss.py
+    ),
+    Method(
+        "road",
+        "RoAd",
+        "RoadConfig",
+        {"group_size": 4},
+        kinds=("transposed-square",),
+        others={
+            f"{variant}-linear": ("linear-even", {"variant": variant}) for variant in ("road_1", "road_2", "road_4")
+        },
+        exceptions={"randomness": "it starts at zeros and ones, whatever the generator"},
+        peft=[
+            AgainstPeft("one number", "linear", {"group_size": 2}, in_old=False),
+            AgainstPeft("two numbers", "linear", {"variant": "road_2", "target_modules": "0"}, in_old=False),
+            AgainstPeft("four numbers", "linear", {"variant": "road_4", "target_modules": "0"}, in_old=False),
+        ],
+        packed=False,  # it never reads the weight
+    ),
+    Method(
+        "delora",
+        "DeLoRA",
+        "DeloraConfig",
+        {"r": 3, "delora_lambda": 4},
+        kinds=("linear", "transposed-square"),
+        peft=[
+            AgainstPeft("as it is", "linear", in_old=False),
+            AgainstPeft("patterns", "linear", {"rank_pattern": {"2": 1}, "lambda_pattern": {"0": 7}}, in_old=False),
+        ],
+        packed=False,  # it reads the weight when it starts
+    ),
+    Method(
+        "deft",
+        "DEFT",
+        "DeftConfig",
+        {"r": 3},
+        kinds=("linear", "transposed-square"),
+        others={"qr": ("linear", {"decomposition_method": "qr"})},
+        peft=[
+            AgainstPeft("relu", "linear", in_old=False, in_float32=True),
+            AgainstPeft("qr", "linear", {"decomposition_method": "qr"}, in_old=False, in_float32=True),
+            AgainstPeft("scaled", "linear", {"r": 8, "alpha": 4}, in_old=False, in_float32=True),
+            AgainstPeft("relu", "transposed", {"fan_in_fan_out": True}, in_old=False, in_float32=True),
+        ],
+        packed=False,  # test_deft.py
+    ),
+    Method(
+        "glora",
+        "GLoRA",
+        "GloraConfig",
+        {"r": 3},
+        kinds=("linear", "transposed-square"),
+        others={
+            "vectors": ("linear", {"config_A_B": "vector", "config_D_E": "vector"}),
+            "no-weight": ("linear", {"config_A_B": "none"}),
+        },
+        peft=[
+            AgainstPeft("as it is", "linear", in_old=False),
+            AgainstPeft("vectors", "linear", {"config_A_B": "vector", "config_D_E": "vector"}, in_old=False),
+            AgainstPeft("numbers", "linear", {"config_A_B": "constant", "config_C": "none"}, in_old=False),
+        ],
+        packed=False,  # test_glora.py
+    ),
     # Prompts act on the call: their cases of the laws are in cases.py.
     Method("prompt", "prompt tuning", "PromptTuningConfig", TOKENS),
     Method(

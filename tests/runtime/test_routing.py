@@ -6,9 +6,12 @@ import copy
 import functools
 from typing import Any
 
+import oracle
 import pytest
+import registry
 import torch
 from cases import BY_NAME, ia3, llama, lora, tokens, trained
+from exact import EXACT, off
 from torch import Tensor, nn
 from torch.func import grad, jvp
 
@@ -215,3 +218,43 @@ def test_an_index_of_tokens_is_refused_where_there_is_none() -> None:
         pf.apply(model, deltas, batch, index=index[:, :2])
     with pytest.raises(ValueError, match=r"the input here has shape .* expected the same rows and tokens"):
         pf.bind(model, deltas, index=index)(input_ids=batch["input_ids"][:, :2])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pf.LoraConfig(r=2, use_dora=True, target_modules=["0"], bias="all"),
+        pf.OFTConfig(oft_block_size=4, target_modules=["0"], bias="all"),
+        pf.BOFTConfig(target_modules=["0"], bias="boft_only"),
+        pf.GloraConfig(r=2, target_modules=["0"], bias="all"),
+    ],
+    ids=["DoRA", "OFT", "BOFT", "GLoRA"],
+)
+@pytest.mark.parametrize("index", [[2, -1, 0, 1], [1, 1, 1, -1, 0, 0, 1, 1]], ids=["in any order", "in runs"])
+def test_a_method_that_reads_or_runs_its_layer_sees_each_rows_own_bias(config: Any, index: list[int]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 6)).double(), torch.randn(len(index), 8).double()
+    adapters = [oracle.randomised(pf.init(model, config), seed) for seed in range(3)]
+    found = pf.apply(model, pf.stack(adapters), x, index=index)
+    alone = [pf.apply(model, adapters[n] if n >= 0 else (), x)[row] for row, n in enumerate(index)]
+    assert off(found, torch.stack(alone)) < EXACT
+
+
+def test_rows_own_biases_on_another_adapters_layer_are_refused() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 6)), torch.randn(2, 8)
+    first = pf.init(model, pf.LoraConfig(r=2, target_modules=["0"]))
+    stacked = pf.stack([pf.init(model, pf.OFTConfig(oft_block_size=4, target_modules=["0"], bias="all"))] * 2)
+    with pytest.raises(ValueError, match="0: the routed adapters replace bias of a layer that another active adapter"):
+        pf.apply(model, (first, stacked), x, index=[0, 1])
+
+
+@pytest.mark.parametrize("name", ["boft", "deft", "delora", "glora", "hira", "hra", "miss", "road"])
+def test_a_row_of_the_base_does_not_see_that_an_adapter_is_spoilt(name: str) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8)
+    fresh = pf.init(model, registry.BY_NAME[name].make(["0"]))
+    spoilt = fresh.replace(
+        params={path: {key: one * torch.nan for key, one in leaf.items()} for path, leaf in fresh.params.items()}
+    )
+    found = pf.apply(model, pf.stack([spoilt, oracle.randomised(fresh)]), x, index=[-1, 1])
+    assert torch.equal(found[0], model(x)[0])
+    assert bool(found.isfinite().all())

@@ -26,7 +26,7 @@ class Routed(NamedTuple):
     Attributes:
         method: what adapts it.
         config: what the method's forward reads.
-        leaf: the stack's tensors here.
+        leaf: the stack's tensors here, and those that replace the layer's own.
         which: the slice of each row.
         site: the layer, or what the adapters before this one make of it.
         cheapest: `(x, numbers in the output) -> how to sort the rows`, or `None` where copying slices takes less.
@@ -41,21 +41,30 @@ class Routed(NamedTuple):
 
 
 def step(
-    method: Method, config: PeftConfig, leaf: Mapping[str, Tensor], which: Rows, run: Callable[..., Any], site: Site
+    method: Method,
+    config: PeftConfig,
+    leaf: Mapping[str, Tensor],
+    which: Rows,
+    run: Callable[..., Any],
+    site: Site,
+    *,
+    replaced: Mapping[str, Tensor],
 ) -> Callable[..., Any]:
     """A site's forward in which row n is adapted by the leaf's slice `which[n]`; axis 0 of x is the row.
 
     What the site computes without the method is computed once, for all rows; only the method is mapped: by its own
     batched kernels where it has them, by `torch.vmap` otherwise. Either each row gets a copy of its slice, or rows are
-    sorted by adapter, whichever moves less memory.
+    sorted by adapter, whichever moves less memory. `replaced` has what the layer has instead of its own tensors, as
+    `run` has it already: a method that runs the layer once more, or reads it, sees each row's.
     """
     inside = site.running(run)
     if method.on_weights is None:
         return functools.partial(_whole, method, config, leaf, which, inside)
     numbers = sum(tensor.numel() // tensor.shape[0] for tensor in leaf.values()) if which.ways else 0
     cheapest = functools.partial(segments.cheapest, which.ways, which.size, numbers)
-    routed = Routed(method, config, leaf, which, inside, cheapest)
     adapted = _batched if method.on_weights.takes_rows(site.kind, site.rows) else _vmapped
+    own = leaf if adapted is _batched else {**leaf, **replaced}
+    routed = Routed(method, config, own, which, inside, cheapest)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         given = row_index.flat(x, which, site.path)
@@ -87,7 +96,8 @@ def _vmapped(routed: Routed, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The site of any other method, whose forward `torch.vmap` gives one row or one segment at a time."""
     method, config, leaf, which, site, cheapest = routed
     y = site(x, *args, **kwargs)
-    act = functools.partial(_mapped, method, config, site.running(functools.partial(_run, site, args, kwargs)))
+    run = functools.partial(_run, args=args, kwargs=kwargs)
+    act = functools.partial(_mapped, method, config, site, run=run)
     way = cheapest(x, y.numel())
     if way is None:
         return act(_pick(leaf, which), x, y)
@@ -95,7 +105,7 @@ def _vmapped(routed: Routed, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return way.restored(act((way.of(leaf), None), sorted_x, sorted_y), y, which.size)
 
 
-def _run(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> Any:
+def _run(run: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return run(x, *args, **kwargs)
 
 
@@ -103,11 +113,16 @@ Picked = tuple[dict[str, Tensor], Tensor | None]
 """Slices of a leaf, and a mask of those that are to be used; `None` if all are."""
 
 
-def _mapped(method: Method, config: PeftConfig, site: Site, picked: Picked, x: Tensor, y: Tensor) -> Tensor:
+def _mapped(
+    method: Method, config: PeftConfig, site: Site, picked: Picked, x: Tensor, y: Tensor, *, run: Callable[..., Any]
+) -> Tensor:
     """What the method makes of y = site(x), with a slice of the leaf for each group of rows."""
 
-    def one(leaf: Mapping[str, Tensor], keep: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
-        inner = site.running(functools.partial(_known, x, y, site))
+    def one(given: Mapping[str, Tensor], keep: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
+        leaf = {name: tensor for name, tensor in given.items() if not method.replaces(name)}
+        own = {name: tensor for name, tensor in given.items() if method.replaces(name)}
+        there = _with(site, own, keep) if own else site
+        inner = there.running(functools.partial(_known, x, y, functools.partial(run, there)))
         return method.action.forward(config, leaf if keep is None else method.disabled(leaf, keep), inner, x)
 
     leaf, keep = picked
@@ -117,8 +132,31 @@ def _mapped(method: Method, config: PeftConfig, site: Site, picked: Picked, x: T
     return mapped(leaf, keep, segments.grouped(x, groups), segments.grouped(y, groups)).flatten(0, 1)
 
 
-def _known(x: Tensor, y: Tensor, site: Site, given: Tensor, *_: Any, **__: Any) -> Any:
-    return y if given is x else site(given)
+def _known(x: Tensor, y: Tensor, run: Callable[..., Any], given: Tensor, *_: Any, **__: Any) -> Any:
+    return y if given is x else run(given)
+
+
+def _with(site: Site, tensors: Mapping[str, Tensor], keep: Tensor | None) -> Site:
+    """The site of a layer with these tensors in the place of its own, where `keep` is not false."""
+    codec, layer = codecs.of(site.layer), site.layer
+    if keep is not None:
+        tensors = {name: torch.where(keep, one, _own(layer, name)) for name, one in tensors.items()}
+    inner = _twin(layer, tensors)
+    run = functools.partial(codec.run, inner)
+    return Site(site.path, site.kind, inner, site.weight_name, run, rows=site.rows, input_side=site.input_side)
+
+
+def _own(layer: nn.Module, name: str) -> Tensor:
+    """A tensor of a layer by its name; its weight dense."""
+    return codecs.of(layer).read(layer, name) if name == "weight" else getattr(layer, name)
+
+
+def _twin(layer: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The layer with these parameters in the place of its own."""
+    inner: nn.Module = object.__new__(type(layer))
+    inner.__dict__.update(layer.__dict__)
+    inner.__dict__["_parameters"] = {**layer._parameters, **tensors}
+    return inner
 
 
 def _whole(
@@ -162,15 +200,12 @@ def replaced(twin: nn.Module, path: str, tensors: Mapping[str, Tensor], which: R
         given = row_index.flat(x, which, path)
         picked, keep = _pick(tensors, row_index.of_input(given, which, path))
         for name, tensor in picked.items():
-            own = codec.read(twin, name) if name == "weight" else getattr(twin, name)
+            own = _own(twin, name)
             if keep is not None:
                 picked[name] = torch.where(keep.view(-1, *(1 for _ in own.shape)), tensor, own)
 
         def one(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-            inner: nn.Module = object.__new__(type(twin))
-            inner.__dict__.update(twin.__dict__)
-            inner.__dict__["_parameters"] = {**twin._parameters, **tensors}
-            return codec.run(inner, x.unsqueeze(0), *args, **kwargs).squeeze(0)
+            return codec.run(_twin(twin, tensors), x.unsqueeze(0), *args, **kwargs).squeeze(0)
 
         found = torch.vmap(one, randomness="different")(picked, given)
         return found if given is x else found.view(*x.shape[:2], *found.shape[1:])
