@@ -10,6 +10,7 @@ from peftfn.core.config import PeftConfig
 from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adaption_prompt import AdaptionPromptConfig
 from peftfn.methods.ia3 import IA3Config
+from peftfn.methods.ln_tuning import LNTuningConfig
 from peftfn.methods.lokr import LoKrConfig
 from peftfn.methods.lora import LoraConfig
 from peftfn.methods.oft import OFTConfig
@@ -37,6 +38,7 @@ __all__ = [
     "Count",
     "Ensemble",
     "IA3Config",
+    "LNTuningConfig",
     "LoKrConfig",
     "LoraConfig",
     "OFTConfig",

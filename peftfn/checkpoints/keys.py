@@ -8,6 +8,8 @@
 | several of them | the last one so, the one before it `<path>.base_layer.lora_A.weight`, and so on |
 | a trained bias of an adapted layer | `<path>.base_layer.bias` (0.21), `<path>.bias` (0.5.0) |
 | any other trained bias, a head | `<path>.bias`, `<path>.weight` |
+| a copy of a site's own tensor | `<path>.ln_tuning_layers.weight` |
+| of a module inside it, with the adapter's name | `<path>.ln_tuning_layers.default.fc1.weight` |
 | an embedding saved along with its adapter | `<path>.base_layer.weight` |
 | a prompt, a prefix | `prompt_embeddings`, with nothing before it; heads beside it follow `base_model.` alone |
 """
@@ -32,7 +34,7 @@ from peftfn.weights import codecs
 
 PREFIX = "base_model.model."
 _BASE = ".base_layer"
-_METHODS = ("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "modules_to_save", "original_module")
+_METHODS = ("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "ln_tuning_", "modules_to_save", "original_module")
 
 
 def to_keys(adapter: Adapter) -> dict[str, Tensor]:
@@ -62,7 +64,7 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
             found += [(f"{site}.{key}", whole[name]) for name, key in method.names.items() if name in whole]
     for tree in (adapter.params, adapter.buffers):
         for path, leaf in tree.items():
-            module = _nested(adapter, path) + _BASE * adapted.count(path)
+            module = _copied(method, adapter.config, _nested(adapter, path) + _BASE * adapted.count(path))
             found += [(f"{module}.{name}", leaf[name]) for name in filter(method.replaces, leaf)]
     keyed = {f"{PREFIX}{key}": tensor for key, tensor in sorted(found, key=lambda pair: pair[0])}
     if len(keyed) < len(found):
@@ -90,6 +92,17 @@ def _nested(adapter: Adapter, path: str) -> str:
     """The path of a module, which PEFT moves where its parent is an adapted attention."""
     parent, _, name = path.rpartition(".")
     return path if layers.pattern_path(path, adapter.params) == path else f"{parent}{_BASE}.{name}"
+
+
+def _copied(method: Method, config: Any, path: str) -> str:
+    """The path of a module of which copies are trained: PEFT has them beside the outermost module that is a target."""
+    parts = path.split(".")
+    outer = (".".join(parts[:count]) for count in range(1, len(parts) + 1)) if method.files.copies else ()
+    home = next((one for one in outer if matching.is_target(config, one)), None)
+    if home is None:
+        return path
+    inside = path.removeprefix(home)
+    return f"{home}.{method.files.copies}" + (f".default{inside}" if inside else "")
 
 
 def _site_key(adapter: Adapter, path: str) -> str:
@@ -151,12 +164,14 @@ def from_keys(
     sites: dict[str, SiteInfo] = {}
     for key, tensor in _without_copies(tensors).items():
         site, name = _split(method, key, source)
+        site, is_copy = _without_copies_name(method, site)
         if name in method.names:
             keyed.setdefault(site, {})[name] = tensor
         else:
             path = _owner(site)
             is_buffer = key in fixed or not tensor.is_floating_point() or _is_buffer(model, path, name)
-            home = params if not is_buffer and _is_trained(config, path, name, site) else buffers
+            is_trained = (is_copy and name not in prompt_keys.STATISTICS) or _is_trained(config, path, name, site)
+            home = params if is_trained and not is_buffer else buffers
             home.setdefault(path, {})[name] = tensor
     paths = _paths(config, keyed, source, ordered or model is not None)
     for site, leaf in keyed.items():
@@ -188,12 +203,19 @@ def _split(method: Method, key: str, source: str) -> tuple[str, str]:
         if rest.endswith(f".{ending}"):
             return rest.removesuffix(f".{ending}"), name
     site, _, name = rest.rpartition(".")
-    if any(part.startswith(_METHODS) for part in rest.split(".")[-3:]):
+    if any(part.startswith(_METHODS) and part != method.files.copies for part in rest.split(".")[-3:]):
         raise KeyError(
             f"{source} has the key {key!r}, which {method.config.__name__} does not know: the file is another "
             "config's, or was not written by save_pretrained."
         )
     return site, name
+
+
+def _without_copies_name(method: Method, site: str) -> tuple[str, bool]:
+    """The path of a module without what marks a copy of its tensors, and whether it was marked."""
+    home, mark, named = f"{site}.".partition(f".{method.files.copies}.") if method.files.copies else (site, "", "")
+    inside = named.removesuffix(".").partition(".")[2]
+    return (f"{home}.{inside}" if inside else home) if mark else site, bool(mark)
 
 
 def _is_trained(config: Any, path: str, name: str, site: str) -> bool:

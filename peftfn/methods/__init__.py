@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftfn.core.config import PeftConfig
-from peftfn.methods import adalora, adaption_prompt, dora, ia3, lokr, lora, oft
+from peftfn.methods import adalora, adaption_prompt, dora, ia3, ln_tuning, lokr, lora, oft
 from peftfn.methods.method import Method
 from peftfn.methods.prompt import p_tuning, prefix_tuning, prompt_tuning
 
@@ -12,6 +12,7 @@ TABLE: tuple[Method, ...] = (
     lora.METHOD,
     ia3.METHOD,
     adalora.METHOD,
+    ln_tuning.METHOD,
     lokr.METHOD,
     oft.METHOD,
     prompt_tuning.METHOD,

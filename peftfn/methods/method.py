@@ -106,12 +106,15 @@ class Files(NamedTuple):
         config: `(adapter) -> config` for a file, where the adapter's tensors say a part of it.
         write: `(leaf) -> leaf` in PEFT's shapes.
         read: `(leaf) -> leaf`, back.
+        copies: what stands in a key between a site and the name of a tensor that replaces one of the site's own, of a
+            method that trains those.
     """
 
     check: Callable[[Any, str, Leaf], None] = _no_check
     config: Callable[[Adapter], Any] = _as_given
     write: Callable[[Leaf], Leaf] = _same
     read: Callable[[Leaf], Leaf] = _same
+    copies: str = ""
 
 
 def _same_config(config: Any, adapters: Sequence[Adapter], params: Tree) -> Any:

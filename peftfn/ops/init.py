@@ -89,9 +89,10 @@ def _add_replaced(
     params: Tree,
     buffers: Tree,
 ) -> None:
-    """Whole modules (`modules_to_save`) and biases that are trained beside the method: copies of the base's own."""
+    """Whole modules (sites that are, `modules_to_save`) and biases that are trained: copies of the base's own."""
     names = cast("Sequence[str]", getattr(config, "modules_to_save", None) or ())
-    for path, module in targets.saved_modules(model, names, optional=heads).items():
+    whole = {path: model.get_submodule(path) for path, place in places.items() if place.kind == layers.MODULE}
+    for path, module in {**whole, **targets.saved_modules(model, names, optional=heads)}.items():
         trained, kept = _own(module)
         params.setdefault(path, {}).update(_copies(trained))
         buffers.setdefault(path, {}).update(_copies(kept))

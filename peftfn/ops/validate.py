@@ -80,7 +80,7 @@ def against(adapter: Adapter, model: nn.Module, source: str) -> None:
     except ValueError as error:
         raise ValueError(f"{source} does not fit this {type(model).__name__}: {error}") from error
     adapted = [path for path, leaf in adapter.params.items() if not all(map(method.replaces, leaf))]
-    missing = [path for path in places if path not in adapted]
+    missing = [path for path, place in places.items() if path not in adapted and place.kind != layers.MODULE]
     missing += [path for path, names in replaced.items() if names - adapter.params.get(path, {}).keys()]
     unexpected = [path for path in adapted if path not in places]
     unexpected += [path for path in adapter.params if path not in adapted and layers.module_at(model, path) is None]
@@ -113,7 +113,8 @@ def _replaced(model: nn.Module, config: Any, places: Mapping[str, layers.Place])
     heads = targets.saved_modules(
         model, getattr(config, "modules_to_save", None) or (), optional=matching.HEADS.get(config.task_type, ())
     )
-    found = {path: codecs.replaceable(part) for path, part in heads.items()}
+    whole = {path: model.get_submodule(path) for path, place in places.items() if place.kind == layers.MODULE}
+    found = {path: codecs.replaceable(part) for path, part in {**whole, **heads}.items()}
     for path in targets.biased(model, config, places):
         in_attention = isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention)
         # PEFT 0.17 leaves the bias of an attention's out_proj out of its files.

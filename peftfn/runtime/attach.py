@@ -59,6 +59,7 @@ def attach(
             place = _parameter_place(root, by_path, path)
         else:
             _refuse_unread(by_path, path, here)
+            _leave_fast_path(plan, by_path, path, here)
             _replace(plan, twin, path, here)
             if not any(part.leaf for part in here):
                 if path:
@@ -70,7 +71,6 @@ def attach(
                 homes = attach_call.adapt(plan, site, by_path, here, generates=wants_grad is not None)
                 _watch(plan, homes, path, _leaves(here), wants_grad)
                 continue
-            _leave_fast_path(plan, by_path, path)
             place = _module_place(root, by_path, path, twin, here)
         _refuse_unfit(by_path[place.owner], place, path, here, check)
         if place.kind not in layers.WEIGHT_KINDS:
@@ -270,8 +270,9 @@ def _tensors(layer: nn.Module, place: Place, before: Sequence[SiteAdapter]) -> d
     return {"bias": None, **tensors}
 
 
-def _leave_fast_path(plan: Plan, by_path: Twins, path: str) -> None:
-    """Keep torch's encoder layer off its fused inference kernel, which reads the weights past our forward."""
+def _leave_fast_path(plan: Plan, by_path: Twins, path: str, here: Sequence[SiteAdapter]) -> None:
+    """Keep torch's encoder layer off its fused inference kernel, which reads the tensors past a forward of ours."""
     parent = path.rpartition(".")[0]
-    if isinstance(by_path.get(parent), nn.TransformerEncoderLayer):
+    is_run = any(part.leaf or part.rows is not None for part in here)
+    if is_run and isinstance(by_path.get(parent), nn.TransformerEncoderLayer):
         plan.attributes[parent, "activation_relu_or_gelu"] = 0
