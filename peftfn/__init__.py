@@ -18,6 +18,7 @@ from peftfn.methods.prompt.p_tuning import PromptEncoderConfig
 from peftfn.methods.prompt.prefix_tuning import PrefixTuningConfig
 from peftfn.methods.prompt.prompt_config import PromptLearningConfig
 from peftfn.methods.prompt.prompt_tuning import PromptTuningConfig
+from peftfn.methods.trainable_tokens import TrainableTokensConfig
 from peftfn.ops.combine import combine
 from peftfn.ops.init import init
 from peftfn.ops.kbit import prepare_for_kbit_training
@@ -47,6 +48,7 @@ __all__ = [
     "PromptEncoderConfig",
     "PromptLearningConfig",
     "PromptTuningConfig",
+    "TrainableTokensConfig",
     "adalora",
     "apply",
     "bind",

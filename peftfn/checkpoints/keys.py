@@ -24,17 +24,20 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from peftfn import methods
-from peftfn.checkpoints import prompt_keys
+from peftfn.checkpoints import companion_keys, prompt_keys
 from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, Sites, Tree, sorted_tree
 from peftfn.core.config import PeftConfig
-from peftfn.methods import Method
+from peftfn.methods import Method, companions
 from peftfn.models import layers, matching, targets
 from peftfn.ops import common_sites
 from peftfn.weights import codecs
 
 PREFIX = "base_model.model."
 _BASE = ".base_layer"
-_METHODS = ("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "ln_tuning_", "modules_to_save", "original_module")
+_METHODS = (
+    *("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "ln_tuning_", "trainable_tokens_"),
+    *("beft_", "psoft_", "peanut_", "osf_", "modules_to_save", "original_module"),
+)
 
 
 def to_keys(adapter: Adapter) -> dict[str, Tensor]:
@@ -43,6 +46,12 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
     Raises:
         ValueError: PEFT has one key for two of them.
     """
+    first, *others = companions.pieces(adapter)
+    beside = {f"{PREFIX}{key}": one for other in others for key, one in companion_keys.to_keys(other).items()}
+    return dict(sorted({**_to_keys(first), **beside}.items()))
+
+
+def _to_keys(adapter: Adapter) -> dict[str, Tensor]:
     method = methods.of(adapter.config)
     if method.on_call is not None:
         return prompt_keys.to_keys(method, adapter)
@@ -61,7 +70,8 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
             held = {name: tensor for name, tensor in adapter.buffers.get(path, {}).items() if method.is_held(name)}
             info = adapter.sites.get(path, UNKNOWN)
             whole = method.files.write(common_sites.on_all_rows(method, {**own, **held}, info))
-            found += [(f"{site}.{key}", whole[name]) for name, key in method.names.items() if name in whole]
+            pairs = [(key, whole[name]) for name, key in method.names.items() if name in whole]
+            found += [(f"{one}.{key}", tensor) for one in (site, *info.tied) for key, tensor in pairs]
     for tree in (adapter.params, adapter.buffers):
         for path, leaf in tree.items():
             module = _copied(method, adapter.config, _nested(adapter, path) + _BASE * adapted.count(path))
@@ -77,6 +87,7 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
 
 def fixed_keys(adapter: Adapter) -> list[str]:
     """The keys of the buffers of saved modules whose names do not say that they are buffers."""
+    adapter = companions.pieces(adapter)[0]
     replaces = methods.of(adapter.config).replaces
     tree = {path: {name: leaf[name] for name in filter(replaces, leaf)} for path, leaf in adapter.buffers.items()}
     found = to_keys(adapter.replace(params={}, buffers=tree))
@@ -151,8 +162,24 @@ def from_keys(
     """
     if not tensors:
         raise ValueError(f"{source} holds no tensor; it is not the weights of an adapter.")
+    left = dict(tensors)
+    beside = [companion_keys.from_keys(left, other, PREFIX, source) for other in companions.of(config)]
+    first = _from_keys(left, config, source, ordered=ordered, model=model, noted=noted, fixed=fixed)
+    return companions.united(first, tuple(beside))
+
+
+def _from_keys(
+    tensors: Mapping[str, Tensor],
+    config: PeftConfig,
+    source: str,
+    *,
+    ordered: bool,
+    model: nn.Module | None,
+    noted: Sites | None,
+    fixed: Collection[str],
+) -> Adapter:
     method = methods.of(config)
-    if hasattr(config, "modules_to_save"):
+    if "modules_to_save" in {field.name for field in dataclasses.fields(config)}:
         config = dataclasses.replace(config, modules_to_save=matching.with_heads(config))
     if method.on_call is not None:
         return prompt_keys.from_keys(method, tensors, config, source)
@@ -173,6 +200,7 @@ def from_keys(
             is_trained = (is_copy and name not in prompt_keys.STATISTICS) or _is_trained(config, path, name, site)
             home = params if is_trained and not is_buffer else buffers
             home.setdefault(path, {})[name] = tensor
+    tied = companion_keys.taken_copies(method, config, keyed)
     paths = _paths(config, keyed, source, ordered or model is not None)
     for site, leaf in keyed.items():
         at = layers.pattern_path(paths[site], set(paths.values()))
@@ -180,7 +208,8 @@ def from_keys(
             method.files.check(config, at, leaf)
         except (KeyError, ValueError) as error:
             raise type(error)(f"{source} has {error.args[0]} for {paths[site]!r}; expected a whole adapter.") from None
-        info = (noted or {}).get(paths[site], UNKNOWN)._replace(input_side=method.targets.input_side(config, at))
+        known = (noted or {}).get(paths[site], UNKNOWN)
+        info = known._replace(input_side=method.targets.input_side(config, at), tied=tied.get(site, ()))
         sites[paths[site]] = info
         whole = method.files.read(leaf)
         own = whole if info.rows is None else common_sites.on_own_rows(method, whole, info)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftfn.core.config import PeftConfig
-from peftfn.methods import adalora, adaption_prompt, dora, ia3, ln_tuning, lokr, lora, oft
+from peftfn.methods import adalora, adaption_prompt, dora, ia3, ln_tuning, lokr, lora, oft, trainable_tokens
 from peftfn.methods.method import Method
 from peftfn.methods.prompt import p_tuning, prefix_tuning, prompt_tuning
 
@@ -15,6 +15,7 @@ TABLE: tuple[Method, ...] = (
     ln_tuning.METHOD,
     lokr.METHOD,
     oft.METHOD,
+    trainable_tokens.METHOD,
     prompt_tuning.METHOD,
     p_tuning.METHOD,
     prefix_tuning.METHOD,

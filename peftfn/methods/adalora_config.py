@@ -24,7 +24,7 @@ class AdaLoraConfig(LowRankConfig):
     """
 
     peft_type: ClassVar[str] = "ADALORA"
-    inactive: ClassVar[Mapping[str, Any]] = {"use_dora": OFF}
+    inactive: ClassVar[Mapping[str, Any]] = {"use_dora": OFF, "trainable_token_indices": OFF}
 
     target_r: int = dataclasses.field(default=8, metadata=described("Average rank in the end."))
     init_r: int = dataclasses.field(default=12, metadata=described("Rank at the start."))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn.core.adapter import Leaf
-from peftfn.methods import slots
+from peftfn.methods import slots, trainable_tokens
 from peftfn.methods.lora_config import LoraConfig
 from peftfn.methods.lora_targets import TARGETS
 from peftfn.methods.low_rank import leaf_shapes, lora_combine, site_forward
@@ -184,4 +184,5 @@ METHOD = Method(
     stacking=Stacking(matching.rank, resize=leaf_shapes.resized, varies=VARIES),
     files=Files(check_file, write=leaf_shapes.to_file, read=from_file),
     combining=Combining(lora_combine.combine, lora_combine.combined),
+    companions=trainable_tokens.of_config,
 )

@@ -19,7 +19,7 @@ class LowRankConfig(LayeredConfig):
     """The fields that PEFT's configs of LoRA and AdaLoRA share."""
 
     inactive: ClassVar[Mapping[str, Any]] = {
-        **dict.fromkeys(("megatron_config", "trainable_token_indices", "loftq_config", "eva_config"), OFF),
+        **dict.fromkeys(("megatron_config", "loftq_config", "eva_config"), OFF),
         **dict.fromkeys(("corda_config", "lora_ga_config", "velora_config", "use_qalora"), OFF),
         **dict.fromkeys(("alora_invocation_tokens", "monteclora_config", "layer_replication", "lora_bias"), OFF),
         **dict.fromkeys(("use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"), OFF),
@@ -73,6 +73,9 @@ class LoraConfig(LowRankConfig):
     )
     use_dora: bool = dataclasses.field(
         default=False, metadata=described("Whether to learn the length of each output's weights too (DoRA).")
+    )
+    trainable_token_indices: Mapping[str, Sequence[int]] | Sequence[int] | None = dataclasses.field(
+        default=None, metadata=described("Tokens to train beside: of the model's embedding, or {embedding: tokens}.")
     )
 
     def __post_init__(self) -> None:

@@ -106,14 +106,15 @@ class Files(NamedTuple):
         config: `(adapter) -> config` for a file, where the adapter's tensors say a part of it.
         write: `(leaf) -> leaf` in PEFT's shapes.
         read: `(leaf) -> leaf`, back.
-        copies: what stands in a key between a site and the name of a tensor that replaces one of the site's own, of a
-            method that trains those.
+        inside: the part of a key before its names where the method goes along with another one.
+        copies: the part of a key before the name of a tensor that replaces one of the site's own.
     """
 
     check: Callable[[Any, str, Leaf], None] = _no_check
     config: Callable[[Adapter], Any] = _as_given
     write: Callable[[Leaf], Leaf] = _same
     read: Callable[[Leaf], Leaf] = _same
+    inside: str = ""
     copies: str = ""
 
 
@@ -155,6 +156,7 @@ class Method:
         stacking: how unlike adapters become one stack.
         files: how its files differ from its leaves.
         combining: how several become one; `None` where there is no weighted combination.
+        companions: `(config) -> configs` of other methods that it asks for beside its own, if it may.
         variant: the field of the config that makes it this method's where it is set; another method has the rest.
         on_weights: the action, of a method that acts on weights; else `None`.
         on_call: the action, of a method that acts on the model's call; else `None`.
@@ -170,6 +172,7 @@ class Method:
     stacking: Stacking = _STACKING
     files: Files = _FILES
     combining: Combining | None = None
+    companions: Callable[[Any], Sequence[PeftConfig]] | None = None
     variant: str = ""
     on_weights: OnWeights | None = dataclasses.field(init=False)
     on_call: OnCall | None = dataclasses.field(init=False)

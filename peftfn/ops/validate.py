@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from peftfn import methods
 from peftfn.core.adapter import UNKNOWN, Adapter
 from peftfn.core.config import PeftConfig
-from peftfn.methods import Method
+from peftfn.core.transforms import is_traced
+from peftfn.methods import Method, companions
 from peftfn.models import layers, matching, targets
 from peftfn.models.layers import Site
 from peftfn.weights import codecs
@@ -73,6 +74,11 @@ def against(adapter: Adapter, model: nn.Module, source: str) -> None:
         KeyError: it has sites that the model has not, or lacks sites that its config names in the model.
         ValueError: a shape does not fit.
     """
+    for piece in companions.pieces(adapter):
+        _against(piece, model, source)
+
+
+def _against(adapter: Adapter, model: nn.Module, source: str) -> None:
     method = methods.of(adapter.config)
     try:
         places = method.targets.sites(model, _without_patterns(adapter.config))
@@ -125,3 +131,17 @@ def _replaced(model: nn.Module, config: Any, places: Mapping[str, layers.Place])
 
 def _few(paths: Sequence[str], most: int = 4) -> str:
     return f"{len(paths)} ({', '.join(paths[:most])}{', ...' if len(paths) > most else ''})" if paths else "none"
+
+
+def refuse_not_finite(adapter: Adapter) -> None:
+    """A `ValueError` if a tensor of the adapter holds NaN or infinity."""
+    for path, leaf in adapter.params.items():
+        for name, tensor in leaf.items():
+            if not tensor.is_floating_point() or tensor.is_meta or is_traced(tensor):
+                continue
+            if not bool(torch.isfinite(tensor).all()):
+                count = int((~torch.isfinite(tensor)).sum())
+                raise ValueError(
+                    f"{path}.{name} has {count} of {tensor.numel()} values that are NaN or infinite; merging would "
+                    "spoil the weights. Was the training step stable?"
+                )

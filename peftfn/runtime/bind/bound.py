@@ -71,6 +71,7 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any =
     slots = tuple(parameters.Slots(one.replace(params={}, buffers={}), {}, {}) for one in adapters)
     holder = parameters.Holder(by_path, adapters, slots, {})
     found = {path: parameters.hold(holder, path, here) for path, here in site_adapters.of(adapters, which).items()}
+    found = site_adapters.with_ties(found, model)
     for module in bound.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
             surgery.keep_norms(module)
