@@ -9,15 +9,19 @@ from peftfn.core.adapter import Adapter, Count, count, leaves
 from peftfn.core.config import PeftConfig
 from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adaption_prompt import AdaptionPromptConfig
+from peftfn.methods.beft import BeftConfig
 from peftfn.methods.ia3 import IA3Config
 from peftfn.methods.ln_tuning import LNTuningConfig
 from peftfn.methods.lokr import LoKrConfig
 from peftfn.methods.lora import LoraConfig
 from peftfn.methods.oft import OFTConfig
+from peftfn.methods.osf import OSFConfig
+from peftfn.methods.peanut import PeanutConfig
 from peftfn.methods.prompt.p_tuning import PromptEncoderConfig
 from peftfn.methods.prompt.prefix_tuning import PrefixTuningConfig
 from peftfn.methods.prompt.prompt_config import PromptLearningConfig
 from peftfn.methods.prompt.prompt_tuning import PromptTuningConfig
+from peftfn.methods.psoft import PsoftConfig
 from peftfn.methods.trainable_tokens import TrainableTokensConfig
 from peftfn.ops.combine import combine
 from peftfn.ops.init import init
@@ -36,6 +40,7 @@ __all__ = [
     "AdaLoraConfig",
     "Adapter",
     "AdaptionPromptConfig",
+    "BeftConfig",
     "Count",
     "Ensemble",
     "IA3Config",
@@ -43,11 +48,14 @@ __all__ = [
     "LoKrConfig",
     "LoraConfig",
     "OFTConfig",
+    "OSFConfig",
+    "PeanutConfig",
     "PeftConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptLearningConfig",
     "PromptTuningConfig",
+    "PsoftConfig",
     "TrainableTokensConfig",
     "adalora",
     "apply",

@@ -1,9 +1,9 @@
-"""Keys of what goes along with another method, and copies of a tied table's tensors. All without PEFT's prefix."""
+"""Keys of what goes along with another method, of copies of a base's tensors and of tied tables, without the prefix."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -60,3 +60,21 @@ def taken_copies(method: Method, config: PeftConfig, own: Tree) -> dict[str, tup
 
 def _is_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def copied(method: Method, config: Any, path: str) -> str:
+    """The path of a module of which copies are trained: PEFT has them beside the outermost module that is a target."""
+    parts = path.split(".")
+    outer = (".".join(parts[:count]) for count in range(1, len(parts) + 1)) if method.files.copies else ()
+    home = next((one for one in outer if matching.is_target(config, one)), None)
+    if home is None:
+        return path
+    inside = path.removeprefix(home)
+    return f"{home}.{method.files.copies}" + (f".default{inside}" if inside else "")
+
+
+def without_mark(method: Method, site: str) -> tuple[str, bool]:
+    """The path of a module without what marks a copy of its tensors, and whether it was marked."""
+    home, mark, named = f"{site}.".partition(f".{method.files.copies}.") if method.files.copies else (site, "", "")
+    inside = named.removesuffix(".").partition(".")[2]
+    return (f"{home}.{inside}" if inside else home) if mark else site, bool(mark)

@@ -29,14 +29,16 @@ from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, Sites, Tree, s
 from peftfn.core.config import PeftConfig
 from peftfn.methods import Method, companions
 from peftfn.models import layers, matching, targets
+from peftfn.models.layers import Site
 from peftfn.ops import common_sites
 from peftfn.weights import codecs
 
 PREFIX = "base_model.model."
 _BASE = ".base_layer"
 _METHODS = (
-    *("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "ln_tuning_", "trainable_tokens_"),
-    *("beft_", "psoft_", "peanut_", "osf_", "modules_to_save", "original_module"),
+    *("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "fourierft_", "c3a_", "gralora_", "shira_", "waveft_"),
+    *("ln_tuning_", "trainable_tokens_", "beft_", "psoft_", "peanut_", "osf_"),
+    *("supertuning_", "modules_to_save", "original_module"),
 )
 
 
@@ -57,6 +59,7 @@ def _to_keys(adapter: Adapter) -> dict[str, Tensor]:
         return prompt_keys.to_keys(method, adapter)
     found: list[tuple[str, Tensor]] = []
     adapted: list[str] = []
+    names = method.in_files(adapter.config)
     for path, leaf in adapter.params.items():
         own = {name: tensor for name, tensor in leaf.items() if not method.replaces(name)}
         if own and "." not in path and _is_parameter(adapter.config, path):
@@ -70,11 +73,11 @@ def _to_keys(adapter: Adapter) -> dict[str, Tensor]:
             held = {name: tensor for name, tensor in adapter.buffers.get(path, {}).items() if method.is_held(name)}
             info = adapter.sites.get(path, UNKNOWN)
             whole = method.files.write(common_sites.on_all_rows(method, {**own, **held}, info))
-            pairs = [(key, whole[name]) for name, key in method.names.items() if name in whole]
+            pairs = [(key, whole[name]) for name, key in names.items() if name in whole]
             found += [(f"{one}.{key}", tensor) for one in (site, *info.tied) for key, tensor in pairs]
     for tree in (adapter.params, adapter.buffers):
         for path, leaf in tree.items():
-            module = _copied(method, adapter.config, _nested(adapter, path) + _BASE * adapted.count(path))
+            module = companion_keys.copied(method, adapter.config, _nested(adapter, path) + _BASE * adapted.count(path))
             found += [(f"{module}.{name}", leaf[name]) for name in filter(method.replaces, leaf)]
     keyed = {f"{PREFIX}{key}": tensor for key, tensor in sorted(found, key=lambda pair: pair[0])}
     if len(keyed) < len(found):
@@ -103,17 +106,6 @@ def _nested(adapter: Adapter, path: str) -> str:
     """The path of a module, which PEFT moves where its parent is an adapted attention."""
     parent, _, name = path.rpartition(".")
     return path if layers.pattern_path(path, adapter.params) == path else f"{parent}{_BASE}.{name}"
-
-
-def _copied(method: Method, config: Any, path: str) -> str:
-    """The path of a module of which copies are trained: PEFT has them beside the outermost module that is a target."""
-    parts = path.split(".")
-    outer = (".".join(parts[:count]) for count in range(1, len(parts) + 1)) if method.files.copies else ()
-    home = next((one for one in outer if matching.is_target(config, one)), None)
-    if home is None:
-        return path
-    inside = path.removeprefix(home)
-    return f"{home}.{method.files.copies}" + (f".default{inside}" if inside else "")
 
 
 def _site_key(adapter: Adapter, path: str) -> str:
@@ -189,10 +181,11 @@ def _from_keys(
     params: Tree = {}
     buffers: Tree = {}
     sites: dict[str, SiteInfo] = {}
+    names = method.in_files(config)
     for key, tensor in _without_copies(tensors).items():
-        site, name = _split(method, key, source)
-        site, is_copy = _without_copies_name(method, site)
-        if name in method.names:
+        site, name = _split(method, names, key, source)
+        site, is_copy = companion_keys.without_mark(method, site)
+        if name in names:
             keyed.setdefault(site, {})[name] = tensor
         else:
             path = _owner(site)
@@ -213,8 +206,10 @@ def _from_keys(
         sites[paths[site]] = info
         whole = method.files.read(leaf)
         own = whole if info.rows is None else common_sites.on_own_rows(method, whole, info)
-        params.setdefault(paths[site], {}).update(own)
-        buffers.setdefault(paths[site], {}).update(method.constants(config, at, leaf))
+        own |= method.files.derived(config, at, own, _site(model, paths[site], info))
+        trained, held = method.parted(config, at, own)
+        params.setdefault(paths[site], {}).update(trained)
+        buffers.setdefault(paths[site], {}).update(held)
     return Adapter(sorted_tree(params), sorted_tree(buffers), config, sites)
 
 
@@ -224,11 +219,18 @@ def _without_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in tensors.items() if plain[key] == key or plain[key] not in tensors}
 
 
-def _split(method: Method, key: str, source: str) -> tuple[str, str]:
+def _site(model: nn.Module | None, path: str, info: SiteInfo) -> Site | None:
+    place = None if model is None else layers.find(model, path)
+    if model is None or place is None:  # that the model has no such site is said by what holds the two together
+        return None
+    return layers.site_of(model.get_submodule(place.owner), place, path, info)
+
+
+def _split(method: Method, names: Mapping[str, str], key: str, source: str) -> tuple[str, str]:
     if not key.startswith(PREFIX):
         raise KeyError(f"{source} has the key {key!r}; expected keys that start with {PREFIX!r}, as PEFT writes them.")
     rest = key.removeprefix(PREFIX).removeprefix("_orig_mod.")
-    for name, ending in method.names.items():
+    for name, ending in names.items():
         if rest.endswith(f".{ending}"):
             return rest.removesuffix(f".{ending}"), name
     site, _, name = rest.rpartition(".")
@@ -238,13 +240,6 @@ def _split(method: Method, key: str, source: str) -> tuple[str, str]:
             "config's, or was not written by save_pretrained."
         )
     return site, name
-
-
-def _without_copies_name(method: Method, site: str) -> tuple[str, bool]:
-    """The path of a module without what marks a copy of its tensors, and whether it was marked."""
-    home, mark, named = f"{site}.".partition(f".{method.files.copies}.") if method.files.copies else (site, "", "")
-    inside = named.removesuffix(".").partition(".")[2]
-    return (f"{home}.{inside}" if inside else home) if mark else site, bool(mark)
 
 
 def _is_trained(config: Any, path: str, name: str, site: str) -> bool:

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 from peftfn.core.config import PeftConfig
-from peftfn.methods import adalora, adaption_prompt, dora, ia3, ln_tuning, lokr, lora, oft, trainable_tokens
+from peftfn.methods import (
+    adalora,
+    adaption_prompt,
+    beft,
+    dora,
+    ia3,
+    ln_tuning,
+    lokr,
+    lora,
+    lora_bias,
+    oft,
+    osf,
+    peanut,
+    psoft,
+    trainable_tokens,
+)
 from peftfn.methods.method import Method
 from peftfn.methods.prompt import p_tuning, prefix_tuning, prompt_tuning
 
 TABLE: tuple[Method, ...] = (
-    dora.METHOD,  # of a LoraConfig that asks for it: before the one of any other
+    dora.METHOD,  # of a LoraConfig that asks for it: before the one of any other; so is the next
+    lora_bias.METHOD,
     lora.METHOD,
     ia3.METHOD,
+    beft.METHOD,
     adalora.METHOD,
     ln_tuning.METHOD,
     lokr.METHOD,
     oft.METHOD,
+    osf.METHOD,
+    peanut.METHOD,
+    psoft.METHOD,
     trainable_tokens.METHOD,
     prompt_tuning.METHOD,
     p_tuning.METHOD,

@@ -71,8 +71,7 @@ class Stacking(NamedTuple):
     Attributes:
         rank: `(config, path) -> rank` of a site.
         resize: `(leaf, old rank, new rank) -> leaf`, where the slots' axes do not say it.
-        pad: `(configs, path, leaves) -> leaves` (params and buffers together) of one shape, filled up so that nothing
-            changes; `None` is an adapter without this site.
+        pad: `(configs, path, leaves) -> leaves` of one shape, params and buffers; `None` is one without this site.
         trim: `(config, configs, path, leaf) -> leaf`, the inverse of `pad` for one of them.
         shared: `(configs) -> config` that a forward reads for all adapters of a stack.
         varies: the method's own fields of the config in which they may differ: what they say is in the tensors.
@@ -88,6 +87,10 @@ class Stacking(NamedTuple):
 
 def _no_check(config: Any, path: str, leaf: Leaf) -> None:
     return None
+
+
+def _nothing(config: Any, path: str, leaf: Leaf, site: Site | None) -> Leaf:
+    return {}
 
 
 def _as_given(adapter: Adapter) -> Any:
@@ -106,6 +109,8 @@ class Files(NamedTuple):
         config: `(adapter) -> config` for a file, where the adapter's tensors say a part of it.
         write: `(leaf) -> leaf` in PEFT's shapes.
         read: `(leaf) -> leaf`, back.
+        derived: `(config, path, leaf, site) -> buffers leaf` that follows from the base where a file has it not; the
+            site is `None` where no model is given, and a `ValueError` says what for it is needed.
         inside: the part of a key before its names where the method goes along with another one.
         copies: the part of a key before the name of a tensor that replaces one of the site's own.
     """
@@ -114,6 +119,7 @@ class Files(NamedTuple):
     config: Callable[[Adapter], Any] = _as_given
     write: Callable[[Leaf], Leaf] = _same
     read: Callable[[Leaf], Leaf] = _same
+    derived: Callable[[Any, str, Leaf, Site | None], Leaf] = _nothing
     inside: str = ""
     copies: str = ""
 
@@ -149,7 +155,8 @@ class Method:
     Attributes:
         config: the config's class.
         slots: the tensors of its leaves, by name.
-        init: `(config, path, site, generator, dtype) -> params leaf`; patterns match `path`.
+        init: `(config, path, site, generator, dtype) -> params leaf`, and what it has of buffers that follow from the
+            base or are drawn; patterns match `path`.
         action: what it acts on, and what it does there.
         constants: `(config, path, params leaf) -> buffers leaf`: what the config says as tensors (LoRA: `scaling`).
         targets: where it acts.
@@ -157,9 +164,9 @@ class Method:
         files: how its files differ from its leaves.
         combining: how several become one; `None` where there is no weighted combination.
         companions: `(config) -> configs` of other methods that it asks for beside its own, if it may.
+        invocation: `(config) -> the tokens from whose last occurrence on it acts`, `None` for all, if it may have some.
         variant: the field of the config that makes it this method's where it is set; another method has the rest.
-        on_weights: the action, of a method that acts on weights; else `None`.
-        on_call: the action, of a method that acts on the model's call; else `None`.
+        on_weights, on_call: the action, of a method that acts on weights, or on the model's call; else `None`.
         whole: the kind of its sites where they are whole modules, `layers.ATTENTION` or `layers.MODEL`; else `None`.
     """
 
@@ -173,6 +180,7 @@ class Method:
     files: Files = _FILES
     combining: Combining | None = None
     companions: Callable[[Any], Sequence[PeftConfig]] | None = None
+    invocation: Callable[[Any], Sequence[int] | None] | None = None
     variant: str = ""
     on_weights: OnWeights | None = dataclasses.field(init=False)
     on_call: OnCall | None = dataclasses.field(init=False)
@@ -196,6 +204,11 @@ class Method:
         """Name of each trained tensor -> the ending of its key in PEFT's files."""
         return {name: slot.key or name for name, slot in self.slots.items() if slot.trained}
 
+    def in_files(self, config: Any) -> dict[str, str]:
+        """Name of each tensor of the method that is in a file -> the ending of its key: trained ones, and constants."""
+        stored = {name: slot.key or name for name, slot in self.slots.items() if slot.stored(config)}
+        return {**self.names, **stored}
+
     def replaces(self, name: str) -> bool:
         """Whether a leaf's name is not the method's own: then it is a tensor that replaces one of the base."""
         return name not in self.slots
@@ -214,8 +227,13 @@ class Method:
         """
         if self.on_weights is not None:
             refuse_other_kinds(self, site)
-        leaf = self.init(config, path, site, generator, dtype)
-        return leaf, self.constants(config, path, leaf)
+        return self.parted(config, path, self.init(config, path, site, generator, dtype))
+
+    def parted(self, config: Any, path: str, leaf: Leaf) -> tuple[Leaf, Leaf]:
+        """The params of a leaf, and its buffers with what the config says as tensors."""
+        params = {name: tensor for name, tensor in leaf.items() if not self.is_held(name)}
+        held = {name: tensor for name, tensor in leaf.items() if self.is_held(name)}
+        return params, {**held, **self.constants(config, path, params)}
 
     def check(self, config: Any, leaf: Mapping[str, Tensor], site: Site) -> str | None:
         """What is wrong with a leaf for this site, or `None`."""

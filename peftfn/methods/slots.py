@@ -27,13 +27,25 @@ def _none(config: Any, weight: WeightShape, rank: int) -> None:
     return None
 
 
+def _never(config: Any) -> bool:
+    return False
+
+
+def always(config: Any) -> bool:
+    """Of a constant that is in PEFT's files whatever the config says."""
+    return True
+
+
 class Slot(NamedTuple):
     """One tensor of a leaf.
 
     Attributes:
-        shape: `(config, weight, rank) -> shape`, or `None` where this config has no such tensor on such a weight.
+        shape: `(config, weight, rank) -> shape`, or `None` where this config has no such tensor on such a weight, also
+            because the weight's sizes do not divide.
         key: the ending of its key in PEFT's files; by default its name.
-        trained: whether it is a parameter. A constant is made anew from the config when a file is read.
+        trained: whether it is a parameter. A constant is made anew from the config when a file is read, unless it is
+            `stored`.
+        stored: `(config) -> whether` a constant is in PEFT's files; `init` makes it with the trained tensors.
         rank: the axis that has the rank. Adapters of a stack may differ there, and are filled up with zeros.
         off: the value at which the method does nothing, whatever the other tensors hold.
         outputs: the axis along the weight's outputs.
@@ -45,6 +57,7 @@ class Slot(NamedTuple):
     shape: Callable[[Any, WeightShape, int], Shape | None] = _scalar
     key: str | None = None
     trained: bool = True
+    stored: Callable[[Any], bool] = _never
     rank: int | None = None
     off: float | None = None
     outputs: int | None = None
@@ -58,23 +71,29 @@ Slots = Mapping[str, Slot]
 
 def shapes(slots: Slots, config: Any, weight: WeightShape, rank: int) -> dict[str, Shape]:
     """The shapes of the trained tensors of one leaf, by name."""
-    found = {name: slot.shape(config, weight, rank) for name, slot in slots.items() if slot.trained}
+    return _shapes({name: slot for name, slot in slots.items() if slot.trained}, config, weight, rank)
+
+
+def _shapes(slots: Slots, config: Any, weight: WeightShape, rank: int) -> dict[str, Shape]:
+    found = {name: slot.shape(config, weight, rank) for name, slot in slots.items()}
     return {name: shape for name, shape in found.items() if shape is not None}
 
 
 def wrong(slots: Slots, config: Any, weight: WeightShape, rank: int, leaf: Mapping[str, Tensor]) -> str | None:
     """What is wrong with a leaf for a weight, or `None`; `rank` is the config's, which a padded leaf need not have."""
-    found = {name: tuple(leaf[name].shape) for name, slot in slots.items() if slot.trained and name in leaf}
+    checked = {name: slot for name, slot in slots.items() if slot.trained or slot.stored is not _never}
+    found = {name: tuple(leaf[name].shape) for name in checked if name in leaf}
     expected: dict[str, Shape] = {}
     for one in (*_ranks_in(slots, weight, leaf), rank):
-        expected = shapes(slots, config, weight, one)
+        expected = _shapes(checked, config, weight, one)
         # Not `shape in (one, other)`: Dynamo does not compare sizes that are dynamic there.
         if found.keys() == expected.keys() and all(
             shape == expected[name] or shape == slots[name].also(config, weight, one) for name, shape in found.items()
         ):
             return None
     if found.keys() != expected.keys():
-        return f"has {' and '.join(found) or 'nothing'}, expected {' and '.join(expected)} for a {weight.kind}"
+        has, wanted = (" and ".join(names) or "nothing" for names in (found, expected))
+        return f"has {has}, expected {wanted} for a {weight.kind}"
     return f"has {_shown(found)}, expected {_shown(expected)}"
 
 

@@ -187,6 +187,11 @@ def change(params: Mapping[str, Tensor], adapter: Adapter, path: str, model: nn.
     if leaf:
         if method.on_weights is None:
             raise _without_weights(adapter.config)
+        if method.invocation is not None and method.invocation(adapter.config):
+            raise ValueError(
+                "alora_invocation_tokens: the adapter acts on some tokens alone, and no weight does that, so it cannot "
+                "be merged. Run it with peftfn.apply or peftfn.bind."
+            )
         place = layers.find(model, path) if model is not None else _guess(params, adapter, method, path, leaf)
         if place is None:
             raise KeyError(f"the adapter has a site {path!r}, which {type(model).__name__} does not have.")

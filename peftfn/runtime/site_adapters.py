@@ -27,6 +27,7 @@ class SiteAdapter(NamedTuple):
         rows: which adapter of a stack each row of the batch uses, or `None`.
         info: what the adapter knows of the site.
         number: the adapter's place among the active ones.
+        invocations: of the adapter, or of each of a stack, the tokens from which on it acts; () where on all.
     """
 
     config: PeftConfig
@@ -37,6 +38,7 @@ class SiteAdapter(NamedTuple):
     rows: Rows | None
     info: SiteInfo = UNKNOWN
     number: int = 0
+    invocations: tuple[Sequence[int] | None, ...] = ()
 
 
 def of(adapters: Sequence[Adapter], rows: Rows | None = None) -> dict[str, list[SiteAdapter]]:
@@ -45,6 +47,7 @@ def of(adapters: Sequence[Adapter], rows: Rows | None = None) -> dict[str, list[
     for number, adapter in [(n, piece) for n, one in enumerate(adapters) for piece in companions.pieces(one)]:
         config, method = adapter.config, methods.of(adapter.config)
         own_rows = rows if adapter.members is not None else None
+        invocations = _invocations(method, adapter)
         taken: dict[tuple[str, ...], list[str]] = {}  # sites have few sets of names between them
         for path in {**adapter.params, **adapter.buffers}:
             fixed = adapter.buffers.get(path, {})
@@ -54,9 +57,17 @@ def of(adapters: Sequence[Adapter], rows: Rows | None = None) -> dict[str, list[
                 taken[names] = [name for name in names if name not in method.slots]
             replaced = {name: leaf.pop(name) for name in taken[names]}
             info = adapter.sites.get(path, UNKNOWN)
-            part = SiteAdapter(config, method, leaf, replaced, frozenset(fixed), own_rows, info, number)
+            part = SiteAdapter(config, method, leaf, replaced, frozenset(fixed), own_rows, info, number, invocations)
             found.setdefault(path, []).append(part)
     return found
+
+
+def _invocations(method: Method, adapter: Adapter) -> tuple[Sequence[int] | None, ...]:
+    if method.invocation is None:
+        return ()
+    configs = (adapter.config,) if adapter.members is None else adapter.members.configs
+    found = tuple(method.invocation(config) for config in configs)
+    return found if any(found) else ()
 
 
 def with_ties(found: Mapping[str, Sequence[SiteAdapter]], model: nn.Module) -> dict[str, list[SiteAdapter]]:

@@ -222,3 +222,15 @@ def test_a_compiled_call_follows_a_tied_weight() -> None:
         step = torch.compile(lambda a, x: pf.apply(model, a, x), backend=lambda graph, _: graph.forward, fullgraph=True)
         found = step(adapter, ids)
     torch.testing.assert_close(found, pf.apply(model, adapter, ids))
+
+
+def test_from_file_to_file_a_tied_table_stays_tied(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, ids = tied_llama().eval(), tokens()()
+    model.save_pretrained(tmp_path / "base")
+    adapter = made(model, {**LORA, "trainable_token_indices": IDS})
+    pf.save(adapter, tmp_path / "adapter")
+    pf.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    torch.testing.assert_close(merged(ids).logits, pf.apply(model, adapter, ids).logits)
