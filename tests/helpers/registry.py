@@ -230,6 +230,7 @@ METHODS = [
         "beft",
         "BEFT",
         "BeftConfig",
+        {"target_modules": r".*\.(v_proj|value|c_attn)"},
         kinds=("linear", "transposed-square", "conv1d", "conv2d-groups", "conv3d"),
         models={"bert": {"target_modules": ["output.dense"]}},
         exceptions={"randomness": ZEROS},
@@ -272,15 +273,8 @@ METHODS = [
             AgainstPeft("a number", "linear", {"effective_rank": 3, "rank_pattern": {"2": 2}}, in_old=False),
         ],
     ),
-    Method(
-        "alora",
-        "aLoRA",
-        "LoraConfig",
-        {**LORA, "alora_invocation_tokens": [3]},  # its laws are in a file of its own: it needs a model's ids
-        start=None,
-    ),
-    # Copies and rows of the base's own tensors: their laws are in files of their own.
-    Method("ln-tuning", "LN tuning", "LNTuningConfig"),
+    # Copies and rows of the base's own tensors: their laws are in files of their own, as aLoRA's, which needs ids.
+    Method("ln-tuning", "LN tuning", "LNTuningConfig", {"target_modules": r".*([Nn]orm|ln_.)"}),
     Method("trainable-tokens", "trainable tokens", "TrainableTokensConfig", {"token_indices": [1, 3]}),
     # Prompts act on the call: their cases of the laws are in cases.py.
     Method("prompt", "prompt tuning", "PromptTuningConfig", TOKENS),
