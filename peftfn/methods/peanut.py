@@ -71,7 +71,10 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     known = cast("Mapping[str, Any]", ACT2FN)
     if name not in known:
         raise ValueError(f"act_fn={name!r}; expected one of {', '.join(sorted(known))}.")
-    return cast("Callable[[Tensor], Tensor]", known[name])
+    # What its own lookup does; Dynamo takes that for a plain dictionary's, and gets the class.
+    content: Any = dict.__getitem__(cast("dict[str, Any]", ACT2FN), name)
+    cls, options = content if isinstance(content, tuple) else (content, {})
+    return cast("Callable[[Tensor], Tensor]", cls(**options))
 
 
 def resolve(model: nn.Module, config: PeanutConfig) -> PeanutConfig:
