@@ -116,6 +116,10 @@ def lora(*targets: str, r: int = 4, **kwargs: Any) -> dict[str, Any]:
     return {"r": r, "lora_alpha": 6, "target_modules": list(targets), **kwargs}
 
 
+def on_mlp(name: str, kind: str, **options: Any) -> Case:
+    return Case(name, "mlp", {"target_modules": ["lin0"], **options}, kind, versions=(NEW,))
+
+
 SEQ_CLS: dict[str, Any] = {"task_type": "SEQ_CLS"}
 CAUSAL_LM: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 PATTERNS = {"rank_pattern": {"layer.0.attention.self.query": 2, "value": 3}}
@@ -163,6 +167,25 @@ CASES = [
         "bert",
         {"r": 2, "alpha": 3, "target_modules": ["query", "value"]} | SEQ_CLS,
         "LoKrConfig",
+        versions=ONLY_NEW,
+    ),
+    on_mlp("beft-mlp", "BeftConfig"),
+    on_mlp("lora-bias-mlp", "LoraConfig", r=2, lora_bias=True),
+    on_mlp("osf-mlp", "OSFConfig", effective_rank=3),
+    on_mlp("peanut-mlp", "PeanutConfig", r=2, depth=1),
+    on_mlp("psoft-mlp", "PsoftConfig", r=3),
+    Case("ln-tuning-llama", "llama", CAUSAL_LM, "LNTuningConfig", versions=ONLY_NEW),
+    Case(
+        "tokens-llama",
+        "llama",
+        {"token_indices": [*range(0, 40, 3)]} | CAUSAL_LM,
+        "TrainableTokensConfig",
+        versions=ONLY_NEW,
+    ),
+    Case(
+        "lora-tokens-llama",
+        "llama",
+        lora("q_proj", trainable_token_indices=[3, 7], **CAUSAL_LM),
         versions=ONLY_NEW,
     ),
     Case("dora-bert", "bert", BERT_LORA | {"use_dora": True}, versions=ONLY_NEW),

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfn.core.adapter import Leaf
@@ -60,21 +61,27 @@ class PeanutConfig(LayeredConfig):
             raise ValueError(f"depth={self.depth!r}; expected a number from 0 to {MOST}.")
 
 
+_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    **dict.fromkeys(("silu", "swish"), F.silu),
+    **{"relu": F.relu, "gelu": F.gelu, "mish": F.mish, "tanh": torch.tanh, "sigmoid": torch.sigmoid},
+}
+"""Those that Dynamo can follow: it takes transformers' table for a plain dictionary's."""
+
+
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     """The activation that transformers has under this name.
 
     Raises:
         ValueError: it has none.
     """
+    if name in _FUNCTIONS:
+        return _FUNCTIONS[name]
     from transformers.activations import ACT2FN  # slow to import
 
     known = cast("Mapping[str, Any]", ACT2FN)
     if name not in known:
         raise ValueError(f"act_fn={name!r}; expected one of {', '.join(sorted(known))}.")
-    # What its own lookup does; Dynamo takes that for a plain dictionary's, and gets the class.
-    content: Any = dict.__getitem__(cast("dict[str, Any]", ACT2FN), name)
-    cls, options = content if isinstance(content, tuple) else (content, {})
-    return cast("Callable[[Tensor], Tensor]", cls(**options))
+    return cast("Callable[[Tensor], Tensor]", known[name])
 
 
 def resolve(model: nn.Module, config: PeanutConfig) -> PeanutConfig:
