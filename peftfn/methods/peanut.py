@@ -63,7 +63,11 @@ class PeanutConfig(LayeredConfig):
 
 _FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     **dict.fromkeys(("silu", "swish"), F.silu),
-    **{"relu": F.relu, "gelu": F.gelu, "mish": F.mish, "tanh": torch.tanh, "sigmoid": torch.sigmoid},
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "mish": F.mish,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
 }
 """Those that Dynamo can follow: it takes transformers' table for a plain dictionary's."""
 
