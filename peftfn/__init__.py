@@ -9,6 +9,7 @@ from peftfn.core.adapter import Adapter, Count, count, leaves
 from peftfn.core.config import PeftConfig
 from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adaption_prompt import AdaptionPromptConfig
+from peftfn.methods.beft import BeftConfig
 from peftfn.methods.boft import BOFTConfig
 from peftfn.methods.c3a import C3AConfig
 from peftfn.methods.deft import DeftConfig
@@ -19,18 +20,23 @@ from peftfn.methods.gralora import GraloraConfig
 from peftfn.methods.hira import HiraConfig
 from peftfn.methods.hra import HRAConfig
 from peftfn.methods.ia3 import IA3Config
+from peftfn.methods.ln_tuning import LNTuningConfig
 from peftfn.methods.loha import LoHaConfig
 from peftfn.methods.lokr import LoKrConfig
 from peftfn.methods.lora import LoraConfig
 from peftfn.methods.miss import MissConfig
 from peftfn.methods.oft import OFTConfig
+from peftfn.methods.osf import OSFConfig
+from peftfn.methods.peanut import PeanutConfig
 from peftfn.methods.prompt.p_tuning import PromptEncoderConfig
 from peftfn.methods.prompt.prefix_tuning import PrefixTuningConfig
 from peftfn.methods.prompt.prompt_config import PromptLearningConfig
 from peftfn.methods.prompt.prompt_tuning import PromptTuningConfig
+from peftfn.methods.psoft import PsoftConfig
 from peftfn.methods.road import RoadConfig
 from peftfn.methods.shira import ShiraConfig
 from peftfn.methods.supertuning import SupertuningConfig
+from peftfn.methods.trainable_tokens import TrainableTokensConfig
 from peftfn.methods.waveft import WaveFTConfig
 from peftfn.ops.combine import combine
 from peftfn.ops.init import init
@@ -50,6 +56,7 @@ __all__ = [
     "Adapter",
     "AdaptionPromptConfig",
     "BOFTConfig",
+    "BeftConfig",
     "C3AConfig",
     "Count",
     "DeftConfig",
@@ -61,19 +68,24 @@ __all__ = [
     "HRAConfig",
     "HiraConfig",
     "IA3Config",
+    "LNTuningConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoraConfig",
     "MissConfig",
     "OFTConfig",
+    "OSFConfig",
+    "PeanutConfig",
     "PeftConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptLearningConfig",
     "PromptTuningConfig",
+    "PsoftConfig",
     "RoadConfig",
     "ShiraConfig",
     "SupertuningConfig",
+    "TrainableTokensConfig",
     "WaveFTConfig",
     "adalora",
     "apply",

@@ -8,6 +8,8 @@
 | several of them | the last one so, the one before it `<path>.base_layer.lora_A.weight`, and so on |
 | a trained bias of an adapted layer | `<path>.base_layer.bias` (0.21), `<path>.bias` (0.5.0) |
 | any other trained bias, a head | `<path>.bias`, `<path>.weight` |
+| a copy of a site's own tensor | `<path>.ln_tuning_layers.weight` |
+| of a module inside it, with the adapter's name | `<path>.ln_tuning_layers.default.fc1.weight` |
 | an embedding saved along with its adapter | `<path>.base_layer.weight` |
 | a prompt, a prefix | `prompt_embeddings`, with nothing before it; heads beside it follow `base_model.` alone |
 """
@@ -22,10 +24,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from peftfn import methods
-from peftfn.checkpoints import prompt_keys
+from peftfn.checkpoints import companion_keys, prompt_keys
 from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, Sites, Tree, sorted_tree
 from peftfn.core.config import PeftConfig
-from peftfn.methods import Method
+from peftfn.methods import Method, companions
 from peftfn.models import layers, matching, targets
 from peftfn.models.layers import Site
 from peftfn.ops import common_sites
@@ -37,6 +39,7 @@ _METHODS = (
     *("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "fourierft_", "c3a_", "gralora_", "shira_", "waveft_"),
     *("supertuning_", "modules_to_save", "original_module"),
     *("boft_", "deft_", "delora_", "glora_", "hira_", "hra_", "miss_", "road_"),
+    *("ln_tuning_", "trainable_tokens_", "beft_", "psoft_", "peanut_", "osf_"),
 )
 
 
@@ -46,6 +49,12 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
     Raises:
         ValueError: PEFT has one key for two of them.
     """
+    first, *others = companions.pieces(adapter)
+    beside = {f"{PREFIX}{key}": one for other in others for key, one in companion_keys.to_keys(other).items()}
+    return dict(sorted({**_to_keys(first), **beside}.items()))
+
+
+def _to_keys(adapter: Adapter) -> dict[str, Tensor]:
     method = methods.of(adapter.config)
     if method.on_call is not None:
         return prompt_keys.to_keys(method, adapter)
@@ -65,10 +74,11 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
             held = {name: tensor for name, tensor in adapter.buffers.get(path, {}).items() if method.is_held(name)}
             info = adapter.sites.get(path, UNKNOWN)
             whole = method.files.write(common_sites.on_all_rows(method, {**own, **held}, info))
-            found += [(f"{site}.{key}", whole[name]) for name, key in names.items() if name in whole]
+            pairs = [(key, whole[name]) for name, key in names.items() if name in whole]
+            found += [(f"{one}.{key}", tensor) for one in (site, *info.tied) for key, tensor in pairs]
     for tree in (adapter.params, adapter.buffers):
         for path, leaf in tree.items():
-            module = _nested(adapter, path) + _BASE * adapted.count(path)
+            module = companion_keys.copied(method, adapter.config, _nested(adapter, path) + _BASE * adapted.count(path))
             found += [(f"{module}.{name}", leaf[name]) for name in filter(method.replaces, leaf)]
     keyed = {f"{PREFIX}{key}": tensor for key, tensor in sorted(found, key=lambda pair: pair[0])}
     if len(keyed) < len(found):
@@ -81,6 +91,7 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
 
 def fixed_keys(adapter: Adapter) -> list[str]:
     """The keys of the buffers of saved modules whose names do not say that they are buffers."""
+    adapter = companions.pieces(adapter)[0]
     replaces = methods.of(adapter.config).replaces
     tree = {path: {name: leaf[name] for name in filter(replaces, leaf)} for path, leaf in adapter.buffers.items()}
     found = to_keys(adapter.replace(params={}, buffers=tree))
@@ -144,8 +155,24 @@ def from_keys(
     """
     if not tensors:
         raise ValueError(f"{source} holds no tensor; it is not the weights of an adapter.")
+    left = dict(tensors)
+    beside = [companion_keys.from_keys(left, other, PREFIX, source) for other in companions.of(config)]
+    first = _from_keys(left, config, source, ordered=ordered, model=model, noted=noted, fixed=fixed)
+    return companions.united(first, tuple(beside))
+
+
+def _from_keys(
+    tensors: Mapping[str, Tensor],
+    config: PeftConfig,
+    source: str,
+    *,
+    ordered: bool,
+    model: nn.Module | None,
+    noted: Sites | None,
+    fixed: Collection[str],
+) -> Adapter:
     method = methods.of(config)
-    if hasattr(config, "modules_to_save"):
+    if "modules_to_save" in {field.name for field in dataclasses.fields(config)}:
         config = dataclasses.replace(config, modules_to_save=matching.with_heads(config))
     if method.on_call is not None:
         return prompt_keys.from_keys(method, tensors, config, source)
@@ -158,13 +185,16 @@ def from_keys(
     names = method.in_files(config)
     for key, tensor in _without_copies(tensors).items():
         site, name = _split(method, names, key, source)
+        site, is_copy = companion_keys.without_mark(method, site)
         if name in names:
             keyed.setdefault(site, {})[name] = tensor
         else:
             path = _owner(site)
             is_buffer = key in fixed or not tensor.is_floating_point() or _is_buffer(model, path, name)
-            home = params if not is_buffer and _is_trained(config, path, name, site) else buffers
+            is_trained = (is_copy and name not in prompt_keys.STATISTICS) or _is_trained(config, path, name, site)
+            home = params if is_trained and not is_buffer else buffers
             home.setdefault(path, {})[name] = tensor
+    tied = companion_keys.taken_copies(method, config, keyed)
     paths = _paths(config, keyed, source, ordered or model is not None)
     for site, leaf in keyed.items():
         at = layers.pattern_path(paths[site], set(paths.values()))
@@ -172,7 +202,8 @@ def from_keys(
             method.files.check(config, at, leaf)
         except (KeyError, ValueError) as error:
             raise type(error)(f"{source} has {error.args[0]} for {paths[site]!r}; expected a whole adapter.") from None
-        info = (noted or {}).get(paths[site], UNKNOWN)._replace(input_side=method.targets.input_side(config, at))
+        known = (noted or {}).get(paths[site], UNKNOWN)
+        info = known._replace(input_side=method.targets.input_side(config, at), tied=tied.get(site, ()))
         sites[paths[site]] = info
         whole = method.files.read(leaf)
         own = dict(whole) if info.rows is None else common_sites.on_own_rows(method, whole, info)
@@ -204,7 +235,7 @@ def _split(method: Method, names: Mapping[str, str], key: str, source: str) -> t
         if rest.endswith(f".{ending}"):
             return rest.removesuffix(f".{ending}"), name
     site, _, name = rest.rpartition(".")
-    if any(part.startswith(_METHODS) for part in rest.split(".")[-3:]):
+    if any(part.startswith(_METHODS) and part != method.files.copies for part in rest.split(".")[-3:]):
         raise KeyError(
             f"{source} has the key {key!r}, which {method.config.__name__} does not know: the file is another "
             "config's, or was not written by save_pretrained."

@@ -80,7 +80,7 @@ def parse(hint: Any, texts: list[str]) -> Any:
     Lists are comma-separated or the option is repeated. Where a field takes a string or a list (target
     modules), `all-linear` and `regex:PATTERN` give the string. Mappings are JSON.
     """
-    if _is_json(hint) or (texts[0].startswith("{") and dict in [_plain(kind) for kind in kinds(hint)]):
+    if _is_json(hint) or (texts[0].startswith("{") and {dict, Mapping} & {_plain(kind) for kind in kinds(hint)}):
         return _json(hint, texts[-1])
     sequence = _sequence(hint)
     if sequence is None:

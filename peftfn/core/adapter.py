@@ -31,12 +31,14 @@ class SiteInfo(NamedTuple):
             (`peftfn.models.fused_projections`).
         outputs: how many output rows that projection has; 0 where `rows` is `None`.
         input_side: whether it acts on what goes in there, of a method that could act on either side.
+        tied: other layers that were found to hold the same table, for files, which have a copy of the tensors for each.
     """
 
     kind: str = ""
     rows: Runs | None = None
     outputs: int = 0
     input_side: bool = False
+    tied: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """What a file's note says of it: all but `input_side`, which the config says."""

@@ -20,7 +20,10 @@ ANY = object()
 OFF: tuple[Any, ...] = (None, False, {}, [])
 
 # Left out of files while they are None: versions of PEFT that have no such field warn of it, or refuse the file.
-_LATER = ("exclude_modules", "init_weights", "peft_version", "target_parameters", "tokenizer_kwargs")
+_LATER = (
+    *("alora_invocation_tokens", "exclude_modules", "init_weights", "peft_version", "target_parameters"),
+    *("tokenizer_kwargs", "trainable_token_indices"),
+)
 
 _BY_TYPE: dict[str, type[PeftConfig]] = {}
 """The class of each `peft_type`, put there where the class is defined."""

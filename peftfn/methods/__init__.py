@@ -6,6 +6,7 @@ from peftfn.core.config import PeftConfig
 from peftfn.methods import (
     adalora,
     adaption_prompt,
+    beft,
     boft,
     c3a,
     deft,
@@ -17,23 +18,31 @@ from peftfn.methods import (
     hira,
     hra,
     ia3,
+    ln_tuning,
     loha,
     lokr,
     lora,
+    lora_bias,
     miss,
     oft,
+    osf,
+    peanut,
+    psoft,
     road,
     shira,
     supertuning,
+    trainable_tokens,
     waveft,
 )
 from peftfn.methods.method import Method
 from peftfn.methods.prompt import p_tuning, prefix_tuning, prompt_tuning
 
 TABLE: tuple[Method, ...] = (
-    dora.METHOD,  # of a LoraConfig that asks for it: before the one of any other
+    dora.METHOD,  # of a LoraConfig that asks for it: before the one of any other; so is the next
+    lora_bias.METHOD,
     lora.METHOD,
     ia3.METHOD,
+    beft.METHOD,
     adalora.METHOD,
     loha.METHOD,
     lokr.METHOD,
@@ -52,6 +61,13 @@ TABLE: tuple[Method, ...] = (
     hra.METHOD,
     miss.METHOD,
     road.METHOD,
+    ln_tuning.METHOD,
+    lokr.METHOD,
+    oft.METHOD,
+    osf.METHOD,
+    peanut.METHOD,
+    psoft.METHOD,
+    trainable_tokens.METHOD,
     prompt_tuning.METHOD,
     p_tuning.METHOD,
     prefix_tuning.METHOD,

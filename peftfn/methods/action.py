@@ -32,6 +32,8 @@ class OnWeights(NamedTuple):
             rows of x before the others`; where it does not, `torch.vmap` gives it one row at a time.
         takes_parts: whether it acts on a part of a fused projection, some output rows of a layer.
         by_rows: whether some rows of a matrix can be merged alone, with those rows of the leaf.
+        of_tables: whether it is about a table of rows, which it changes alike whatever kind of layer has it: one in an
+            embedding also where another layer holds the same (a tied output layer).
     """
 
     kinds: Sequence[str]
@@ -41,6 +43,7 @@ class OnWeights(NamedTuple):
     takes_rows: Callable[[str, Runs | None], bool] = one_by_one
     takes_parts: bool = False
     by_rows: bool = False
+    of_tables: bool = False
 
 
 class OnAttention(NamedTuple):

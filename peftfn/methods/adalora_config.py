@@ -40,7 +40,9 @@ class AdaLoraConfig(LowRankConfig):
     """
 
     peft_type: ClassVar[str] = "ADALORA"
-    inactive: ClassVar[Mapping[str, Any]] = {"use_dora": OFF}
+    inactive: ClassVar[Mapping[str, Any]] = dict.fromkeys(
+        ("alora_invocation_tokens", "lora_bias", "trainable_token_indices", "use_dora"), OFF
+    )
 
     target_r: int = dataclasses.field(default=8, metadata=described("Average rank in the end."))
     init_r: int = dataclasses.field(default=12, metadata=described("Rank at the start."))

@@ -48,6 +48,21 @@ def _filled(
     return {name: like_weight(torch.full(shape, value), site.stored, dtype) for name, shape in shapes.items()}
 
 
+def in_float32(site: Site, why: str) -> Tensor:
+    """The base's weight, dense, (out, in, *kernel), in float32, in which PEFT decomposes; refused without values."""
+    if site.stored.is_meta:
+        raise ValueError(f"{site.path}: {why}, and the model is on the meta device; load it with its weights first.")
+    return layouts.seen(site.kind, site.weight.detach().float())
+
+
+def needs_base(name: str) -> ValueError:
+    """The error about an adapter that is read without the base of whose weights a part of it is made."""
+    return ValueError(
+        f"{name}: a part of this adapter is made of the base's weights, and its file does not hold it; pass the base: "
+        "peftfn.load(folder, model)."
+    )
+
+
 # What the builders give are partials of functions of this file, and no closures: a bound module can be pickled.
 
 

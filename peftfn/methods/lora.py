@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from peftfn.core.adapter import Leaf
 from peftfn.core.config import TargetedConfig
 from peftfn.core.config_values import patterns_of
-from peftfn.methods import slots
+from peftfn.methods import alora, builders, slots, trainable_tokens
 from peftfn.methods.lora_config import LoraConfig
 from peftfn.methods.lora_targets import TARGETS
 from peftfn.methods.low_rank import leaf_shapes, lora_combine, site_forward
@@ -93,6 +93,11 @@ def init(config: LoraConfig, path: str, site: Site, generator: torch.Generator, 
     Without `dtype` they take the weight's, but float32 where it is a half or a packed one.
     """
     r, weight = matching.rank(config, path), layouts.of_site(site)
+    if config.alora_invocation_tokens and site.kind not in (*builders.MATRICES, layers.EMBEDDING):
+        raise ValueError(
+            f"{site.path}: alora_invocation_tokens says on which tokens the adapter acts, and this {site.kind} has no "
+            f"output for each token. Leave it out: exclude_modules=[{site.path!r}]."
+        )
     if r % weight.groups:
         raise ValueError(
             f"{site.path}: r={r} is not divisible by the convolution's groups={weight.groups}. Choose another r for it "
@@ -174,16 +179,20 @@ def factors(config: LoraConfig, leaf: Mapping[str, Tensor], kind: str, shape: to
 
 
 _SCALES = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-VARIES = (*_SCALES, "init_lora_weights", "bias", "target_parameters")
+VARIES = (*_SCALES, "init_lora_weights", "bias", "target_parameters", "alora_invocation_tokens")
+
+ACTION = site_forward.low_rank(factors, takes_rows=True, takes_parts=True)
 
 METHOD = Method(
     config=LoraConfig,
     slots=SLOTS,
     init=init,
     constants=constants,
-    action=site_forward.low_rank(factors, takes_rows=True, takes_parts=True),
+    action=ACTION,
     targets=Targets(resolve, sites),
     stacking=Stacking(matching.rank, resize=leaf_shapes.resized, varies=VARIES),
     files=Files(check_file, write=leaf_shapes.to_file, read=from_file),
     combining=Combining(lora_combine.combine, lora_combine.combined),
+    companions=trainable_tokens.of_config,
+    invocation=alora.invocation,
 )

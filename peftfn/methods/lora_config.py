@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from peftfn.core.config import ANY, OFF, LayeredConfig
+from peftfn.methods import alora
 
 
 def described(text: str) -> dict[str, str]:
@@ -42,9 +43,9 @@ class LowRankConfig(LayeredConfig):
     """
 
     inactive: ClassVar[Mapping[str, Any]] = {
-        **dict.fromkeys(("megatron_config", "trainable_token_indices", "loftq_config", "eva_config"), OFF),
+        **dict.fromkeys(("megatron_config", "loftq_config", "eva_config"), OFF),
         **dict.fromkeys(("corda_config", "lora_ga_config", "velora_config", "use_qalora"), OFF),
-        **dict.fromkeys(("alora_invocation_tokens", "monteclora_config", "layer_replication", "lora_bias"), OFF),
+        **dict.fromkeys(("monteclora_config", "layer_replication"), OFF),
         **dict.fromkeys(("use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"), OFF),
         **dict.fromkeys(("megatron_core", "qalora_group_size"), ANY),
     }
@@ -103,11 +104,24 @@ class LoraConfig(LowRankConfig):
     use_dora: bool = dataclasses.field(
         default=False, metadata=described("Whether to learn the length of each output's weights too (DoRA).")
     )
+    alora_invocation_tokens: Sequence[int] | None = dataclasses.field(
+        default=None, metadata=described("Tokens from whose last occurrence on the adapter acts (aLoRA).")
+    )
+    lora_bias: bool = dataclasses.field(default=False, metadata=described("Whether the second factor has a bias."))
+    trainable_token_indices: Mapping[str, Sequence[int]] | Sequence[int] | None = dataclasses.field(
+        default=None, metadata=described("Tokens to train beside: of the model's embedding, or {embedding: tokens}.")
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for rank in (self.rank_pattern or {}).values():
             check_positive("r", rank)
+        alora.check(self)
+        if self.lora_bias and (self.use_dora or not isinstance(self.init_lora_weights, bool)):
+            raise ValueError(
+                f"lora_bias=True with use_dora={self.use_dora} and init_lora_weights={self.init_lora_weights!r}; "
+                "expected use_dora=False and a start of True or False, as in PEFT."
+            )
 
 
 def check_positive(field: str, value: Any) -> None:

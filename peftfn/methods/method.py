@@ -71,8 +71,7 @@ class Stacking(NamedTuple):
     Attributes:
         rank: `(config, path) -> rank` of a site.
         resize: `(leaf, old rank, new rank) -> leaf`, where the slots' axes do not say it.
-        pad: `(configs, path, leaves) -> leaves` (params and buffers together) of one shape, filled up so that nothing
-            changes; `None` is an adapter without this site.
+        pad: `(configs, path, leaves) -> leaves` of one shape, params and buffers; `None` is one without this site.
         trim: `(config, configs, path, leaf) -> leaf`, the inverse of `pad` for one of them.
         shared: `(configs) -> config` that a forward reads for all adapters of a stack.
         varies: the method's own fields of the config in which they may differ: what they say is in the tensors.
@@ -112,6 +111,8 @@ class Files(NamedTuple):
         read: `(leaf) -> leaf`, back.
         derived: `(config, path, leaf, site) -> buffers leaf` that follows from the base where a file has it not; the
             site is `None` where no model is given, and a `ValueError` says what for it is needed.
+        inside: the part of a key before its names where the method goes along with another one.
+        copies: the part of a key before the name of a tensor that replaces one of the site's own.
     """
 
     check: Callable[[Any, str, Leaf], None] = _no_check
@@ -119,6 +120,8 @@ class Files(NamedTuple):
     write: Callable[[Leaf], Leaf] = _same
     read: Callable[[Leaf], Leaf] = _same
     derived: Callable[[Any, str, Leaf, Site | None], Leaf] = _nothing
+    inside: str = ""
+    copies: str = ""
 
 
 def _same_config(config: Any, adapters: Sequence[Adapter], params: Tree) -> Any:
@@ -160,9 +163,10 @@ class Method:
         stacking: how unlike adapters become one stack.
         files: how its files differ from its leaves.
         combining: how several become one; `None` where there is no weighted combination.
+        companions: `(config) -> configs` of other methods that it asks for beside its own, if it may.
+        invocation: `(config) -> the tokens from whose last occurrence on it acts`, `None` for all, if it may have some.
         variant: the field of the config that makes it this method's where it is set; another method has the rest.
-        on_weights: the action, of a method that acts on weights; else `None`.
-        on_call: the action, of a method that acts on the model's call; else `None`.
+        on_weights, on_call: the action, of a method that acts on weights, or on the model's call; else `None`.
         whole: the kind of its sites where they are whole modules, `layers.ATTENTION` or `layers.MODEL`; else `None`.
     """
 
@@ -175,6 +179,8 @@ class Method:
     stacking: Stacking = _STACKING
     files: Files = _FILES
     combining: Combining | None = None
+    companions: Callable[[Any], Sequence[PeftConfig]] | None = None
+    invocation: Callable[[Any], Sequence[int] | None] | None = None
     variant: str = ""
     on_weights: OnWeights | None = dataclasses.field(init=False)
     on_call: OnCall | None = dataclasses.field(init=False)

@@ -176,11 +176,11 @@ def rotation(config: OFTConfig, triangles: Tensor) -> Tensor:
         skew = skew + (_constrained(skew.detach(), config.eps) - skew.detach())  # gradients ignore it, as in PEFT
     eye = torch.eye(block, dtype=skew.dtype, device=skew.device).expand_as(skew)
     if config.use_cayley_neumann:
-        return _series(skew, eye, config.num_cayley_neumann_terms)
+        return series(skew, eye, config.num_cayley_neumann_terms)
     return cast("Tensor", torch.linalg.solve(eye + skew, eye - skew, left=False))  # torch does not say what it returns
 
 
-def _series(skew: Tensor, eye: Tensor, terms: int) -> Tensor:
+def series(skew: Tensor, eye: Tensor, terms: int) -> Tensor:
     """PEFT's sum: I + 2Q + 2Q² + ... with 1 for the last power, which is at least the third; I + 2Q of two terms."""
     if terms < 3:
         return eye + (terms - 1) * 2 * skew

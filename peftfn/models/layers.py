@@ -21,6 +21,7 @@ CONVOLUTION = "convolution"
 PARAMETER = "parameter"  # a bare tensor: an MoE's experts, the projections of nn.MultiheadAttention
 EXPERTS_TRANSPOSED = "transposed parameter"  # experts stored (experts, in, out)
 
+MODULE = "module"  # any module at all, of whose own tensors copies are trained
 ATTENTION = "attention"  # an attention module of a transformer, whole
 MODEL = "model"  # the model itself: its call, not a layer
 
@@ -240,6 +241,13 @@ def places(model: nn.Module, path: str) -> dict[str, Place]:
     if isinstance(parent, nn.MultiheadAttention):
         kind = PARAMETER
     return {path: Place(path, "weight", kind)}
+
+
+def modules_with_tensors(model: nn.Module, path: str) -> dict[str, Place]:
+    """The module at `path` and those inside it that have parameters, each as a place of its own."""
+    inside = named_modules(model.get_submodule(path))
+    found = [path + (f".{name}" if name else "") for name, module in inside if codecs.replaceable(module)]
+    return {one: Place(one, "", MODULE) for one in found}
 
 
 def place_of_parameter(model: nn.Module, name: str) -> Place:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -91,8 +91,19 @@ def all_linear(model: nn.Module, task_type: str | None) -> tuple[str, ...]:
     return tuple(path for path in _linear_names(model) if model.get_submodule(path) is not spared)
 
 
-def sites(model: nn.Module, config: TargetedConfig) -> dict[str, layers.Place]:
+def sites(
+    model: nn.Module,
+    config: TargetedConfig,
+    places: Callable[[nn.Module, str], Mapping[str, layers.Place]] = layers.places,
+    expected: str = "a linear, embedding, convolution or attention layer",
+) -> dict[str, layers.Place]:
     """Every site that the config names in the model, by site path, in the model's order.
+
+    Args:
+        model: the base.
+        config: names modules and parameters.
+        places: `(model, path) -> the sites that the module there stands for`; none where no method can act.
+        expected: what it takes, for messages.
 
     Raises:
         ValueError: nothing matched (the message offers near names), or a named module is of a kind that no
@@ -102,12 +113,12 @@ def sites(model: nn.Module, config: TargetedConfig) -> dict[str, layers.Place]:
     named = [path for path in paths if matching.is_target(config, path)]
     found: dict[str, layers.Place] = {}
     for path in named:
-        at = layers.places(model, path)
+        at = places(model, path)
         if not at:
             kind = type(model.get_submodule(path)).__name__
             raise ValueError(
-                f"target_modules={_shown(config.target_modules)} names {path!r}, a {kind}; expected a linear, "
-                "embedding, convolution or attention layer. Name a more specific path, or "
+                f"target_modules={_shown(config.target_modules)} names {path!r}, a {kind}; expected "
+                f"{expected}. Name a more specific path, or "
                 f"exclude_modules=[{path!r}]."
             )
         found.update(at)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from peftfn import methods
 from peftfn.core.adapter import Adapter, SiteInfo, Tree, sorted_tree
 from peftfn.core.config import PeftConfig
-from peftfn.models import layers, layouts, matching, targets
+from peftfn.methods import companions
+from peftfn.models import layers, layouts, matching, targets, tied_weights
 from peftfn.weights import codecs
 
 
@@ -51,11 +52,18 @@ def init(
         >>> {path: sorted(leaf) for path, leaf in adapter.params.items()}
         {'0': ['lora_A', 'lora_B'], '2': ['bias', 'weight']}
     """
-    method = methods.of(config)
     targets.check_task(model, config.task_type)
+    generator = generator if generator is not None else torch.Generator().manual_seed(0)
+    first = _of_method(model, config, generator, dtype)
+    others = [_of_method(model, other, generator, dtype) for other in companions.of(first.config)]
+    return companions.united(first, tuple(others))
+
+
+def _of_method(model: nn.Module, config: PeftConfig, generator: torch.Generator, dtype: torch.dtype | None) -> Adapter:
+    """What a config asks for of its own method, and the modules that it trains whole."""
+    method = methods.of(config)
     heads = matching.HEADS.get(config.task_type or "", ())
     resolved = method.targets.resolve(model, config)
-    generator = generator if generator is not None else torch.Generator().manual_seed(0)
     params: Tree = {}
     buffers: Tree = {}
     sites: dict[str, SiteInfo] = {}
@@ -65,7 +73,8 @@ def init(
             owner, at = model.get_submodule(place.owner), layers.pattern_path(path, places)
             side = method.targets.input_side(resolved, at)
             site = layers.Site(path, place.kind, owner, place.weight, rows=place.rows, input_side=side)
-            sites[path] = _noted(site)
+            tied = method.on_weights is not None and method.on_weights.of_tables and place.kind == layers.EMBEDDING
+            sites[path] = _noted(site, tied_weights.holders(model, path) if tied else ())
             params[path], buffers[path] = method.fresh(resolved, at, site, generator, dtype)
             params[path] = _detached(params[path])
     _add_replaced(model, resolved, heads, places, params, buffers)
@@ -73,9 +82,9 @@ def init(
     return Adapter(sorted_tree(params), sorted_tree(buffers), resolved, sites)
 
 
-def _noted(site: layers.Site) -> SiteInfo:
+def _noted(site: layers.Site, tied: Sequence[str]) -> SiteInfo:
     outputs = 0 if site.rows is None else site.shape[layouts.output_axis(site.kind)]
-    return SiteInfo(site.kind, site.rows, outputs, site.input_side)
+    return SiteInfo(site.kind, site.rows, outputs, site.input_side, tuple(tied))
 
 
 def _detached(leaf: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -90,9 +99,10 @@ def _add_replaced(
     params: Tree,
     buffers: Tree,
 ) -> None:
-    """Whole modules (`modules_to_save`) and biases that are trained beside the method: copies of the base's own."""
+    """Whole modules (sites that are, `modules_to_save`) and biases that are trained: copies of the base's own."""
     names = cast("Sequence[str]", getattr(config, "modules_to_save", None) or ())
-    for path, module in targets.saved_modules(model, names, optional=heads).items():
+    whole = {path: model.get_submodule(path) for path, place in places.items() if place.kind == layers.MODULE}
+    for path, module in {**whole, **targets.saved_modules(model, names, optional=heads)}.items():
         trained, kept = _own(module)
         params.setdefault(path, {}).update(_copies(trained))
         buffers.setdefault(path, {}).update(_copies(kept))

@@ -12,9 +12,10 @@ from peftfn import methods
 from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, as_tuple
 from peftfn.core.config import PeftConfig
 from peftfn.core.transforms import is_traced
-from peftfn.methods import Method
+from peftfn.methods import Method, companions
 from peftfn.models import layers, layouts
 from peftfn.models.layers import Place
+from peftfn.ops import tied_tables, validate
 from peftfn.weights import codecs, offloaded
 from peftfn.weights.codecs.state_dict_entry import Entry
 
@@ -66,16 +67,22 @@ def merge(
     merged = dict(params) if model is None else offloaded.filled(model, params)
     params = dict(merged)
     packed: dict[str, Entry] = {}
-    for one in as_tuple(adapter):
+    adapters = as_tuple(adapter)
+    for one in adapters:
         if one.members is not None:
             raise TypeError(
                 "merge was given a stack; merge its adapters one by one (peftfn.unstack), or under torch.vmap."
             )
-        refuse_not_finite(one)
+        validate.refuse_not_finite(one)
+    for number, one in [(n, piece) for n, several in enumerate(adapters) for piece in companions.pieces(several)]:
         method = methods.of(one.config)
         for path in sorted({**one.params, **one.buffers}):
             packed.update(_unpack(merged, one, method, path, model))
-            merged.update(changed(change(merged, one, path, model), merged))
+            here = change(merged, one, path, model)
+            there = tied_tables.followers(here.table, here.info, merged, adapters[number], model)
+            made = changed(here, merged)
+            merged.update(made)
+            merged.update(dict.fromkeys(there, made[here.names["weight"]]) if there else {})
     for name, entry in packed.items():
         if requantize:
             again = entry.pack(merged[name])
@@ -155,6 +162,12 @@ class Change(NamedTuple):
         bias = {"bias": self.place._replace(weight="bias").name} if has_bias else {}
         return {"weight": self.place.name, **bias}
 
+    @property
+    def table(self) -> Place | None:
+        """Where the table is that it changes, of a method of tables (`OnWeights.of_tables`)."""
+        action = self.method.on_weights
+        return self.place if action is not None and action.of_tables else None
+
 
 def change(params: Mapping[str, Tensor], adapter: Adapter, path: str, model: nn.Module | None) -> Change:
     """What the adapter does at one site; only the names and shapes of `params` are read.
@@ -175,6 +188,11 @@ def change(params: Mapping[str, Tensor], adapter: Adapter, path: str, model: nn.
     if leaf:
         if method.on_weights is None:
             raise _without_weights(adapter.config)
+        if method.invocation is not None and method.invocation(adapter.config):
+            raise ValueError(
+                "alora_invocation_tokens: the adapter acts on some tokens alone, and no weight does that, so it cannot "
+                "be merged. Run it with peftfn.apply or peftfn.bind."
+            )
         place = layers.find(model, path) if model is not None else _guess(params, adapter, method, path, leaf)
         if place is None:
             raise KeyError(f"the adapter has a site {path!r}, which {type(model).__name__} does not have.")
@@ -238,7 +256,9 @@ def _guess(params: Mapping[str, Tensor], adapter: Adapter, method: Method, path:
             ]
             as_noted = layouts.output_axis(info.kind)
             kinds = [kind for kind in kinds if info.kind and layouts.output_axis(kind) == as_noted] or kinds
-            if len({layouts.output_axis(kind) for kind in kinds}) > 1:
+            action = method.on_weights
+            is_same = action is not None and action.of_tables
+            if len({layouts.output_axis(kind) for kind in kinds}) > 1 and not is_same:
                 kinds = [_stored(params, adapter, method, path, kinds)]
             if not kinds:
                 shapes = {name: tuple(tensor.shape) for name, tensor in leaf.items() if tensor.dim()}
@@ -282,17 +302,3 @@ def _missing(name: str, params: Mapping[str, Tensor]) -> KeyError:
         "dict(model.named_parameters(remove_duplicate=False)) or model.state_dict(), which has tied weights under each "
         "name."
     )
-
-
-def refuse_not_finite(adapter: Adapter) -> None:
-    """A `ValueError` if a tensor of the adapter holds NaN or infinity."""
-    for path, leaf in adapter.params.items():
-        for name, tensor in leaf.items():
-            if not tensor.is_floating_point() or tensor.is_meta or is_traced(tensor):
-                continue
-            if not bool(torch.isfinite(tensor).all()):
-                count = int((~torch.isfinite(tensor)).sum())
-                raise ValueError(
-                    f"{path}.{name} has {count} of {tensor.numel()} values that are NaN or infinite; merging would "
-                    "spoil the weights. Was the training step stable?"
-                )

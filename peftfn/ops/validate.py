@@ -13,7 +13,8 @@ from peftfn import methods
 from peftfn.core.adapter import UNKNOWN, Adapter
 from peftfn.core.config import PeftConfig
 from peftfn.core.config_values import patterns_of
-from peftfn.methods import Method
+from peftfn.core.transforms import is_traced
+from peftfn.methods import Method, companions
 from peftfn.models import layers, matching, targets
 from peftfn.models.layers import Site
 from peftfn.weights import codecs
@@ -74,6 +75,11 @@ def against(adapter: Adapter, model: nn.Module, source: str) -> None:
         KeyError: it has sites that the model has not, or lacks sites that its config names in the model.
         ValueError: a shape does not fit.
     """
+    for piece in companions.pieces(adapter):
+        _against(piece, model, source)
+
+
+def _against(adapter: Adapter, model: nn.Module, source: str) -> None:
     method = methods.of(adapter.config)
     try:
         places = method.targets.sites(model, _without_patterns(adapter.config))
@@ -81,7 +87,7 @@ def against(adapter: Adapter, model: nn.Module, source: str) -> None:
     except ValueError as error:
         raise ValueError(f"{source} does not fit this {type(model).__name__}: {error}") from error
     adapted = [path for path, leaf in adapter.params.items() if not all(map(method.replaces, leaf))]
-    missing = [path for path in places if path not in adapted]
+    missing = [path for path, place in places.items() if path not in adapted and place.kind != layers.MODULE]
     missing += [path for path, names in replaced.items() if names - adapter.params.get(path, {}).keys()]
     unexpected = [path for path in adapted if path not in places]
     unexpected += [path for path in adapter.params if path not in adapted and layers.module_at(model, path) is None]
@@ -113,7 +119,8 @@ def _replaced(model: nn.Module, config: Any, places: Mapping[str, layers.Place])
     heads = targets.saved_modules(
         model, getattr(config, "modules_to_save", None) or (), optional=matching.HEADS.get(config.task_type, ())
     )
-    found = {path: codecs.replaceable(part) for path, part in heads.items()}
+    whole = {path: model.get_submodule(path) for path, place in places.items() if place.kind == layers.MODULE}
+    found = {path: codecs.replaceable(part) for path, part in {**whole, **heads}.items()}
     for path in targets.biased(model, config, places):
         in_attention = isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention)
         # PEFT 0.17 leaves the bias of an attention's out_proj out of its files.
@@ -124,3 +131,17 @@ def _replaced(model: nn.Module, config: Any, places: Mapping[str, layers.Place])
 
 def _few(paths: Sequence[str], most: int = 4) -> str:
     return f"{len(paths)} ({', '.join(paths[:most])}{', ...' if len(paths) > most else ''})" if paths else "none"
+
+
+def refuse_not_finite(adapter: Adapter) -> None:
+    """A `ValueError` if a tensor of the adapter holds NaN or infinity."""
+    for path, leaf in adapter.params.items():
+        for name, tensor in leaf.items():
+            if not tensor.is_floating_point() or tensor.is_meta or is_traced(tensor):
+                continue
+            if not bool(torch.isfinite(tensor).all()):
+                count = int((~torch.isfinite(tensor)).sum())
+                raise ValueError(
+                    f"{path}.{name} has {count} of {tensor.numel()} values that are NaN or infinite; merging would "
+                    "spoil the weights. Was the training step stable?"
+                )

@@ -66,7 +66,7 @@ def apply(
     surgery.run_packed(made.by_path.values(), apart=not tracing)
     for table in made.tables:
         surgery.keep_norms(table)
-    found = site_adapters.of(adapters, which)
+    found = site_adapters.with_ties(site_adapters.of(adapters, which), model)
     if not tracing and transforms.is_mapping():  # transformers does not look at masks while Dynamo traces
         attention_masks.suit(made.by_path.values(), keywords | attach.masks(found))
     wants_grad = _always if torch.is_grad_enabled() and not tracing else None

@@ -18,7 +18,7 @@ from peftfn.models import transformers_names as hf
 from peftfn.models.layers import Place, Site
 from peftfn.models.surgery import Plan
 from peftfn.ops import validate
-from peftfn.runtime import attach_call, site_adapters
+from peftfn.runtime import attach_call, site_adapters, token_gate
 from peftfn.runtime.routing import routed_sites, vmapped_module
 from peftfn.runtime.site_adapters import SiteAdapter
 from peftfn.weights import codecs
@@ -35,6 +35,7 @@ def attach(
     *,
     check: bool = True,
     apart: bool = False,
+    lasts: bool = False,
 ) -> Plan:
     """The plan by which the private modules of a model compute what the adapters say.
 
@@ -46,12 +47,13 @@ def attach(
             (`activation_checkpointing.refuse_lost_gradient`); `None` where nobody does.
         check: whether to hold names and shapes against the layers.
         apart: as of `surgery.install`.
+        lasts: whether the module is called more than once.
 
     Raises:
         KeyError: an adapter has a site that the model does not have.
         ValueError: a tensor does not fit its site, or two adapters replace the same tensor.
     """
-    plan = Plan({}, {}, {}, {})
+    plan, noted = Plan({}, {}, {}, {}), token_gate.Noted(lasts)
     routed: dict[str, list[tuple[str, Place, Sequence[SiteAdapter]]]] = {}
     for path, here in found.items():
         twin = by_path.get(path)
@@ -59,6 +61,7 @@ def attach(
             place = _parameter_place(root, by_path, path)
         else:
             _refuse_unread(by_path, path, here)
+            _leave_fast_path(plan, by_path, path, here)
             _replace(plan, twin, path, here)
             if not any(part.leaf for part in here):
                 if path:
@@ -70,11 +73,10 @@ def attach(
                 homes = attach_call.adapt(plan, site, by_path, here, generates=wants_grad is not None)
                 _watch(plan, homes, path, _leaves(here), wants_grad)
                 continue
-            _leave_fast_path(plan, by_path, path)
             place = _module_place(root, by_path, path, twin, here)
         _refuse_unfit(by_path[place.owner], place, path, here, check)
         if place.kind not in layers.WEIGHT_KINDS:
-            plan.then(place.owner, functools.partial(_adapted, place, path, [part for part in here if part.leaf]))
+            plan.then(place.owner, functools.partial(_adapted, place, path, [p for p in here if p.leaf], noted))
             _watch(plan, [place.owner], path, _leaves(here), wants_grad)
         elif any(part.rows is not None for part in here):
             routed.setdefault(_reader(by_path, place), []).append((path, place, here))
@@ -85,6 +87,7 @@ def attach(
     for reader, sites in routed.items():
         _adapt_reader(plan, by_path[reader], found, reader, sites)
         _watch(plan, [reader], reader, [one for _, _, here in sites for one in _leaves(here)], wants_grad)
+    _gate(plan, found, noted)
     return plan
 
 
@@ -94,6 +97,14 @@ def masks(found: Found) -> dict[str, Tensor]:
         part.leaf[insert_tokens.LENGTH] for here in found.values() for part in here if insert_tokens.LENGTH in part.leaf
     ]
     return {f"{number}_{hf.MASK}": length for number, length in enumerate(lengths)}
+
+
+def _gate(plan: Plan, found: Found, noted: token_gate.Noted) -> None:
+    """Let the model's own call say on which tokens adapters act that do not act on all."""
+    parts = [part for here in found.values() for part in here if part.invocations]
+    if parts:
+        gates = {part.number: token_gate.Gate(part.invocations, part.rows) for part in parts}
+        plan.then("", functools.partial(token_gate.noting, gates, noted))
 
 
 def _leaves(here: Sequence[SiteAdapter]) -> list[Tensor]:
@@ -188,23 +199,34 @@ def _replaced_by_row(path: str, part: SiteAdapter, layer: nn.Module, _run: Calla
 
 
 def _adapted(
-    place: Place, path: str, here: Sequence[SiteAdapter], layer: nn.Module, run: Callable[..., Any]
+    place: Place,
+    path: str,
+    here: Sequence[SiteAdapter],
+    noted: token_gate.Noted,
+    layer: nn.Module,
+    run: Callable[..., Any],
 ) -> Callable[..., Any]:
     """The forward of a layer with one method around the other."""
     for number, part in enumerate(here):
         before = functools.partial(_tensors, layer, place, here[:number]) if number else None
         site = layers.site_of(layer, place, path, part.info, run, before)
-        if part.rows is None:
-            run = functools.partial(part.method.action.forward, part.config, part.leaf, site)
-        else:
-            action = part.method.on_weights
-            if number and part.replaced and action is not None and not action.takes_rows(place.kind, part.info.rows):
-                raise ValueError(
-                    f"{path}: the routed adapters replace {', '.join(part.replaced)} of a layer that another active "
-                    "adapter acts on before them. Apply the routed ones first, or without it (bias='none')."
-                )
-            run = routed_sites.step(part.method, part.config, part.leaf, part.rows, run, site, replaced=part.replaced)
+        action = part.method.on_weights
+        takes_rows = part.rows is None or action is None or action.takes_rows(place.kind, part.info.rows)
+        if number and part.replaced and not takes_rows:
+            raise ValueError(
+                f"{path}: the routed adapters replace {', '.join(part.replaced)} of a layer that another active "
+                "adapter acts on before them. Apply the routed ones first, or without it (bias='none')."
+            )
+        act = functools.partial(_acting, part, site)
+        run = token_gate.gated(noted, part.number, path, act, run) if part.invocations else act(run)
     return run
+
+
+def _acting(part: SiteAdapter, site: Site, run: Callable[..., Any]) -> Callable[..., Any]:
+    """A site's forward with one method around what it runs."""
+    if part.rows is not None:
+        return routed_sites.step(part.method, part.config, part.leaf, part.rows, run, site, replaced=part.replaced)
+    return functools.partial(part.method.action.forward, part.config, part.leaf, site.running(run))
 
 
 def _adapt_weight(plan: Plan, by_path: Twins, place: Place, here: Sequence[SiteAdapter]) -> None:
@@ -250,6 +272,8 @@ def _read_by_row(
 
 def _refuse_unfit(twin: nn.Module, place: Place, path: str, here: Sequence[SiteAdapter], check: bool) -> None:
     for part in here:
+        if part.leaf and part.invocations and place.kind not in token_gate.KINDS:
+            raise token_gate.other_kind(path, place.kind)
         if part.leaf and (check or part.method.on_weights is None):  # the others are few, and never remembered
             one = part.leaf if part.rows is None else {name: tensor[0] for name, tensor in part.leaf.items()}
             validate.refuse_leaf(part.method, part.config, one, layers.site_of(twin, place, path, part.info))
@@ -276,8 +300,9 @@ def _tensors(layer: nn.Module, place: Place, before: Sequence[SiteAdapter]) -> d
     return {"bias": None, **tensors}
 
 
-def _leave_fast_path(plan: Plan, by_path: Twins, path: str) -> None:
-    """Keep torch's encoder layer off its fused inference kernel, which reads the weights past our forward."""
+def _leave_fast_path(plan: Plan, by_path: Twins, path: str, here: Sequence[SiteAdapter]) -> None:
+    """Keep torch's encoder layer off its fused inference kernel, which reads the tensors past a forward of ours."""
     parent = path.rpartition(".")[0]
-    if isinstance(by_path.get(parent), nn.TransformerEncoderLayer):
+    is_run = any(part.leaf or part.rows is not None for part in here)
+    if is_run and isinstance(by_path.get(parent), nn.TransformerEncoderLayer):
         plan.attributes[parent, "activation_relu_or_gelu"] = 0

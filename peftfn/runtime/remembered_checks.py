@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from peftfn import methods
 from peftfn.core.adapter import Adapter
 from peftfn.core.config import PeftConfig
+from peftfn.methods import companions
 from peftfn.models import layers
 from peftfn.models.layers import Place
 
@@ -90,11 +91,15 @@ def _is_as_it_was(layer: _Layer, now: nn.Module | None) -> bool:
 def remember(model: nn.Module, adapters: Sequence[Adapter], twins: Mapping[str, nn.Module]) -> None:
     """Remember that these adapters fit the model; not those that change no weight: they have few sites to check."""
     for adapter in filter(_acts_on_weights, adapters):
-        config, method = adapter.config, methods.of(adapter.config)
-        sites = [path for path, leaf in adapter.params.items() if not all(map(method.replaces, leaf))]
-        fit = _Fit(config, [_layer(layers.find(model, path), twins) for path in sites], _shapes(adapter))
+        sites = [path for piece in companions.pieces(adapter) for path in _adapted(piece)]
+        fit = _Fit(adapter.config, [_layer(layers.find(model, path), twins) for path in sites], _shapes(adapter))
         memory = _MEMORIES.setdefault(model, _Memory())
         memory.fits[adapter] = memory.last = fit
+
+
+def _adapted(adapter: Adapter) -> list[str]:
+    method = methods.of(adapter.config)
+    return [path for path, leaf in adapter.params.items() if not all(map(method.replaces, leaf))]
 
 
 def _layer(place: Place | None, twins: Mapping[str, nn.Module]) -> _Layer:

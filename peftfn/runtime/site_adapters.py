@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftfn import methods
 from peftfn.core.adapter import UNKNOWN, Adapter, SiteInfo
 from peftfn.core.config import PeftConfig
-from peftfn.methods import Method
-from peftfn.models import layouts
+from peftfn.methods import Method, companions
+from peftfn.models import layers, layouts, tied_weights
 from peftfn.runtime.routing.row_index import Rows
 
 
@@ -26,6 +26,8 @@ class SiteAdapter(NamedTuple):
         fixed: names of `replaced` that are not trained (an embedding saved along, of any number of rows).
         rows: which adapter of a stack each row of the batch uses, or `None`.
         info: what the adapter knows of the site.
+        number: the adapter's place among the active ones.
+        invocations: of the adapter, or of each of a stack, the tokens from which on it acts; () where on all.
     """
 
     config: PeftConfig
@@ -35,14 +37,17 @@ class SiteAdapter(NamedTuple):
     fixed: frozenset[str]
     rows: Rows | None
     info: SiteInfo = UNKNOWN
+    number: int = 0
+    invocations: tuple[Sequence[int] | None, ...] = ()
 
 
 def of(adapters: Sequence[Adapter], rows: Rows | None = None) -> dict[str, list[SiteAdapter]]:
     """What the adapters bring, by site path, in the adapters' order."""
     found: dict[str, list[SiteAdapter]] = {}
-    for adapter in adapters:
+    for number, adapter in [(n, piece) for n, one in enumerate(adapters) for piece in companions.pieces(one)]:
         config, method = adapter.config, methods.of(adapter.config)
         own_rows = rows if adapter.members is not None else None
+        invocations = _invocations(method, adapter)
         taken: dict[tuple[str, ...], list[str]] = {}  # sites have few sets of names between them
         for path in {**adapter.params, **adapter.buffers}:
             fixed = adapter.buffers.get(path, {})
@@ -52,9 +57,41 @@ def of(adapters: Sequence[Adapter], rows: Rows | None = None) -> dict[str, list[
                 taken[names] = [name for name in names if name not in method.slots]
             replaced = {name: leaf.pop(name) for name in taken[names]}
             info = adapter.sites.get(path, UNKNOWN)
-            part = SiteAdapter(config, method, leaf, replaced, frozenset(fixed), own_rows, info)
+            part = SiteAdapter(config, method, leaf, replaced, frozenset(fixed), own_rows, info, number, invocations)
             found.setdefault(path, []).append(part)
     return found
+
+
+def _invocations(method: Method, adapter: Adapter) -> tuple[Sequence[int] | None, ...]:
+    if method.invocation is None:
+        return ()
+    configs = (adapter.config,) if adapter.members is None else adapter.members.configs
+    found = tuple(method.invocation(config) for config in configs)
+    return found if any(found) else ()
+
+
+def with_ties(found: Mapping[str, Sequence[SiteAdapter]], model: nn.Module) -> dict[str, list[SiteAdapter]]:
+    """The same, and what changes the table of an embedding also where another layer of the model holds it."""
+    every = {path: list(here) for path, here in found.items()}
+    for path, here in found.items():
+        for part in here:
+            module = layers.module_at(model, path) if part.leaf and _is_of_tables(part) else None
+            if module is None or layers.kind_of(module) != layers.EMBEDDING:
+                continue
+            for other in tied_weights.holders(model, path):
+                there = every.setdefault(other, [])
+                if not any(one.number == part.number and _is_of_tables(one) for one in there):
+                    there.append(part)
+                    there.sort(key=_number)
+    return every
+
+
+def _is_of_tables(part: SiteAdapter) -> bool:
+    return part.method.on_weights is not None and part.method.on_weights.of_tables
+
+
+def _number(part: SiteAdapter) -> int:
+    return part.number
 
 
 def merged(

@@ -167,7 +167,12 @@ def test_a_file_with_an_unknown_field_is_an_error_that_names_it_and_near_ones(tm
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("use_qalora", True), ("lora_bias", True), ("layer_replication", [[0, 2]]), ("trainable_token_indices", [1])],
+    [
+        ("use_qalora", True),
+        ("use_bdlora", {"nblocks": 2}),
+        ("layer_replication", [[0, 2]]),
+        ("arrow_config", {"top_k": 2}),
+    ],
 )
 def test_a_file_that_uses_what_we_do_not_support_is_an_error_that_names_it(
     field: str, value: Any, tmp_path: Path

@@ -443,6 +443,74 @@ METHODS = [
         ],
         packed=False,  # test_glora.py
     ),
+    Method(
+        "lora-bias",
+        "LoRA with a bias",
+        "LoraConfig",
+        {**LORA, "lora_bias": True},
+        kinds=("linear", "transposed-square", "conv1d", "conv2d-groups", "conv3d"),
+        models={"bert": {"target_modules": ["query", "value"]}},
+        start=("init_lora_weights", True, False),
+        peft=[
+            AgainstPeft("as it is", "linear"),
+            AgainstPeft("patterns", "linear", {"rank_pattern": {"2": 1}, "alpha_pattern": {"0": 5}}),
+            AgainstPeft("as it is", "transposed", {"fan_in_fan_out": True}),
+            AgainstPeft("as it is", "conv1d"),
+            AgainstPeft("as it is", "conv2d"),
+            AgainstPeft("as it is", "conv3d"),
+        ],
+        packed=False,  # the packed models have no biases to merge into
+    ),
+    Method(
+        "beft",
+        "BEFT",
+        "BeftConfig",
+        {"target_modules": r".*\.(v_proj|value|c_attn)"},
+        kinds=("linear", "transposed-square", "conv1d", "conv2d-groups", "conv3d"),
+        models={"bert": {"target_modules": ["output.dense"]}},
+        exceptions={"randomness": ZEROS},
+        peft=[AgainstPeft("as it is", "linear", in_old=False)],
+        packed=False,  # the same
+    ),
+    Method(
+        "psoft",
+        "PSOFT",
+        "PsoftConfig",
+        {"r": 4, "psoft_alpha": 6},  # against peft in a file of its own: there it has float32 alone
+        kinds=("linear", "transposed-square"),
+        others={"series": ("linear", {"use_cayley_neumann": True})},
+        exceptions={"randomness": "it starts at no rotation, whatever the generator"},
+    ),
+    Method(
+        "peanut",
+        "PEANuT",
+        "PeanutConfig",
+        {"r": 4},
+        kinds=("linear", "transposed-square"),
+        others={"deep": ("linear", {"depth": 2, "act_fn": "silu"})},
+        peft=[
+            AgainstPeft("as it is", "linear", in_old=False),
+            AgainstPeft("deep", "linear", {"depth": 2, "act_fn": "silu", "scaling": 2.5}, in_old=False),
+        ],
+    ),
+    Method(
+        "osf",
+        "OSF",
+        "OSFConfig",
+        kinds=("linear", "transposed-square"),
+        models={"llama": {}},
+        exceptions={
+            "randomness": "it starts at parts of the weight, whatever the generator",
+            "slope": "gradients are projected off the parts that stay, as in peft",
+        },
+        peft=[
+            AgainstPeft("half", "linear", in_old=False),
+            AgainstPeft("a number", "linear", {"effective_rank": 3, "rank_pattern": {"2": 2}}, in_old=False),
+        ],
+    ),
+    # Copies and rows of the base's own tensors: their laws are in files of their own, as aLoRA's, which needs ids.
+    Method("ln-tuning", "LN tuning", "LNTuningConfig", {"target_modules": r".*([Nn]orm|ln_.)"}),
+    Method("trainable-tokens", "trainable tokens", "TrainableTokensConfig", {"token_indices": [1, 3]}),
     # Prompts act on the call: their cases of the laws are in cases.py.
     Method("prompt", "prompt tuning", "PromptTuningConfig", TOKENS),
     Method(

@@ -149,7 +149,9 @@ def test_merging_gives_pefts_weights(case: Case, tmp_path: Path) -> None:
 @every_case()
 def test_files_are_read_both_ways(case: Case, tmp_path: Path) -> None:
     model, x, adapter, other = made(case, tmp_path / "ours")
-    other.save_pretrained(tmp_path / "theirs")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Adapter 'default': . LoRA")  # it takes a bias for half a factor
+        other.save_pretrained(tmp_path / "theirs")
     again = pf.load(tmp_path / "theirs", model)
     assert off(again.params, adapter.params) == 0.0
     assert off(pf.apply(model, again, x), pf.apply(model, adapter, x)) == 0.0

@@ -18,7 +18,7 @@ from peftfn.checkpoints.merge_folder.tensor_names import Names
 from peftfn.core import files, reading
 from peftfn.core.adapter import Adapter, as_tuple
 from peftfn.models import matching
-from peftfn.ops.merge import refuse_not_finite
+from peftfn.ops.validate import refuse_not_finite
 
 
 def merge_folder(

@@ -12,6 +12,8 @@ from peftfn.checkpoints.merge_folder import shards
 from peftfn.checkpoints.merge_folder.shards import Entry, Item, Shard
 from peftfn.checkpoints.merge_folder.tensor_names import Group, Names, Tensors
 from peftfn.core.adapter import Adapter
+from peftfn.methods import companions
+from peftfn.ops import tied_tables
 from peftfn.ops.merge import Change, change, changed, of_rows
 
 
@@ -79,7 +81,7 @@ def make(folder: Sequence[Shard], adapters: Sequence[Adapter], names: Names, dty
     known = _known(folder, adapters, names, dtype)
     changes = [
         change(known.shapes, one, path, names.model)
-        for one in adapters
+        for one in [piece for adapter in adapters for piece in companions.pieces(adapter)]
         for path in sorted({**one.params, **one.buffers})
     ]
     changes, apart = _ties(known, changes)
@@ -122,7 +124,8 @@ def _distinct(values: Iterable[Any]) -> list[Any]:
 def _ties(known: Known, changes: list[Change]) -> tuple[list[Change], set[str]]:
     """The changes of tied names put in order, and the names that get a tensor of their own in the files.
 
-    A vocabulary that has grown is one change of all of them; any other one makes them come apart.
+    A vocabulary that has grown, or a change of an embedding's table that the others follow, is one change of all of
+    them; any other one makes them come apart.
     """
     apart: set[str] = set()
     for tied in known.names.tied:
@@ -135,9 +138,31 @@ def _ties(known: Known, changes: list[Change]) -> tuple[list[Change], set[str]]:
         if rows and all(torch.equal(grown[0], other) for other in grown) and not any(map(_reads, hits)):
             changes = [one._replace(replaced=_without(one, tied)) for one in changes]
             changes.append(hits[0]._replace(replaced={present[0]: grown[0]}, place=None))
+        elif any(tied_tables.is_followed(one.table) for one in hits):
+            _refuse_apart(tied, hits)
+            kept = [one for one in changes if not any(one is hit for hit in hits)]
+            changes = [*kept, *(one for hit in hits for one in _at(hit, present))]
         else:
             apart |= set(tied) - set(present)
     return changes, apart
+
+
+def _refuse_apart(tied: Sequence[str], hits: Sequence[Change]) -> None:
+    """Refuse a table that others go along with, and that something else changes under another of its names."""
+    is_alone = len({name for one in hits for name in _reads(one)}) == 1 and not any(one.replaced for one in hits)
+    if not is_alone or not all(tied_tables.is_followed(one.table) for one in hits):
+        raise ValueError(
+            f"{', '.join(tied)} are one table, of which the adapters change {', '.join(one.path for one in hits)} by "
+            "themselves: from file to file they do not come apart. Merge in memory: peftfn.merge(model.state_dict(), "
+            "adapter, model=model)."
+        )
+
+
+def _at(one: Change, names: Sequence[str]) -> list[Change]:
+    """The change of a table under each of these names in place of its own."""
+    assert one.place is not None, "a change of a table has one"
+    homes = [name.rpartition(".") for name in names]
+    return [one._replace(place=one.place._replace(owner=owner, weight=weight)) for owner, _, weight in homes]
 
 
 def _reads(one: Change) -> list[str]:

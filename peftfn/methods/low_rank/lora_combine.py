@@ -73,6 +73,9 @@ def combine(
 
 def combined(config: LoraConfig, adapters: Sequence[Adapter], params: Tree) -> LoraConfig:
     """The config with the rank of each site, and as much alpha: a scaling of 1 everywhere."""
+    for field in ("alora_invocation_tokens", "trainable_token_indices"):
+        if len({getattr(adapter.config, field) for adapter in adapters}) > 1:
+            raise ValueError(f"combine: the adapters have unlike {field}; expected one value.")
     found: dict[str, int] = {}
     for path, leaf in params.items():
         at = layers.pattern_path(path, params)

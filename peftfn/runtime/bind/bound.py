@@ -71,11 +71,12 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any =
     slots = tuple(parameters.Slots(one.replace(params={}, buffers={}), {}, {}) for one in adapters)
     holder = parameters.Holder(by_path, adapters, slots, {})
     found = {path: parameters.hold(holder, path, here) for path, here in site_adapters.of(adapters, which).items()}
+    found = site_adapters.with_ties(found, model)
     for module in bound.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
             surgery.keep_norms(module)
     wants_grad = functools.partial(activation_checkpointing.wants_grad, bound)
-    surgery.install(attach.attach(bound, by_path, found, wants_grad), by_path, _hold_weight)
+    surgery.install(attach.attach(bound, by_path, found, wants_grad, lasts=True), by_path, _hold_weight)
     own, fixed = dict(binding.named(model)), {id(one) for one in codecs.shared(model)}
     buffers = {name: one for name, one in model.named_buffers(remove_duplicate=False) if id(one) not in fixed}
     added = frozenset(name for one in holder.slots for name in binding.full_names(one)) - own.keys()

@@ -60,10 +60,9 @@ def hold(holder: Holder, path: str, here: list[site_adapters.SiteAdapter]) -> li
     if module is None:
         return here  # attach will say that there is no such site
     made: list[site_adapters.SiteAdapter] = []
-    numbers = [n for n, one in enumerate(holder.adapters) if path in one.params or path in one.buffers]
-    for number, part in zip(numbers, here, strict=True):
-        trained = holder.adapters[number].params.get(path, {})
-        made.append(_hold_part(holder, module, part, _Where(path, owner, number, frozenset(trained))))
+    for part in here:
+        trained = holder.adapters[part.number].params.get(path, {})
+        made.append(_hold_part(holder, module, part, _Where(path, owner, part.number, frozenset(trained))))
     return made
 
 

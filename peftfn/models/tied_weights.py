@@ -1,0 +1,34 @@
+"""Layers that hold one weight, such as an embedding and the output layer that is tied to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from peftfn.core.transforms import is_traced
+from peftfn.models import layers
+
+
+def holders(model: nn.Module, path: str) -> list[str]:
+    """The paths of the other modules that hold the same weight as the one at `path`."""
+    module = model.get_submodule(path)
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return []
+    found = layers.named_modules(model)
+    return [one for one, other in found if other is not module and other._parameters.get("weight") is weight]
+
+
+def aliases(params: Mapping[str, Tensor], name: str) -> Iterator[str]:
+    """The other names in `params` of the same tensor, or of another view of all of it, as a state dict has them."""
+    own = params[name]
+    for other, tensor in params.items():
+        if other != name and (tensor is own or _is_same(tensor, own)):
+            yield other
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.is_meta or other.is_meta or is_traced(one, other) or not one.numel():
+        return False
+    return one.data_ptr() == other.data_ptr() and one.stride() == other.stride() and one.dtype == other.dtype
