@@ -8,16 +8,27 @@ import threading
 import torch
 from torch import Tensor
 
-from peftfn.core import transforms
 
-
-@transforms.constant_result
 def drawn(seed: int, total: int, count: int, device: torch.device) -> Tensor:
     """The first `count` of `torch.randperm(total)` by a CPU generator of this seed, (count,).
 
     More of them begin with the same ones, so adapters with unlike many share their places as far as they go.
     """
+    if torch.compiler.is_compiling():
+        return _traced(seed, total, count, device)
     return _drawn(seed, total, count, device)
+
+
+# Dynamo cannot follow a generator, and of what a function gives it as a constant it keeps one tensor for each function:
+# to it the draw is an operation, with a result of its own at each call.
+@torch.library.custom_op("peftfn::places", mutates_args=())
+def _traced(seed: int, total: int, count: int, device: torch.device) -> Tensor:
+    return _drawn(seed, total, count, device).clone()
+
+
+@_traced.register_fake
+def _without_numbers(seed: int, total: int, count: int, device: torch.device) -> Tensor:
+    return torch.empty(min(total, count), dtype=torch.int64, device=device)
 
 
 # Every layer of one shape has the same places, and each call asks for them: a permutation of 16 million takes 0.3 s.

@@ -41,6 +41,20 @@ def test_places_are_torchs_permutation_whatever_is_around_them() -> None:
     assert torch.equal(places.drawn(5, 60, 3, torch.device("cpu")), expected[:3])
 
 
+def test_layers_of_unlike_shape_compile_whole_together() -> None:
+    base, x = nn.Sequential(nn.Linear(10, 6), nn.Linear(6, 5)).double(), torch.randn(3, 10).double()
+    adapter = oracle.randomised(pf.init(base, config(target_modules=["0", "1"])))
+
+    def value(params: Any) -> Tensor:
+        return pf.apply(base, adapter.replace(params=params), x).square().sum()
+
+    def slopes(params: Any) -> Any:
+        return grad(value)(params)
+
+    compiled = torch.compile(slopes, fullgraph=True, backend="aot_eager")
+    assert off(compiled(adapter.params), slopes(adapter.params)) < EXACT
+
+
 def test_the_update_is_a_sum_of_waves() -> None:
     base = model()
     adapter = oracle.randomised(pf.init(base, config(scaling=30.0)))
