@@ -40,10 +40,9 @@ def writes(
 
 
 def restored(adapter: Adapter, origin: reading.Origin, device: torch.device) -> Adapter:
-    """The adapter with the network that made its prompt, if that was saved along."""
+    """An adapter of a prompt with the network that made it, if that was saved along."""
     prompt = adapter.params.get("", {}).get(_PROMPT)
-    method = methods.of(adapter.config)
-    if method.on_call is None or prompt is None or len(method.names) == 1:
+    if prompt is None or len(methods.of(adapter.config).names) == 1:
         return adapter
     path = reading.try_find(origin, _name(prompt))
     if path is None:

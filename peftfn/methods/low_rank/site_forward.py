@@ -19,6 +19,7 @@ from peftfn.core import row_runs
 from peftfn.core.row_runs import Runs
 from peftfn.core.transforms import is_forward_mode, is_mapped, is_transforming
 from peftfn.methods.action import OnWeights, one_by_one
+from peftfn.methods.builders import LAYERS, MATRICES
 from peftfn.methods.low_rank import conv_kernel, dropout, layer_deltas, linear_kernel
 from peftfn.methods.low_rank.linear_kernel import Delta
 from peftfn.models import layers, layouts
@@ -26,8 +27,7 @@ from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape
 from peftfn.weights.codecs.packed_linear import Packed
 
-_LINEAR = (layers.LINEAR, layers.TRANSPOSED)
-_EVERYWHERE = (*_LINEAR, layers.EMBEDDING, layers.CONVOLUTION, layers.PARAMETER, layers.EXPERTS_TRANSPOSED)
+_EVERYWHERE = (*LAYERS, layers.PARAMETER, layers.EXPERTS_TRANSPOSED)
 _WHOLE = (layers.LINEAR, layers.CONVOLUTION)  # where the layer and its delta may be computed together
 
 
@@ -86,7 +86,7 @@ def _merged_low_rank(
 
 
 def _is_whole_matrix(kind: str, rows: Runs | None) -> bool:
-    return kind in _LINEAR and rows is None
+    return kind in MATRICES and rows is None
 
 
 def forward(site: Site, delta: Delta, p: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -128,7 +128,7 @@ def _trains(x: Tensor, weight: Tensor, delta: Delta) -> bool:
 def add(site: Site, delta: Delta, p: float, x: Tensor, y: Tensor) -> Tensor:
     """y + s·B·A·drop(x), in the dtype of y."""
     seen, delta, bits = _drawn(site, delta, p, x)
-    alone = site.kind in _LINEAR and _only_autograd_is_active(x, delta)
+    alone = site.kind in MATRICES and _only_autograd_is_active(x, delta)
     if alone and not is_mapped(y) and (bits is None or not is_mapped(bits)):
         return linear_kernel.add(x, y, delta, bits)
     return _plain(site, delta, seen, y, bits)
@@ -149,7 +149,7 @@ def _drawn(site: Site, delta: Delta, p: float, x: Tensor) -> tuple[Tensor, Delta
 
 def _plain(site: Site, delta: Delta, x: Tensor, y: Tensor, bits: Tensor | None) -> Tensor:
     a, b, s = delta
-    if x.is_floating_point() and (bits is not None or site.kind not in _LINEAR):
+    if x.is_floating_point() and (bits is not None or site.kind not in MATRICES):
         x = x.to(a.dtype)  # the product of a linear layer takes any dtype (`mixed_precision.linear`)
     if bits is not None:
         x = x * dropout.mask(bits, x.shape).to(x.dtype)
@@ -158,7 +158,7 @@ def _plain(site: Site, delta: Delta, x: Tensor, y: Tensor, bits: Tensor | None) 
 
 def _is_routed(site: Site, delta: Delta) -> bool:
     """Whether the delta of a linear layer has an axis for the rows of x."""
-    return site.kind in _LINEAR and delta.a.dim() > 2
+    return site.kind in MATRICES and delta.a.dim() > 2
 
 
 def _only_autograd_is_active(x: Tensor, delta: Delta) -> bool:
