@@ -118,7 +118,7 @@ class Site:
         if self.kind == TRANSPOSED or codecs.of(layer) is not codecs.DENSE:  # Conv1D's forward has to have a bias
             return F.linear(x, weight.mT if self.kind == TRANSPOSED else weight, tensors["bias"])
         own: nn.Module = object.__new__(type(layer))
-        own.__dict__.update(layer.__dict__)
+        own.__dict__.update(codecs.plain(layer).__dict__)
         own.__dict__["_parameters"] = {**layer._parameters, **tensors}
         if isinstance(layer, nn.Embedding):
             own.__dict__["max_norm"] = None  # it would write to the weight: what is looked up is renormalised instead

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from peftfn.core.config import PeftConfig
 from peftfn.methods.prompt import insert_tokens
 from peftfn.models import activation_checkpointing, layers, surgery
 from peftfn.models import transformers_names as hf
@@ -51,7 +53,7 @@ def attach(
         KeyError: an adapter has a site that the model does not have.
         ValueError: a tensor does not fit its site, or two adapters replace the same tensor.
     """
-    plan = Plan({}, {}, {}, {})
+    plan = Plan({}, {}, {}, {}, {})
     routed: dict[str, list[tuple[str, Place, Sequence[SiteAdapter]]]] = {}
     for path, here in found.items():
         twin = by_path.get(path)
@@ -73,19 +75,28 @@ def attach(
             _leave_fast_path(plan, by_path, path)
             place = _module_place(root, by_path, path, twin, here)
         _refuse_unfit(by_path[place.owner], place, path, here, check)
-        if place.kind not in layers.WEIGHT_KINDS:
-            plan.then(place.owner, functools.partial(_adapted, place, path, [part for part in here if part.leaf]))
-            _watch(plan, [place.owner], path, _leaves(here), wants_grad)
-        elif any(part.rows is not None for part in here):
+        is_read = place.kind in layers.WEIGHT_KINDS or _runs_its_own(by_path[place.owner], place)
+        if is_read and any(part.rows is not None for part in here):
             routed.setdefault(_reader(by_path, place), []).append((path, place, here))
-        else:
-            _adapt_weight(plan, by_path, place, here)
-            if reader := _reader(by_path, place):
-                _watch(plan, [reader], path, _leaves(here), wants_grad)
+            continue
+        runner = _adapt(plan, by_path, place, path, here, is_read=is_read)
+        if runner:
+            _watch(plan, [runner], path, _leaves(here), wants_grad)
     for reader, sites in routed.items():
         _adapt_reader(plan, by_path[reader], found, reader, sites)
         _watch(plan, [reader], reader, [one for _, _, here in sites for one in _leaves(here)], wants_grad)
     return plan
+
+
+def _adapt(plan: Plan, by_path: Twins, place: Place, path: str, here: Sequence[SiteAdapter], *, is_read: bool) -> str:
+    """Plan what the adapters make of one site, and return the path of the module that runs there."""
+    if place.kind in layers.WEIGHT_KINDS:
+        _adapt_weight(plan, by_path, place, here)
+        return _reader(by_path, place)
+    _read_adapted(plan, by_path[place.owner], place, path, here)
+    if not is_read:
+        plan.then(place.owner, functools.partial(_adapted, place, path, [part for part in here if part.leaf]))
+    return place.owner
 
 
 def masks(found: Found) -> dict[str, Tensor]:
@@ -205,6 +216,43 @@ def _adapt_weight(plan: Plan, by_path: Twins, place: Place, here: Sequence[SiteA
     """Adapt a tensor that the base reads itself."""
     here = [part for part in here if part.leaf]
     plan.computed[place.owner, place.weight] = functools.partial(_merged, by_path[place.owner], place, here)
+
+
+def _runs_its_own(layer: nn.Module, place: Place) -> bool:
+    """Whether the layer is adapted through its weight, because its class computes something of its own with it."""
+    return bool(place.weight) and codecs.has_own_forward(layer)
+
+
+def _read_adapted(plan: Plan, layer: nn.Module, place: Place, path: str, here: Sequence[SiteAdapter]) -> None:
+    """Let whoever reads the layer's weight past its forward find the adapted one."""
+    if not place.weight or codecs.of(layer) is not codecs.DENSE or place.weight not in layer._parameters:
+        return  # a hook or a property makes it, each time
+    acting = [part for part in here if part.leaf]
+    names = {"weight"}.union(*(part.method.on_weights.reads for part in acting if part.method.on_weights))
+    for name in names:
+        if layer._parameters.get(name) is not None:
+            plan.reads[place.owner, name] = functools.partial(_read, layer, place, path, acting, name)
+
+
+def _read(layer: nn.Module, place: Place, path: str, here: Sequence[SiteAdapter], name: str) -> Tensor:
+    """A layer's tensor as the adapters make it."""
+    if any(part.rows is not None for part in here):
+        raise ValueError(
+            f"{path}: the model reads this layer's {name} itself, and each row has an adapter of its own: there is no "
+            "one value. Leave the layer out of routed adapters (exclude_modules), or apply them one at a time."
+        )
+    if layer.training and (dropout := [field for part in here for field in _dropouts(part.config)]):
+        raise ValueError(
+            f"{path}: the model reads this layer's {name} itself, where {dropout[0]} has no meaning: it drops what "
+            f"goes into a layer. Set {dropout[0]}=0, or leave the layer out (exclude_modules)."
+        )
+    tensors = _tensors(layer, place, here)
+    return cast("Tensor", tensors[name])
+
+
+def _dropouts(config: PeftConfig) -> list[str]:
+    names = [field.name for field in dataclasses.fields(config) if field.name.endswith("dropout")]
+    return [name for name in names if getattr(config, name)]
 
 
 def _reader(by_path: Twins, place: Place) -> str:

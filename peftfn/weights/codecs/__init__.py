@@ -58,8 +58,28 @@ def _is_dense(module: nn.Module) -> bool:
     return True  # what no other codec claims
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a dense layer's class computes something else than its kind: then it is adapted through its weight."""
+    forward = type(module).forward
+    if forward in _FORWARDS or forward is nn.Embedding.forward or of(module) is not DENSE:
+        return False
+    home = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    return not (home.__name__ == "Conv1D" and home.__module__.startswith("transformers."))
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The module, or one with its tensors and without what adapters put before them (`models.read_weights`)."""
+    if "weight" not in module.__dict__ or module._parameters.get("weight") is None:
+        return module
+    other: nn.Module = object.__new__(type(module))
+    other.__dict__.update(module.__dict__)
+    del other.__dict__["weight"]
+    other.__dict__.pop("bias", None)
+    return other
+
+
 def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return type(module).forward(module, *args, **kwargs)
+    return type(module).forward(module if has_own_forward(module) else plain(module), *args, **kwargs)
 
 
 def _product(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
