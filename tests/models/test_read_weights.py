@@ -223,7 +223,7 @@ def test_writing_to_a_weight_that_an_adapter_makes_is_refused(write: Callable[[A
 def test_a_hook_that_makes_the_weight_makes_the_one_that_runs(hook: Callable[[nn.Module], nn.Module]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(hook(nn.Linear(8, 8))).eval()
-    adapter = trained(pf.init(model, pf.LoraConfig(r=2, target_modules=["0"])))
+    adapter = trained(pf.init(model, pf.LoraConfig(r=2, target_modules="0")))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)  # the weight that a hook made last is stale now
