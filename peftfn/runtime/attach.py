@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peftfn.core.config import PeftConfig
 from peftfn.methods.prompt import insert_tokens
-from peftfn.models import activation_checkpointing, layers, surgery
+from peftfn.models import activation_checkpointing, layers, surgery, twins
 from peftfn.models import transformers_names as hf
 from peftfn.models.layers import Place, Site
 from peftfn.models.surgery import Plan
@@ -227,6 +227,8 @@ def _read_adapted(plan: Plan, layer: nn.Module, place: Place, path: str, here: S
     """Let whoever reads the layer's weight past its forward find the adapted one."""
     if not place.weight or codecs.of(layer) is not codecs.DENSE or place.weight not in layer._parameters:
         return  # a hook or a property makes it, each time
+    if twins.has_set_forward(layer):
+        return  # it reads the module itself
     acting = [part for part in here if part.leaf]
     names = {"weight"}.union(*(part.method.on_weights.reads for part in acting if part.method.on_weights))
     for name in names:
