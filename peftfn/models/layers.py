@@ -116,15 +116,9 @@ class Site:
         """
         layer, weight = self.layer, cast("Tensor", tensors["weight"])
         x = x.to(weight.dtype) if x.is_floating_point() else x
-        if self.kind == TRANSPOSED or codecs.of(layer) is not codecs.DENSE:  # Conv1D's forward has to have a bias
+        if self.kind == TRANSPOSED or codecs.of(layer) is not codecs.DENSE:
             return F.linear(x, weight.mT if self.kind == TRANSPOSED else weight, tensors["bias"])
-        own: nn.Module = object.__new__(type(layer))
-        own.__dict__.update(layer.__dict__)
-        own.__dict__["_parameters"] = {**layer._parameters, **tensors}
-        if isinstance(layer, nn.Embedding):
-            own.__dict__["max_norm"] = None  # torch would write to the weight: the rows looked up are renormalised
-        forward: Callable[..., Any] = type(layer).forward
-        return forward(own, x, *args, **kwargs)
+        return codecs.compute(layer, weight, tensors["bias"], x, *args, **kwargs)
 
     @property
     def tensors(self) -> Mapping[str, Tensor | None]:

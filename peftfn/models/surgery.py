@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn.models import activation_checkpointing
+from peftfn.models.read_weights import AdaptedWeight
 from peftfn.weights import codecs
 
 Wrap = Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
@@ -28,12 +29,15 @@ class Plan(NamedTuple):
         tensors: (path, name) -> the tensor that replaces that parameter or buffer.
         computed: (path, name) -> a function that computes that tensor when it is read: the adapted form of a weight
             that the base reads itself.
+        reads: (path, name) -> a function that computes what that tensor is where the base reads it past the layer's
+            forward. It is put before the module's own tensor, which stays (`peftfn.models.read_weights`).
         attributes: (path, name) -> the new value of that attribute.
     """
 
     forwards: dict[str, list[Wrap]]
     tensors: dict[tuple[str, str], Tensor]
     computed: dict[tuple[str, str], Callable[[], Tensor]]
+    reads: dict[tuple[str, str], Callable[[], Tensor]]
     attributes: dict[tuple[str, str], Any]
 
     def then(self, path: str, wrap: Wrap) -> None:
@@ -63,13 +67,17 @@ def install(
         hold(by_path[path], name, compute)
     for (path, name), value in plan.attributes.items():
         by_path[path].__dict__[name] = value
+    own = {path for path, _ in plan.reads if codecs.has_own_forward(by_path[path])}
+    _put_reads(plan, by_path, own)
     for path, wraps in plan.forwards.items():
         module = by_path[path]
-        layer = second(module) if apart else module
+        # A hook may set tensors on the module itself before it runs (weight_norm, prune): then that one has to run.
+        layer = second(module) if apart and not module.__dict__["_forward_pre_hooks"] else module
         run = base_forward(layer)
         for wrap in wraps:
             run = wrap(layer, run)
         set_forward(module, run)
+    _put_reads(plan, by_path, {path for path, _ in plan.reads} - own)  # what a layer's forward runs has its own tensors
 
 
 def keep_norms(twin: nn.Module) -> None:
@@ -82,7 +90,8 @@ def keep_norms(twin: nn.Module) -> None:
 
 
 def _lookup(twin: nn.Embedding, ids: Tensor) -> Tensor:
-    return nn.functional.embedding(ids, twin.weight, twin.padding_idx, scale_grad_by_freq=twin.scale_grad_by_freq)
+    weight = codecs.of(twin).read(twin, "weight")
+    return nn.functional.embedding(ids, weight, twin.padding_idx, scale_grad_by_freq=twin.scale_grad_by_freq)
 
 
 def _renormalised(twin: nn.Embedding, lookup: Callable[..., Tensor], ids: Tensor) -> Tensor:
@@ -106,6 +115,26 @@ def put(twin: nn.Module, name: str, tensor: Tensor) -> None:
     names: list[str] = getattr(twin, "_flat_weights_names", [])
     if name in names:  # nn.LSTM and its kin read their weights from a list of their own
         twin.__dict__["_flat_weights"][names.index(name)] = tensor
+
+
+def _put_reads(plan: Plan, by_path: Mapping[str, nn.Module], paths: set[str]) -> None:
+    for (path, name), compute in plan.reads.items():
+        if path in paths:
+            put_before(by_path[path], f"{path}.{name}" if path else name, compute)
+
+
+def put_before(twin: nn.Module, full_name: str, compute: Callable[[], Tensor]) -> None:
+    """Put what adapters make of a tensor before the module's own, for whoever reads it past the layer's forward.
+
+    Dynamo has no way with an object that is no tensor: there it is the tensor itself, and what nobody reads is dropped
+    from the graph.
+    """
+    name = full_name.rpartition(".")[2]
+    if torch.compiler.is_compiling():
+        twin.__dict__[name] = compute()
+    else:
+        plain = functools.partial(codecs.of(twin).read, twin, name)
+        twin.__dict__[name] = AdaptedWeight(plain, compute, full_name)
 
 
 def second(twin: nn.Module) -> nn.Module:

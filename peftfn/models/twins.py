@@ -37,6 +37,14 @@ _PLAIN_HOMES = ("linear", "normalization", "dropout", "sparse", "activation", "c
 _PLAIN = frozenset(f"torch.nn.modules.{home}" for home in _PLAIN_HOMES)
 
 
+_SET = "_peftfn_set_forward"
+
+
+def has_set_forward(twin: nn.Module) -> bool:
+    """Whether somebody has set a forward on the object itself; Dynamo finds the class's own there too."""
+    return bool(twin.__dict__.get(_SET)) if torch.compiler.is_compiling() else "forward" in twin.__dict__
+
+
 class Twins:
     """The twins of one base, by path, and the tensors that were given by name.
 
@@ -121,6 +129,8 @@ class Twins:
         if "_hf_hook" in own:
             own["_hf_hook"] = offloaded.own(own["_hf_hook"])
         if self._tracing:
+            if "forward" in own:
+                own[_SET] = True
             twin.__dict__.update(own)
         else:
             object.__setattr__(twin, "__dict__", own)  # past nn.Module's, and without copying it once more

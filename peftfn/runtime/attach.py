@@ -18,10 +18,9 @@ from peftfn.models import transformers_names as hf
 from peftfn.models.layers import Place, Site
 from peftfn.models.surgery import Plan
 from peftfn.ops import validate
-from peftfn.runtime import attach_call, site_adapters, token_gate
-from peftfn.runtime.routing import routed_sites, vmapped_module
+from peftfn.runtime import attach_call, attach_weights, token_gate
+from peftfn.runtime.routing import routed_sites
 from peftfn.runtime.site_adapters import SiteAdapter
-from peftfn.weights import codecs
 
 Found = Mapping[str, Sequence[SiteAdapter]]
 Twins = Mapping[str, nn.Module]
@@ -53,7 +52,7 @@ def attach(
         KeyError: an adapter has a site that the model does not have.
         ValueError: a tensor does not fit its site, or two adapters replace the same tensor.
     """
-    plan, noted = Plan({}, {}, {}, {}), token_gate.Noted(lasts)
+    plan, noted = Plan({}, {}, {}, {}, {}), token_gate.Noted(lasts)
     routed: dict[str, list[tuple[str, Place, Sequence[SiteAdapter]]]] = {}
     for path, here in found.items():
         twin = by_path.get(path)
@@ -75,20 +74,38 @@ def attach(
                 continue
             place = _module_place(root, by_path, path, twin, here)
         _refuse_unfit(by_path[place.owner], place, path, here, check)
-        if place.kind not in layers.WEIGHT_KINDS:
-            plan.then(place.owner, functools.partial(_adapted, place, path, [p for p in here if p.leaf], noted))
-            _watch(plan, [place.owner], path, _leaves(here), wants_grad)
-        elif any(part.rows is not None for part in here):
-            routed.setdefault(_reader(by_path, place), []).append((path, place, here))
-        else:
-            _adapt_weight(plan, by_path, place, here)
-            if reader := _reader(by_path, place):
-                _watch(plan, [reader], path, _leaves(here), wants_grad)
+        is_read = place.kind in layers.WEIGHT_KINDS or attach_weights.runs_its_own(by_path[place.owner], place)
+        if is_read and any(part.rows is not None for part in here):
+            routed.setdefault(attach_weights.reader(by_path, place), []).append((path, place, here))
+            continue
+        runner = _adapt(plan, by_path, place, path, here, noted, is_read=is_read)
+        if runner:
+            _watch(plan, [runner], path, _leaves(here), wants_grad)
     for reader, sites in routed.items():
-        _adapt_reader(plan, by_path[reader], found, reader, sites)
+        attach_weights.adapt_reader(plan, by_path[reader], found, reader, sites)
         _watch(plan, [reader], reader, [one for _, _, here in sites for one in _leaves(here)], wants_grad)
     _gate(plan, found, noted)
     return plan
+
+
+def _adapt(
+    plan: Plan,
+    by_path: Twins,
+    place: Place,
+    path: str,
+    here: Sequence[SiteAdapter],
+    noted: token_gate.Noted,
+    *,
+    is_read: bool,
+) -> str:
+    """Plan what the adapters make of one site, and return the path of the module that runs there."""
+    if place.kind in layers.WEIGHT_KINDS:
+        attach_weights.adapt_weight(plan, by_path, place, here)
+        return attach_weights.reader(by_path, place)
+    attach_weights.adapt_reads(plan, by_path[place.owner], place, path, here)
+    if not is_read:
+        plan.then(place.owner, functools.partial(_adapted, place, path, [part for part in here if part.leaf], noted))
+    return place.owner
 
 
 def masks(found: Found) -> dict[str, Tensor]:
@@ -208,7 +225,7 @@ def _adapted(
 ) -> Callable[..., Any]:
     """The forward of a layer with one method around the other."""
     for number, part in enumerate(here):
-        before = functools.partial(_tensors, layer, place, here[:number]) if number else None
+        before = functools.partial(attach_weights.tensors, layer, place, here[:number]) if number else None
         site = layers.site_of(layer, place, path, part.info, run, before)
         action = part.method.on_weights
         takes_rows = part.rows is None or action is None or action.takes_rows(place.kind, part.info.rows)
@@ -229,47 +246,6 @@ def _acting(part: SiteAdapter, site: Site, run: Callable[..., Any]) -> Callable[
     return functools.partial(part.method.action.forward, part.config, part.leaf, site.running(run))
 
 
-def _adapt_weight(plan: Plan, by_path: Twins, place: Place, here: Sequence[SiteAdapter]) -> None:
-    """Adapt a tensor that the base reads itself."""
-    here = [part for part in here if part.leaf]
-    plan.computed[place.owner, place.weight] = functools.partial(_merged, by_path[place.owner], place, here)
-
-
-def _reader(by_path: Twins, place: Place) -> str:
-    """The path of the module that reads a tensor itself: its owner, or the attention around it."""
-    parent = place.owner.rpartition(".")[0]
-    return parent if isinstance(by_path.get(parent), nn.MultiheadAttention) else place.owner
-
-
-def _adapt_reader(
-    plan: Plan,
-    reader: nn.Module,
-    found: Found,
-    path: str,
-    sites: Sequence[tuple[str, Place, Sequence[SiteAdapter]]],
-) -> None:
-    """Adapt tensors that a module of the base reads itself, each row's by its own adapter."""
-    inside = f"{path}." if path else ""
-    others = [one for one in found if one.startswith(inside) and one not in {site for site, _, _ in sites}]
-    if others or path in plan.forwards or "forward" in reader.__dict__:
-        raise ValueError(
-            f"{path}: {type(reader).__name__} reads an adapted weight itself, so it runs a row at a time, and the "
-            f"adapters act on {', '.join(others[:3]) or 'it'} in another way too. Leave one of them out of routed "
-            "adapters, or apply them one at a time."
-        )
-    read: list[vmapped_module.Read] = []
-    for _, place, here in sites:
-        relative = place._replace(owner=place.owner.removeprefix(path).removeprefix("."))
-        read.append(vmapped_module.Read(relative, [part for part in here if part.leaf]))
-    plan.then(path, functools.partial(_read_by_row, path, read))
-
-
-def _read_by_row(
-    path: str, read: Sequence[vmapped_module.Read], layer: nn.Module, _run: Callable[..., Any]
-) -> Callable[..., Any]:
-    return vmapped_module.by_row(layer, path, read)
-
-
 def _refuse_unfit(twin: nn.Module, place: Place, path: str, here: Sequence[SiteAdapter], check: bool) -> None:
     for part in here:
         if part.leaf and part.invocations and place.kind not in token_gate.KINDS:
@@ -277,27 +253,6 @@ def _refuse_unfit(twin: nn.Module, place: Place, path: str, here: Sequence[SiteA
         if part.leaf and (check or part.method.on_weights is None):  # the others are few, and never remembered
             one = part.leaf if part.rows is None else {name: tensor[0] for name, tensor in part.leaf.items()}
             validate.refuse_leaf(part.method, part.config, one, layers.site_of(twin, place, path, part.info))
-
-
-def _merged(twin: nn.Module, place: Place, here: Sequence[SiteAdapter]) -> Tensor:
-    weight = codecs.of(twin).read(twin, place.weight)
-    for part in here:
-        weight = site_adapters.merged(part, part.leaf, place.kind, {"weight": weight})["weight"]
-    return weight
-
-
-def _tensors(layer: nn.Module, place: Place, before: Sequence[SiteAdapter]) -> dict[str, Tensor | None]:
-    """A layer's weight and bias as the adapters before another one leave them."""
-    weight, bias = codecs.of(layer).read(layer, place.weight), codecs.bias(layer)
-    tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    for part in before:
-        if part.rows is not None:
-            raise ValueError(
-                f"{place.name}: an adapter of one row each acts here before one that reads the weight, which then has "
-                "no one value. Put the other adapter first, or apply them apart."
-            )
-        tensors |= site_adapters.merged(part, part.leaf, place.kind, tensors)
-    return {"bias": None, **tensors}
 
 
 def _leave_fast_path(plan: Plan, by_path: Twins, path: str, here: Sequence[SiteAdapter]) -> None:

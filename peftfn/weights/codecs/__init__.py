@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftfn.core import transforms
 from peftfn.weights import offloaded
 from peftfn.weights.codecs import any_linear, bitsandbytes_4bit, bitsandbytes_8bit, gptq
 from peftfn.weights.codecs.packed_linear import Packed
@@ -58,8 +60,39 @@ def _is_dense(module: nn.Module) -> bool:
     return True  # what no other codec claims
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a dense layer's class computes something else than its kind: then it is adapted through its weight."""
+    return of(module) is DENSE and _computes_its_own(type(module))
+
+
+@transforms.constant_result
+def _computes_its_own(cls: type[nn.Module]) -> bool:
+    home = next(one for one in cls.__mro__ if "forward" in vars(one))
+    is_conv1d = home.__name__ == "Conv1D" and home.__module__.startswith("transformers.")
+    return cls.forward not in _FORWARDS and cls.forward is not nn.Embedding.forward and not is_conv1d
+
+
+def compute(module: nn.Module, weight: Tensor | None, bias: Tensor | None, input: Tensor) -> Tensor:  # noqa: A002
+    """What a layer whose forward is its kind's computes with these tensors in place of its own."""
+    assert weight is not None, "a layer has a weight"
+    if isinstance(module, nn.Embedding):
+        ways = module.padding_idx, None, module.norm_type, module.scale_grad_by_freq, module.sparse
+        return F.embedding(input, weight, *ways)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return cast("Any", module)._conv_forward(input, weight, bias)  # noqa: SLF001  # all of its forward but the names
+    if isinstance(module, nn.Linear):
+        return F.linear(input, weight, bias)
+    flat = input.view(-1, input.shape[-1])  # transformers' Conv1D, by the same product: the same bits
+    product = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+    return product.view(*input.shape[:-1], -1)
+
+
 def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return type(module).forward(module, *args, **kwargs)
+    # What adapters make of the weight is put before the module's own (`models.read_weights`): Dynamo may not see it.
+    is_before = torch.compiler.is_compiling() or "weight" in module.__dict__
+    if not is_before or has_own_forward(module) or module._parameters.get("weight") is None:
+        return type(module).forward(module, *args, **kwargs)
+    return compute(module, module._parameters["weight"], module._parameters.get("bias"), *args, **kwargs)
 
 
 def _product(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
