@@ -5,8 +5,9 @@ from peftfn.checkpoints.checkpoint import load, push_to_hub, save
 from peftfn.checkpoints.load_stack import load_stack
 from peftfn.checkpoints.load_with_model import load_with_model
 from peftfn.checkpoints.merge_folder.merging import merge_folder
-from peftfn.core.adapter import Adapter, Count, count, leaves
+from peftfn.core.adapter import Adapter, leaves
 from peftfn.core.config import PeftConfig
+from peftfn.core.parameter_count import Count, count
 from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adaption_prompt import AdaptionPromptConfig
 from peftfn.methods.beft import BeftConfig

@@ -41,13 +41,11 @@ def from_keys(left: dict[str, Tensor], config: PeftConfig, prefix: str, source: 
     return Adapter(params, {path: method.constants(config, path, leaf) for path, leaf in params.items()}, config)
 
 
-def taken_copies(method: Method, config: PeftConfig, own: Tree) -> dict[str, tuple[str, ...]]:
+def taken_copies(config: PeftConfig, own: Tree) -> dict[str, tuple[str, ...]]:
     """The copies of each table's tensors, of layers that are tied to it: they are taken out of `own`.
 
     PEFT writes one for each such layer. They are at sites that the config does not name.
     """
-    if method.on_weights is None or not method.on_weights.of_tables:
-        return {}
     named = {path for path in own if matching.is_named(cast("TargetedConfig", config), path)}
     found: dict[str, tuple[str, ...]] = {}
     for path in [path for path in own if path not in named]:
@@ -75,6 +73,6 @@ def copied(method: Method, config: Any, path: str) -> str:
 
 def without_mark(method: Method, site: str) -> tuple[str, bool]:
     """The path of a module without what marks a copy of its tensors, and whether it was marked."""
-    home, mark, named = f"{site}.".partition(f".{method.files.copies}.") if method.files.copies else (site, "", "")
+    home, mark, named = f"{site}.".partition(f".{method.files.copies}.")
     inside = named.removesuffix(".").partition(".")[2]
     return (f"{home}.{inside}" if inside else home) if mark else site, bool(mark)

@@ -156,9 +156,9 @@ def from_keys(
     if not tensors:
         raise ValueError(f"{source} holds no tensor; it is not the weights of an adapter.")
     left = dict(tensors)
-    beside = [companion_keys.from_keys(left, other, PREFIX, source) for other in companions.of(config)]
+    beside = [companion_keys.from_keys(left, other, PREFIX, source) for other in methods.beside(config)]
     first = _from_keys(left, config, source, ordered=ordered, model=model, noted=noted, fixed=fixed)
-    return companions.united(first, tuple(beside))
+    return companions.united(first, tuple(beside)) if beside else first
 
 
 def _from_keys(
@@ -185,7 +185,7 @@ def _from_keys(
     names = method.in_files(config)
     for key, tensor in _without_copies(tensors).items():
         site, name = _split(method, names, key, source)
-        site, is_copy = companion_keys.without_mark(method, site)
+        site, is_copy = companion_keys.without_mark(method, site) if method.files.copies else (site, False)
         if name in names:
             keyed.setdefault(site, {})[name] = tensor
         else:
@@ -194,7 +194,8 @@ def _from_keys(
             is_trained = (is_copy and name not in prompt_keys.STATISTICS) or _is_trained(config, path, name, site)
             home = params if is_trained and not is_buffer else buffers
             home.setdefault(path, {})[name] = tensor
-    tied = companion_keys.taken_copies(method, config, keyed)
+    tied = companion_keys.taken_copies(config, keyed) if method.of_tables else {}
+    on_inputs = method.targets.input_side
     paths = _paths(config, keyed, source, ordered or model is not None)
     for site, leaf in keyed.items():
         at = layers.pattern_path(paths[site], set(paths.values()))
@@ -203,11 +204,13 @@ def _from_keys(
         except (KeyError, ValueError) as error:
             raise type(error)(f"{source} has {error.args[0]} for {paths[site]!r}; expected a whole adapter.") from None
         known = (noted or {}).get(paths[site], UNKNOWN)
-        info = known._replace(input_side=method.targets.input_side(config, at), tied=tied.get(site, ()))
+        side = on_inputs is not None and on_inputs(config, at)
+        info = known._replace(input_side=side, tied=tied.get(site, ()))
         sites[paths[site]] = info
         whole = method.files.read(leaf)
         own = dict(whole) if info.rows is None else common_sites.on_own_rows(method, whole, info)
-        own |= method.files.derived(config, at, own, _site(model, paths[site], info))
+        if method.files.derived is not None:
+            own |= method.files.derived(config, at, own, _site(model, paths[site], info))
         trained, held = method.parted(config, at, own)
         params.setdefault(paths[site], {}).update(trained)
         buffers.setdefault(paths[site], {}).update(held)

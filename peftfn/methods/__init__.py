@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from peftfn.core.config import PeftConfig
 from peftfn.methods import (
     adalora,
@@ -62,8 +64,6 @@ TABLE: tuple[Method, ...] = (
     miss.METHOD,
     road.METHOD,
     ln_tuning.METHOD,
-    lokr.METHOD,
-    oft.METHOD,
     osf.METHOD,
     peanut.METHOD,
     psoft.METHOD,
@@ -90,4 +90,10 @@ def of(config: PeftConfig) -> Method:
     raise TypeError(f"config is a {given.__name__}; expected one of: {known}.")
 
 
-__all__ = ["TABLE", "Method", "of"]
+def beside(config: PeftConfig) -> Sequence[PeftConfig]:
+    """The configs of what a config asks for beside its own method."""
+    asked = of(config).companions
+    return () if asked is None or not getattr(config, asked.field) else asked.configs(config)
+
+
+__all__ = ["TABLE", "Method", "beside", "of"]

@@ -25,8 +25,9 @@ from peftfn.methods.adalora_config import AdaLoraConfig
 from peftfn.methods.adalora_targets import TARGETS
 from peftfn.methods.low_rank import site_forward
 from peftfn.methods.low_rank.linear_kernel import Delta
-from peftfn.methods.method import Files, Method, Stacking, Targets, constant, like_weight
+from peftfn.methods.method import Method, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
+from peftfn.methods.traits import Files, Stacking, Targets
 from peftfn.models import layers, layouts, targets
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from peftfn.core.adapter import Leaf
 from peftfn.core.config import PeftConfig
 from peftfn.methods.action import OnAttention
-from peftfn.methods.method import Method, Stacking, Targets
+from peftfn.methods.method import Method
 from peftfn.methods.prompt import insert_tokens
 from peftfn.methods.slots import Slot
+from peftfn.methods.traits import Stacking, Targets
 from peftfn.models import layers, targets
 from peftfn.models.layers import Place, Site
 

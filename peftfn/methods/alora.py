@@ -19,10 +19,8 @@ EVERY_TOKEN = 2**31 - 1
 
 
 def check(config: Any) -> None:
-    """A `ValueError` if what the config says of an invocation makes no sense."""
-    tokens: Sequence[int] | None = config.alora_invocation_tokens
-    if tokens is None:
-        return
+    """A `ValueError` if what the config says of an invocation, which it has, makes no sense."""
+    tokens: Sequence[int] = config.alora_invocation_tokens
     if not tokens or any(one < 0 for one in tokens):
         raise ValueError(f"alora_invocation_tokens={list(tokens)}; expected the ids of at least one token.")
     if config.task_type not in (None, "CAUSAL_LM"):
@@ -32,11 +30,6 @@ def check(config: Any) -> None:
         )
     if config.use_dora:
         raise ValueError("alora_invocation_tokens with use_dora=True; expected one of them, as in PEFT.")
-
-
-def invocation(config: Any) -> Sequence[int] | None:
-    """The tokens from whose last occurrence on a config's adapter acts; `None` if it acts on all tokens."""
-    return config.alora_invocation_tokens or None
 
 
 def acted_on(ids: Tensor, before: Tensor, tokens: Sequence[int] | None) -> tuple[Tensor, Tensor]:

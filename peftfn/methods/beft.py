@@ -18,8 +18,9 @@ from peftfn.core.config import TargetedConfig
 from peftfn.methods import builders
 from peftfn.methods.action import OnWeights
 from peftfn.methods.lora_config import described
-from peftfn.methods.method import Method, Stacking, Targets, like_weight
+from peftfn.methods.method import Method, like_weight
 from peftfn.methods.slots import Shape, Slot
+from peftfn.methods.traits import Stacking, Targets
 from peftfn.models import layers, layouts, targets
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape

@@ -18,8 +18,9 @@ from peftfn.core.config import LayeredConfig
 from peftfn.methods import places
 from peftfn.methods import slots as slot_table
 from peftfn.methods.lora_config import check_positive, described
-from peftfn.methods.method import Stacking, constant, like_weight
+from peftfn.methods.method import constant, like_weight
 from peftfn.methods.slots import Shape, Slot, Slots
+from peftfn.methods.traits import Stacking
 from peftfn.models import layouts, matching
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape

@@ -16,15 +16,9 @@ from peftfn.core.config import PeftConfig
 from peftfn.models import matching
 
 
-def of(config: PeftConfig) -> tuple[PeftConfig, ...]:
-    """The configs of what a config asks for beside its own method."""
-    asked = methods.of(config).companions
-    return () if asked is None else tuple(asked(config))
-
-
 def pieces(adapter: Adapter) -> tuple[Adapter, ...]:
     """The adapter, or those that it consists of: its own method's first, which also has its saved modules."""
-    others = of(adapter.config)
+    others = methods.beside(adapter.config)
     if not others:
         return (adapter,)
     found: list[Adapter] = []
@@ -35,7 +29,7 @@ def pieces(adapter: Adapter) -> tuple[Adapter, ...]:
         own = [{path: _only(tree.get(path, {}), names) for path in paths} for tree in (rest.params, rest.buffers)]
         members = rest.members
         if members is not None:
-            configs = tuple(of(one)[number] for one in members.configs)
+            configs = tuple(methods.beside(one)[number] for one in members.configs)
             members = members._replace(configs=configs, paths=tuple(tuple(paths) for _ in configs))
         sites = {path: info for path, info in rest.sites.items() if path in paths}
         found.append(Adapter(own[0], own[1], config, sites, members))

@@ -21,8 +21,9 @@ from peftfn.core.adapter import Leaf
 from peftfn.core.config import LayeredConfig
 from peftfn.methods import builders, lora
 from peftfn.methods.lora_config import check_positive, described
-from peftfn.methods.method import Files, Method, Stacking, constant, like_weight
+from peftfn.methods.method import Method, constant, like_weight
 from peftfn.methods.slots import Shape, Slot, always
+from peftfn.methods.traits import Files, Stacking
 from peftfn.models import layouts, matching
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape

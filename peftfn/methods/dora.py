@@ -26,8 +26,9 @@ from peftfn.methods import builders, lora
 from peftfn.methods.lora_config import LoraConfig
 from peftfn.methods.low_rank import layer_deltas, site_forward
 from peftfn.methods.low_rank.linear_kernel import Delta
-from peftfn.methods.method import Files, constant, like_weight
+from peftfn.methods.method import constant, like_weight
 from peftfn.methods.slots import Shape, Slot
+from peftfn.methods.traits import Files
 from peftfn.models import layouts
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from peftfn.methods import builders, coefficients, lora
 from peftfn.methods.coefficients import CoefficientsConfig
 from peftfn.methods.lora_targets import DENSE_TARGETS
-from peftfn.methods.method import Files, Method, Targets
+from peftfn.methods.method import Method
+from peftfn.methods.traits import Files, Targets
 from peftfn.models import targets
 from peftfn.models.layouts import WeightShape
 

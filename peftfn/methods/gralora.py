@@ -21,8 +21,9 @@ from peftfn.core.config import LayeredConfig
 from peftfn.methods import builders, slots
 from peftfn.methods.lora_config import check_positive, described
 from peftfn.methods.lora_targets import TARGETS
-from peftfn.methods.method import Files, Method, Stacking, Targets, constant, like_weight
+from peftfn.methods.method import Method, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
+from peftfn.methods.traits import Files, Stacking, Targets
 from peftfn.models import layouts, targets
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape

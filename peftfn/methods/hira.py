@@ -25,8 +25,9 @@ from peftfn.core.adapter import Leaf
 from peftfn.core.config import LayeredConfig
 from peftfn.methods import builders, lora, slots
 from peftfn.methods.lora_config import check_positive, described
-from peftfn.methods.method import Files, Method, Stacking, like_weight
+from peftfn.methods.method import Method, like_weight
 from peftfn.methods.slots import Shape, Slot
+from peftfn.methods.traits import Files, Stacking
 from peftfn.models import layers, layouts, matching
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape

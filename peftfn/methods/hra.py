@@ -27,8 +27,9 @@ from peftfn.core.adapter import Leaf
 from peftfn.core.config import LayeredConfig
 from peftfn.methods import builders, lora
 from peftfn.methods.lora_config import check_positive, described
-from peftfn.methods.method import Method, Stacking, Targets, like_weight
+from peftfn.methods.method import Method, like_weight
 from peftfn.methods.slots import Shape, Slot
+from peftfn.methods.traits import Stacking, Targets
 from peftfn.models import layers, layouts
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape

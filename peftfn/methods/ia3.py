@@ -22,8 +22,9 @@ from peftfn.core.config import TargetedConfig
 from peftfn.methods import builders
 from peftfn.methods.ia3_targets import FEEDFORWARD, TARGETS
 from peftfn.methods.low_rank.weighted_sum import Recipe
-from peftfn.methods.method import Combining, Files, Method, Stacking, Targets, like_weight
+from peftfn.methods.method import Method, like_weight
 from peftfn.methods.slots import Shape, Slot
+from peftfn.methods.traits import Combining, Files, Stacking, Targets
 from peftfn.models import layers, layouts, targets
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from peftfn.core.adapter import Leaf
 from peftfn.core.config import TargetedConfig
 from peftfn.methods.action import OnWeights
-from peftfn.methods.method import Files, Method, Targets
+from peftfn.methods.method import Method
+from peftfn.methods.traits import Files, Targets
 from peftfn.models import layers, targets
 from peftfn.models.layers import Place, Site
 from peftfn.models.layouts import WeightShape

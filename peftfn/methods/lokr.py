@@ -21,8 +21,9 @@ from peftfn.core.adapter import Leaf
 from peftfn.methods import lora, lycoris, slots
 from peftfn.methods.lora_config import check_positive, described
 from peftfn.methods.lycoris import LycorisConfig
-from peftfn.methods.method import Method, Stacking, like_weight
+from peftfn.methods.method import Method, like_weight
 from peftfn.methods.slots import Shape, Slot
+from peftfn.methods.traits import Stacking
 from peftfn.models import layouts, matching
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape

@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from peftfn.core.adapter import Leaf
 from peftfn.core.config import TargetedConfig
 from peftfn.core.config_values import patterns_of
-from peftfn.methods import alora, builders, slots, trainable_tokens
+from peftfn.methods import builders, slots, trainable_tokens
 from peftfn.methods.lora_config import LoraConfig
 from peftfn.methods.lora_targets import TARGETS
 from peftfn.methods.low_rank import leaf_shapes, lora_combine, site_forward
 from peftfn.methods.low_rank.linear_kernel import Delta
-from peftfn.methods.method import Combining, Files, Method, Stacking, Targets, constant, like_weight
+from peftfn.methods.method import Method, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
+from peftfn.methods.traits import Combining, Companions, Files, Stacking, Targets
 from peftfn.models import layers, layouts, matching, targets
 from peftfn.models.layers import Place, Site
 from peftfn.models.layouts import WeightShape
@@ -193,6 +194,6 @@ METHOD = Method(
     stacking=Stacking(matching.rank, resize=leaf_shapes.resized, varies=VARIES),
     files=Files(check_file, write=leaf_shapes.to_file, read=from_file),
     combining=Combining(lora_combine.combine, lora_combine.combined),
-    companions=trainable_tokens.of_config,
-    invocation=alora.invocation,
+    companions=Companions("trainable_token_indices", trainable_tokens.of_config),
+    invocation="alora_invocation_tokens",
 )

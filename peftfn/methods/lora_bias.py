@@ -19,8 +19,9 @@ from peftfn.core.adapter import Leaf
 from peftfn.methods import builders, lora
 from peftfn.methods.action import OnWeights
 from peftfn.methods.lora_config import LoraConfig
-from peftfn.methods.method import Files, like_weight
+from peftfn.methods.method import like_weight
 from peftfn.methods.slots import Shape, Slot
+from peftfn.methods.traits import Files
 from peftfn.models import layers, layouts, matching
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape

@@ -116,7 +116,8 @@ class LoraConfig(LowRankConfig):
         super().__post_init__()
         for rank in (self.rank_pattern or {}).values():
             check_positive("r", rank)
-        alora.check(self)
+        if self.alora_invocation_tokens is not None:
+            alora.check(self)
         if self.lora_bias and (self.use_dora or not isinstance(self.init_lora_weights, bool)):
             raise ValueError(
                 f"lora_bias=True with use_dora={self.use_dora} and init_lora_weights={self.init_lora_weights!r}; "

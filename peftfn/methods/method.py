@@ -5,22 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, Tree
+from peftfn.core.adapter import UNKNOWN, Leaf, SiteInfo
 from peftfn.core.config import PeftConfig
 from peftfn.methods import slots
 from peftfn.methods.action import OnAttention, OnCall, OnWeights
-from peftfn.methods.low_rank.weighted_sum import Recipe
 from peftfn.methods.slots import Slots
-from peftfn.models import layers, layouts, targets
-from peftfn.models.layers import Place, Site
+from peftfn.methods.traits import Combining, Companions, Files, Stacking, Targets
+from peftfn.models import layers, layouts
+from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape
-
-Padded = Callable[[Sequence[Any], str, Sequence[Leaf | None]], list[Leaf]]
 
 
 def like_weight(tensor: Tensor, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -33,112 +31,6 @@ def constant(value: float, leaf: Leaf) -> Tensor:
     """A number of the config as a 0-d tensor where the leaf is, in float64 where that is so, else in float32."""
     one = next(iter(leaf.values()))
     return torch.tensor(value, dtype=torch.float64 if one.dtype == torch.float64 else torch.float32, device=one.device)
-
-
-def _on_outputs(config: Any, path: str) -> bool:
-    return False
-
-
-def _resolve(model: nn.Module, config: Any) -> Any:
-    return targets.resolved(model, config, {})
-
-
-class Targets(NamedTuple):
-    """Where a method acts.
-
-    Attributes:
-        resolve: `(model, config) -> config` with what the model decides filled in (default targets, ...).
-        sites: `(model, config) -> {site path: Place}`.
-        input_side: `(config, path) -> whether it acts on what goes in there`, of a method that acts on either side.
-    """
-
-    resolve: Callable[[nn.Module, Any], Any] = _resolve
-    sites: Callable[[nn.Module, Any], dict[str, Place]] = targets.sites
-    input_side: Callable[[Any, str], bool] = _on_outputs
-
-
-def _no_rank(config: Any, path: str) -> int:
-    return 0
-
-
-def _first(configs: Sequence[Any]) -> Any:
-    return configs[0]
-
-
-class Stacking(NamedTuple):
-    """What is needed to put adapters that differ into one stack; by default, what the slots say.
-
-    Attributes:
-        rank: `(config, path) -> rank` of a site.
-        resize: `(leaf, old rank, new rank) -> leaf`, where the slots' axes do not say it.
-        pad: `(configs, path, leaves) -> leaves` of one shape, params and buffers; `None` is one without this site.
-        trim: `(config, configs, path, leaf) -> leaf`, the inverse of `pad` for one of them.
-        shared: `(configs) -> config` that a forward reads for all adapters of a stack.
-        varies: the method's own fields of the config in which they may differ: what they say is in the tensors.
-    """
-
-    rank: Callable[[Any, str], int] = _no_rank
-    resize: Callable[[Leaf, int, int], Leaf] | None = None
-    pad: Padded | None = None
-    trim: Callable[[Any, Sequence[Any], str, Leaf], Leaf] | None = None
-    shared: Callable[[Sequence[Any]], Any] = _first
-    varies: Sequence[str] = ()
-
-
-def _no_check(config: Any, path: str, leaf: Leaf) -> None:
-    return None
-
-
-def _nothing(config: Any, path: str, leaf: Leaf, site: Site | None) -> Leaf:
-    return {}
-
-
-def _as_given(adapter: Adapter) -> Any:
-    return adapter.config
-
-
-def _same(leaf: Leaf) -> Leaf:
-    return leaf
-
-
-class Files(NamedTuple):
-    """How a method's files differ from its leaves.
-
-    Attributes:
-        check: `(config, path, leaf) -> None`, or a `KeyError` or `ValueError` that says what a file's leaf has.
-        config: `(adapter) -> config` for a file, where the adapter's tensors say a part of it.
-        write: `(leaf) -> leaf` in PEFT's shapes.
-        read: `(leaf) -> leaf`, back.
-        derived: `(config, path, leaf, site) -> buffers leaf` that follows from the base where a file has it not; the
-            site is `None` where no model is given, and a `ValueError` says what for it is needed.
-        inside: the part of a key before its names where the method goes along with another one.
-        copies: the part of a key before the name of a tensor that replaces one of the site's own.
-    """
-
-    check: Callable[[Any, str, Leaf], None] = _no_check
-    config: Callable[[Adapter], Any] = _as_given
-    write: Callable[[Leaf], Leaf] = _same
-    read: Callable[[Leaf], Leaf] = _same
-    derived: Callable[[Any, str, Leaf, Site | None], Leaf] = _nothing
-    inside: str = ""
-    copies: str = ""
-
-
-def _same_config(config: Any, adapters: Sequence[Adapter], params: Tree) -> Any:
-    return config
-
-
-class Combining(NamedTuple):
-    """How several adapters become one.
-
-    Attributes:
-        leaf: `(recipe, configs, path, leaves) -> (params leaf, buffers leaf)`, the weighted combination at one site;
-            `None` is an adapter without this site.
-        config: `(config, adapters, params) -> config` of it, from one that has their targets already.
-    """
-
-    leaf: Callable[[Recipe, Sequence[Any], str, Sequence[Leaf | None]], tuple[Leaf, Leaf]]
-    config: Callable[[Any, Sequence[Adapter], Tree], Any] = _same_config
 
 
 def _no_constants(config: Any, path: str, leaf: Leaf) -> Leaf:
@@ -163,10 +55,11 @@ class Method:
         stacking: how unlike adapters become one stack.
         files: how its files differ from its leaves.
         combining: how several become one; `None` where there is no weighted combination.
-        companions: `(config) -> configs` of other methods that it asks for beside its own, if it may.
-        invocation: `(config) -> the tokens from whose last occurrence on it acts`, `None` for all, if it may have some.
+        companions: what its config may ask for beside it.
+        invocation: the config's field, if it has one, with the tokens from whose last occurrence on the method acts.
         variant: the field of the config that makes it this method's where it is set; another method has the rest.
         on_weights, on_call: the action, of a method that acts on weights, or on the model's call; else `None`.
+        of_tables: whether it is about tables of rows, as its action says.
         whole: the kind of its sites where they are whole modules, `layers.ATTENTION` or `layers.MODEL`; else `None`.
     """
 
@@ -179,11 +72,12 @@ class Method:
     stacking: Stacking = _STACKING
     files: Files = _FILES
     combining: Combining | None = None
-    companions: Callable[[Any], Sequence[PeftConfig]] | None = None
-    invocation: Callable[[Any], Sequence[int] | None] | None = None
+    companions: Companions | None = None
+    invocation: str = ""
     variant: str = ""
     on_weights: OnWeights | None = dataclasses.field(init=False)
     on_call: OnCall | None = dataclasses.field(init=False)
+    of_tables: bool = dataclasses.field(init=False)
     whole: str | None = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -191,6 +85,7 @@ class Method:
         is_call, is_weights = isinstance(self.action, OnCall), isinstance(self.action, OnWeights)
         object.__setattr__(self, "on_weights", self.action if is_weights else None)
         object.__setattr__(self, "on_call", self.action if is_call else None)
+        object.__setattr__(self, "of_tables", self.on_weights is not None and self.on_weights.of_tables)
         kind = layers.MODEL if is_call else layers.ATTENTION
         object.__setattr__(self, "whole", None if is_weights else kind)
 

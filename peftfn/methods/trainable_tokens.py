@@ -25,8 +25,9 @@ from peftfn.core.adapter import Leaf
 from peftfn.core.config import PeftConfig
 from peftfn.methods.action import OnWeights
 from peftfn.methods.lora_config import described
-from peftfn.methods.method import Files, Method, Stacking, Targets, like_weight
+from peftfn.methods.method import Method, like_weight
 from peftfn.methods.slots import Shape, Slot
+from peftfn.methods.traits import Files, Stacking, Targets
 from peftfn.models import layers, layouts, targets
 from peftfn.models.layers import Place, Site
 from peftfn.models.layouts import WeightShape
@@ -68,9 +69,7 @@ class TrainableTokensConfig(PeftConfig):
 
 def of_config(config: Any) -> tuple[TrainableTokensConfig, ...]:
     """What a config of another method asks for with `trainable_token_indices`: of each embedding that it names."""
-    given: Mapping[str, Sequence[int]] | Sequence[int] | None = config.trainable_token_indices
-    if not given:
-        return ()
+    given: Mapping[str, Sequence[int]] | Sequence[int] = config.trainable_token_indices
     if not isinstance(given, Mapping):
         return (TrainableTokensConfig(token_indices=given),)
     twice = sorted({*given} & {*(config.modules_to_save or ())})

@@ -26,7 +26,8 @@ from peftfn.methods import builders, coefficients, lora
 from peftfn.methods.coefficients import CoefficientsConfig
 from peftfn.methods.lora_config import described
 from peftfn.methods.lora_targets import DENSE_TARGETS
-from peftfn.methods.method import Files, Method, Targets
+from peftfn.methods.method import Method
+from peftfn.methods.traits import Files, Targets
 from peftfn.methods.wavelets import LOW_PASS
 from peftfn.models import layers, targets
 from peftfn.models.layouts import WeightShape

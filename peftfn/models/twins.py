@@ -36,7 +36,6 @@ _SMALL_CONTAINER = 256
 _PLAIN_HOMES = ("linear", "normalization", "dropout", "sparse", "activation", "conv", "batchnorm", "pooling", "padding")
 _PLAIN = frozenset(f"torch.nn.modules.{home}" for home in _PLAIN_HOMES)
 
-
 _SET = "_peftfn_set_forward"
 
 
@@ -121,10 +120,7 @@ class Twins:
             self._put_dense(module, own, prefix)
         own["_buffers"] = self._buffers(module, prefix) if own["_buffers"] else {}
         own["_non_persistent_buffers_set"] = set(own["_non_persistent_buffers_set"])
-        if own["_modules"]:
-            own["_modules"] = {k: v if v is None else self._make(v, prefix + k) for k, v in own["_modules"].items()}
-        else:
-            own["_modules"] = {}
+        own["_modules"] = {k: v if v is None else self._make(v, prefix + k) for k, v in own["_modules"].items()}
         _own_hooks(own)
         if "_hf_hook" in own:
             own["_hf_hook"] = offloaded.own(own["_hf_hook"])
@@ -257,8 +253,7 @@ class Twins:
             return {key: self._mapped(item) for key, item in cast("dict[Any, Any]", value).items()}
         if isinstance(value, set):
             return set(cast("set[Any]", value))
-        items = [self._mapped(item) for item in value]
-        return items if isinstance(value, list) else tuple(items)
+        return type(value)(self._mapped(item) for item in value)
 
 
 def _is_packed(model: nn.Module, name: str) -> bool:

@@ -55,7 +55,7 @@ def init(
     targets.check_task(model, config.task_type)
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     first = _of_method(model, config, generator, dtype)
-    others = [_of_method(model, other, generator, dtype) for other in companions.of(first.config)]
+    others = [_of_method(model, other, generator, dtype) for other in methods.beside(first.config)]
     return companions.united(first, tuple(others))
 
 
@@ -71,9 +71,10 @@ def _of_method(model: nn.Module, config: PeftConfig, generator: torch.Generator,
     with generator.device:  # where numbers are drawn, whatever torch's default device is; methods move them
         for path, place in places.items():
             owner, at = model.get_submodule(place.owner), layers.pattern_path(path, places)
-            side = method.targets.input_side(resolved, at)
+            on_inputs = method.targets.input_side
+            side = on_inputs is not None and on_inputs(resolved, at)
             site = layers.Site(path, place.kind, owner, place.weight, rows=place.rows, input_side=side)
-            tied = method.on_weights is not None and method.on_weights.of_tables and place.kind == layers.EMBEDDING
+            tied = method.of_tables and place.kind == layers.EMBEDDING
             sites[path] = _noted(site, tied_weights.holders(model, path) if tied else ())
             params[path], buffers[path] = method.fresh(resolved, at, site, generator, dtype)
             params[path] = _detached(params[path])

@@ -165,8 +165,7 @@ class Change(NamedTuple):
     @property
     def table(self) -> Place | None:
         """Where the table is that it changes, of a method of tables (`OnWeights.of_tables`)."""
-        action = self.method.on_weights
-        return self.place if action is not None and action.of_tables else None
+        return self.place if self.method.of_tables else None
 
 
 def change(params: Mapping[str, Tensor], adapter: Adapter, path: str, model: nn.Module | None) -> Change:
@@ -188,7 +187,7 @@ def change(params: Mapping[str, Tensor], adapter: Adapter, path: str, model: nn.
     if leaf:
         if method.on_weights is None:
             raise _without_weights(adapter.config)
-        if method.invocation is not None and method.invocation(adapter.config):
+        if method.invocation and getattr(adapter.config, method.invocation):
             raise ValueError(
                 "alora_invocation_tokens: the adapter acts on some tokens alone, and no weight does that, so it cannot "
                 "be merged. Run it with peftfn.apply or peftfn.bind."
@@ -245,7 +244,8 @@ def of_rows(one: Change, rows: slice) -> Change | None:
 def _guess(params: Mapping[str, Tensor], adapter: Adapter, method: Method, path: str, leaf: Leaf) -> Place:
     """Where a site's weight is, from names, shapes and what the adapter knows of the site."""
     info = adapter.sites.get(path, UNKNOWN)
-    for place in (Place(path, "weight", ""), Place(path, "in_proj_weight", ""), Place(*_split(path), "")):
+    owner, _, name = path.rpartition(".")
+    for place in (Place(path, "weight", ""), Place(path, "in_proj_weight", ""), Place(owner, name, "")):
         if place.name in params:
             weight = params[place.name]
             bare = place.weight == "in_proj_weight" or place.owner != path
@@ -256,9 +256,7 @@ def _guess(params: Mapping[str, Tensor], adapter: Adapter, method: Method, path:
             ]
             as_noted = layouts.output_axis(info.kind)
             kinds = [kind for kind in kinds if info.kind and layouts.output_axis(kind) == as_noted] or kinds
-            action = method.on_weights
-            is_same = action is not None and action.of_tables
-            if len({layouts.output_axis(kind) for kind in kinds}) > 1 and not is_same:
+            if len({layouts.output_axis(kind) for kind in kinds}) > 1 and not method.of_tables:
                 kinds = [_stored(params, adapter, method, path, kinds)]
             if not kinds:
                 shapes = {name: tuple(tensor.shape) for name, tensor in leaf.items() if tensor.dim()}
@@ -287,11 +285,6 @@ def _stored(params: Mapping[str, Tensor], adapter: Adapter, method: Method, path
         f"{path}: a square weight, and nothing here says whether it is stored (out, in) or (in, out); pass model=... "
         "to merge."
     )
-
-
-def _split(path: str) -> tuple[str, str]:
-    owner, _, name = path.rpartition(".")
-    return owner, name
 
 
 def _missing(name: str, params: Mapping[str, Tensor]) -> KeyError:

@@ -51,7 +51,6 @@ def _own(adapter: Adapter) -> set[str]:
     """The names of the tables that an adapter changes by themselves."""
     found: set[str] = set()
     for piece in companions.pieces(adapter):
-        action = methods.of(piece.config).on_weights
-        if action is not None and action.of_tables:
+        if methods.of(piece.config).of_tables:
             found |= {f"{path}.weight" for path in piece.params}
     return found

@@ -52,7 +52,9 @@ def attach(
         KeyError: an adapter has a site that the model does not have.
         ValueError: a tensor does not fit its site, or two adapters replace the same tensor.
     """
-    plan, noted = Plan({}, {}, {}, {}, {}), token_gate.Noted(lasts)
+    plan = Plan({}, {}, {}, {}, {})
+    gated = any(part.invocations for here in found.values() for part in here)
+    noted = token_gate.Noted(lasts) if gated else None
     routed: dict[str, list[tuple[str, Place, Sequence[SiteAdapter]]]] = {}
     for path, here in found.items():
         twin = by_path.get(path)
@@ -84,7 +86,8 @@ def attach(
     for reader, sites in routed.items():
         attach_weights.adapt_reader(plan, by_path[reader], found, reader, sites)
         _watch(plan, [reader], reader, [one for _, _, here in sites for one in _leaves(here)], wants_grad)
-    _gate(plan, found, noted)
+    if noted is not None:
+        _gate(plan, found, noted)
     return plan
 
 
@@ -94,7 +97,7 @@ def _adapt(
     place: Place,
     path: str,
     here: Sequence[SiteAdapter],
-    noted: token_gate.Noted,
+    noted: token_gate.Noted | None,
     *,
     is_read: bool,
 ) -> str:
@@ -119,9 +122,8 @@ def masks(found: Found) -> dict[str, Tensor]:
 def _gate(plan: Plan, found: Found, noted: token_gate.Noted) -> None:
     """Let the model's own call say on which tokens adapters act that do not act on all."""
     parts = [part for here in found.values() for part in here if part.invocations]
-    if parts:
-        gates = {part.number: token_gate.Gate(part.invocations, part.rows) for part in parts}
-        plan.then("", functools.partial(token_gate.noting, gates, noted))
+    gates = {part.number: token_gate.Gate(part.invocations, part.rows) for part in parts}
+    plan.then("", functools.partial(token_gate.noting, gates, noted))
 
 
 def _leaves(here: Sequence[SiteAdapter]) -> list[Tensor]:
@@ -219,7 +221,7 @@ def _adapted(
     place: Place,
     path: str,
     here: Sequence[SiteAdapter],
-    noted: token_gate.Noted,
+    noted: token_gate.Noted | None,
     layer: nn.Module,
     run: Callable[..., Any],
 ) -> Callable[..., Any]:
@@ -235,7 +237,9 @@ def _adapted(
                 "adapter acts on before them. Apply the routed ones first, or without it (bias='none')."
             )
         act = functools.partial(_acting, part, site)
-        run = token_gate.gated(noted, part.number, path, act, run) if part.invocations else act(run)
+        run = (
+            act(run) if noted is None or not part.invocations else token_gate.gated(noted, part.number, path, act, run)
+        )
     return run
 
 

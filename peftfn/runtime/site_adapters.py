@@ -44,7 +44,7 @@ class SiteAdapter(NamedTuple):
 def of(adapters: Sequence[Adapter], rows: Rows | None = None) -> dict[str, list[SiteAdapter]]:
     """What the adapters bring, by site path, in the adapters' order."""
     found: dict[str, list[SiteAdapter]] = {}
-    for number, adapter in [(n, piece) for n, one in enumerate(adapters) for piece in companions.pieces(one)]:
+    for number, adapter in [(n, piece) for n, one in enumerate(adapters) for piece in _pieces(one)]:
         config, method = adapter.config, methods.of(adapter.config)
         own_rows = rows if adapter.members is not None else None
         invocations = _invocations(method, adapter)
@@ -62,11 +62,15 @@ def of(adapters: Sequence[Adapter], rows: Rows | None = None) -> dict[str, list[
     return found
 
 
+def _pieces(adapter: Adapter) -> tuple[Adapter, ...]:
+    return companions.pieces(adapter) if methods.beside(adapter.config) else (adapter,)
+
+
 def _invocations(method: Method, adapter: Adapter) -> tuple[Sequence[int] | None, ...]:
-    if method.invocation is None:
+    if not method.invocation:
         return ()
     configs = (adapter.config,) if adapter.members is None else adapter.members.configs
-    found = tuple(method.invocation(config) for config in configs)
+    found = tuple(getattr(config, method.invocation) or None for config in configs)
     return found if any(found) else ()
 
 
@@ -75,19 +79,15 @@ def with_ties(found: Mapping[str, Sequence[SiteAdapter]], model: nn.Module) -> d
     every = {path: list(here) for path, here in found.items()}
     for path, here in found.items():
         for part in here:
-            module = layers.module_at(model, path) if part.leaf and _is_of_tables(part) else None
+            module = layers.module_at(model, path) if part.leaf and part.method.of_tables else None
             if module is None or layers.kind_of(module) != layers.EMBEDDING:
                 continue
             for other in tied_weights.holders(model, path):
                 there = every.setdefault(other, [])
-                if not any(one.number == part.number and _is_of_tables(one) for one in there):
+                if not any(one.number == part.number and one.method.of_tables for one in there):
                     there.append(part)
                     there.sort(key=_number)
     return every
-
-
-def _is_of_tables(part: SiteAdapter) -> bool:
-    return part.method.on_weights is not None and part.method.on_weights.of_tables
 
 
 def _number(part: SiteAdapter) -> int:

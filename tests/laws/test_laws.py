@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import peftfn as pf
 from peftfn import methods
-from peftfn.methods.method import Files
+from peftfn.methods.traits import Files
 
 # How much further from the truth than weights a rounding away. A packed layer's stay where they are, and a prompt alone
 # is moved: 9 times was the most then, 3 else. A product in half precision comes to thousands.

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftfn as pf
 from peftfn import methods
-from peftfn.methods.method import Combining
+from peftfn.methods.traits import Combining
 
 
 @pytest.fixture

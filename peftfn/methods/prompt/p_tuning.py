@@ -16,11 +16,12 @@ from torch import Tensor
 
 from peftfn.core.adapter import Leaf
 from peftfn.methods.action import OnCall
-from peftfn.methods.method import Files, Method, Targets, like_weight
+from peftfn.methods.method import Method, like_weight
 from peftfn.methods.prompt import insert_tokens, prompt_config, prompt_input, prompt_rows, prompt_tuning
 from peftfn.methods.prompt.model_call import Call
 from peftfn.methods.prompt.prompt_config import PromptLearningConfig
 from peftfn.methods.slots import Slot
+from peftfn.methods.traits import Files, Targets
 from peftfn.models.layers import Site
 
 _MOST_LAYERS = 16  # of the LSTM: the slots below name the tensors of this many

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from peftfn.core.adapter import Leaf
 from peftfn.methods.action import OnCall
-from peftfn.methods.method import Files, Method, Targets, like_weight
+from peftfn.methods.method import Method, like_weight
 from peftfn.methods.prompt import insert_tokens, model_call, places, prefix_keys, prompt_config, prompt_rows
 from peftfn.methods.prompt.model_call import Added, Call
 from peftfn.methods.prompt.prompt_config import PromptLearningConfig
 from peftfn.methods.slots import Slot
+from peftfn.methods.traits import Files, Targets
 from peftfn.models import signatures
 from peftfn.models import transformers_caches as caches
 from peftfn.models import transformers_names as hf

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfn.core.adapter import Leaf
-from peftfn.methods.method import Stacking
 from peftfn.methods.prompt import prompt_config
 from peftfn.methods.prompt.insert_tokens import LENGTH
 from peftfn.methods.prompt.model_call import Added, Call
 from peftfn.methods.prompt.places import Place, ones
 from peftfn.methods.prompt.prompt_config import Config
+from peftfn.methods.traits import Stacking
 from peftfn.models import signatures
 from peftfn.models import transformers_names as hf
 from peftfn.models import transformers_positions as counted

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from peftfn.core.adapter import Leaf
 from peftfn.methods.action import OnCall
-from peftfn.methods.method import Files, Method, Targets, like_weight
+from peftfn.methods.method import Method, like_weight
 from peftfn.methods.prompt import cached_calls, insert_tokens, prompt_config, prompt_input, prompt_rows
 from peftfn.methods.prompt.model_call import Call
 from peftfn.methods.prompt.prompt_config import PromptLearningConfig
 from peftfn.methods.slots import Slot
+from peftfn.methods.traits import Files, Targets
 from peftfn.models import transformers_caches as caches
 from peftfn.models import transformers_names as hf
 from peftfn.models.layers import Site
