@@ -83,8 +83,8 @@ class Files(NamedTuple):
         config: `(adapter) -> config` for a file, where the adapter's tensors say a part of it.
         write: `(leaf) -> leaf` in PEFT's shapes.
         read: `(leaf) -> leaf`, back.
-        derived: if it has some, `(config, path, leaf, site) -> buffers leaf` that follows from the base where a file has
-            it not; the site is `None` where no model is given, and a `ValueError` says what for it is needed.
+        derived: if it has some, `(config, path, leaf, site) -> buffers leaf` that follows from the base where a file
+            has it not; the site is `None` where no model is given, and a `ValueError` says what for it is needed.
         inside: the part of a key before its names where the method goes along with another one.
         copies: the part of a key before the name of a tensor that replaces one of the site's own.
     """
