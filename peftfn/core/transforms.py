@@ -11,7 +11,7 @@ import contextlib
 import importlib
 import inspect
 from collections.abc import Callable, Generator, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -183,6 +183,18 @@ def without_numbers() -> Generator[None]:
     else:
         with fake(), torch.device("cpu"):  # whatever the default device is
             yield
+
+
+TRACES_WHOLE = torch.__version__ >= (2, 12)
+"""Whether Dynamo follows how a module object is made from another one's `__dict__`: older ones raise half-way."""
+
+
+def traced_whole(function: F) -> F:
+    """The function, which an older Dynamo calls as it is, between two graphs, and a newer one makes a part of a graph.
+
+    Asked for one graph (`fullgraph=True`), the older one raises an error of its own that names the function.
+    """
+    return function if TRACES_WHOLE else cast("F", torch.compiler.disable(function))
 
 
 def constant_result(function: F) -> F:

@@ -119,7 +119,7 @@ class Twins:
         if self._given:
             self._put_dense(module, own, prefix)
         own["_buffers"] = self._buffers(module, prefix) if own["_buffers"] else {}
-        own["_non_persistent_buffers_set"] = set(own["_non_persistent_buffers_set"])
+        own["_non_persistent_buffers_set"] = {*own["_non_persistent_buffers_set"]}
         own["_modules"] = {k: v if v is None else self._make(v, prefix + k) for k, v in own["_modules"].items()}
         _own_hooks(own)
         if "_hf_hook" in own:

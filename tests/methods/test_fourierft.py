@@ -10,6 +10,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from compiled import one_graph
 from exact import EXACT, off
 from torch import Tensor, nn
 from torch.func import grad, vmap
@@ -41,6 +42,7 @@ def test_places_are_torchs_permutation_whatever_is_around_them() -> None:
     assert torch.equal(places.drawn(5, 60, 3, torch.device("cpu")), expected[:3])
 
 
+@one_graph
 def test_layers_of_unlike_shape_compile_whole_together() -> None:
     base, x = nn.Sequential(nn.Linear(10, 6), nn.Linear(6, 5)).double(), torch.randn(3, 10).double()
     adapter = oracle.randomised(pf.init(base, config(target_modules=["0", "1"])))

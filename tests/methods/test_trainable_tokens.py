@@ -11,6 +11,7 @@ import oracle
 import pytest
 import torch
 from cases import Tied, gpt2, llama, tokens
+from compiled import one_graph
 from exact import EXACT, Float64, off
 from snapshot import snapshot
 from torch import Tensor, nn
@@ -213,6 +214,7 @@ def test_a_module_is_trained_whole_or_in_part() -> None:
         pf.init(llama(), config)
 
 
+@one_graph
 def test_a_compiled_call_follows_a_tied_weight() -> None:
     model, ids = Tied().requires_grad_(False), tokens()()
     adapter = made(model, {**ALONE, "target_modules": ["emb"]})

@@ -12,6 +12,7 @@ import registry
 import torch
 import torch.nn.functional as F
 from cases import trained
+from compiled import one_graph
 from exact import EXACT, off
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
@@ -163,6 +164,7 @@ def test_so_it_is_under_transforms(name: str) -> None:
     assert off(vmap(ours)(several), vmap(by_hand)(several)) < EXACT
 
 
+@one_graph
 @every_model
 def test_so_it_is_compiled(name: str) -> None:
     model, adapter, x = setting(name)
