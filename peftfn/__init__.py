@@ -38,6 +38,8 @@ from peftfn.methods.road import RoadConfig
 from peftfn.methods.shira import ShiraConfig
 from peftfn.methods.supertuning import SupertuningConfig
 from peftfn.methods.trainable_tokens import TrainableTokensConfig
+from peftfn.methods.vblora import VBLoRAConfig
+from peftfn.methods.vera import VeraConfig
 from peftfn.methods.waveft import WaveFTConfig
 from peftfn.ops.combine import combine
 from peftfn.ops.init import init
@@ -87,6 +89,8 @@ __all__ = [
     "ShiraConfig",
     "SupertuningConfig",
     "TrainableTokensConfig",
+    "VBLoRAConfig",
+    "VeraConfig",
     "WaveFTConfig",
     "adalora",
     "apply",

@@ -24,8 +24,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from peftfn import methods
-from peftfn.checkpoints import companion_keys, prompt_keys
-from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, Sites, Tree, sorted_tree
+from peftfn.checkpoints import companion_keys, prompt_keys, shared_keys
+from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, Sites, Tree, site_paths, sorted_tree
 from peftfn.core.config import PeftConfig
 from peftfn.methods import Method, companions
 from peftfn.models import layers, matching, targets
@@ -51,6 +51,7 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
     """
     first, *others = companions.pieces(adapter)
     beside = {f"{PREFIX}{key}": one for other in others for key, one in companion_keys.to_keys(other).items()}
+    beside |= shared_keys.to_keys(first)
     return dict(sorted({**_to_keys(first), **beside}.items()))
 
 
@@ -61,7 +62,8 @@ def _to_keys(adapter: Adapter) -> dict[str, Tensor]:
     found: list[tuple[str, Tensor]] = []
     adapted: list[str] = []
     names = method.in_files(adapter.config)
-    for path, leaf in adapter.params.items():
+    for path in site_paths(adapter):
+        leaf = adapter.params.get(path, {})
         own = {name: tensor for name, tensor in leaf.items() if not method.replaces(name)}
         if own and "." not in path and _is_parameter(adapter.config, path):
             raise ValueError(
@@ -73,7 +75,7 @@ def _to_keys(adapter: Adapter) -> dict[str, Tensor]:
             site = _site_key(adapter, path)
             held = {name: tensor for name, tensor in adapter.buffers.get(path, {}).items() if method.is_held(name)}
             info = adapter.sites.get(path, UNKNOWN)
-            whole = method.files.write(common_sites.on_all_rows(method, {**own, **held}, info))
+            whole = method.files.write(adapter.config, common_sites.on_all_rows(method, {**own, **held}, info))
             pairs = [(key, whole[name]) for name, key in names.items() if name in whole]
             found += [(f"{one}.{key}", tensor) for one in (site, *info.tied) for key, tensor in pairs]
     for tree in (adapter.params, adapter.buffers):
@@ -157,7 +159,11 @@ def from_keys(
         raise ValueError(f"{source} holds no tensor; it is not the weights of an adapter.")
     left = dict(tensors)
     beside = [companion_keys.from_keys(left, other, PREFIX, source) for other in methods.beside(config)]
+    method = methods.of(config)
+    shared = shared_keys.taken(method, left) if method.sharing is not None else {}
     first = _from_keys(left, config, source, ordered=ordered, model=model, noted=noted, fixed=fixed)
+    if method.sharing is not None:
+        first = shared_keys.joined(first, shared, model, source)
     return companions.united(first, tuple(beside)) if beside else first
 
 
@@ -207,7 +213,7 @@ def _from_keys(
         side = on_inputs is not None and on_inputs(config, at)
         info = known._replace(input_side=side, tied=tied.get(site, ()))
         sites[paths[site]] = info
-        whole = method.files.read(leaf)
+        whole = method.files.read(config, leaf)
         own = dict(whole) if info.rows is None else common_sites.on_own_rows(method, whole, info)
         if method.files.derived is not None:
             own |= method.files.derived(config, at, own, _site(model, paths[site], info))

@@ -17,7 +17,7 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 def to_keys(method: Method, adapter: Adapter) -> dict[str, Tensor]:
     """The keys of a method that acts on the model itself: PEFT wraps no layer for it, so they have no path."""
-    keyed = dict(method.files.write({**adapter.params.get("", {}), **adapter.buffers.get("", {})}))
+    keyed = dict(method.files.write(adapter.config, {**adapter.params.get("", {}), **adapter.buffers.get("", {})}))
     for tree in (adapter.params, adapter.buffers):
         for path in filter(None, tree):
             keyed |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in tree[path].items()}
@@ -38,7 +38,7 @@ def from_keys(method: Method, tensors: Mapping[str, Tensor], config: PeftConfig,
         method.files.check(config, "", own)
     except ValueError as error:
         raise ValueError(f"{source} has {error}; expected a whole adapter.") from None
-    params: Tree = {"": method.files.read(own)}
+    params: Tree = {"": method.files.read(config, own)}
     buffers: Tree = {}
     for key in tensors.keys() - own.keys():
         path, _, name = key.removeprefix(PREFIX).rpartition(".")

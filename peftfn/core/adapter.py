@@ -21,6 +21,9 @@ Leaf = dict[str, Tensor]
 Tree = dict[str, Leaf]
 """Leaves by the path of their site."""
 
+SHARED = "*"
+"""The path of tensors that all sites of an adapter have in common; below it (`*.name`) are those of some sites."""
+
 
 class SiteInfo(NamedTuple):
     """What an adapter knows of one of its sites beside the tensors there.
@@ -32,6 +35,7 @@ class SiteInfo(NamedTuple):
         outputs: how many output rows that projection has; 0 where `rows` is `None`.
         input_side: whether it acts on what goes in there, of a method that could act on either side.
         tied: other layers that were found to hold the same table, for files, which have a copy of the tensors for each.
+        shares: the path of the leaf that it has in common with other sites, `SHARED` or one below it; "" for none.
     """
 
     kind: str = ""
@@ -39,9 +43,10 @@ class SiteInfo(NamedTuple):
     outputs: int = 0
     input_side: bool = False
     tied: tuple[str, ...] = ()
+    shares: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """What a file's note says of it: all but `input_side`, which the config says."""
+        """What a file's note says of it; the rest follows from the config and the keys."""
         part = {} if self.rows is None else {"rows": self.rows, "outputs": self.outputs}
         return {"kind": self.kind, **part}
 
@@ -162,6 +167,23 @@ def _shapes(leaf: Any) -> str:
 def sorted_tree(tree: Mapping[str, Mapping[str, Tensor]]) -> Tree:
     """The same tree with sites and names in sorted order, and without empty leaves."""
     return {path: dict(sorted(tree[path].items())) for path in sorted(tree) if tree[path]}
+
+
+def is_shared(path: str) -> bool:
+    """Whether a path is not a site's, but that of tensors which several sites have in common."""
+    return path.startswith(SHARED)
+
+
+def site_paths(adapter: Adapter) -> list[str]:
+    """The paths of an adapter's sites, and of modules that it replaces, sorted."""
+    return sorted(path for path in {**adapter.params, **adapter.buffers} if not is_shared(path))
+
+
+def leaf_of(adapter: Adapter, path: str) -> Leaf:
+    """An adapter's tensors at one site: params and buffers, the site's own and those that it shares."""
+    home = adapter.sites.get(path, UNKNOWN).shares
+    shared = {**adapter.params.get(home, {}), **adapter.buffers.get(home, {})} if home else {}
+    return {**shared, **adapter.params.get(path, {}), **adapter.buffers.get(path, {})}
 
 
 def as_tuple(adapters: Adapter | Iterable[Adapter]) -> tuple[Adapter, ...]:

@@ -34,6 +34,8 @@ from peftfn.methods import (
     shira,
     supertuning,
     trainable_tokens,
+    vblora,
+    vera,
     waveft,
 )
 from peftfn.methods.method import Method
@@ -68,6 +70,8 @@ TABLE: tuple[Method, ...] = (
     peanut.METHOD,
     psoft.METHOD,
     trainable_tokens.METHOD,
+    vera.METHOD,
+    vblora.METHOD,
     prompt_tuning.METHOD,
     p_tuning.METHOD,
     prefix_tuning.METHOD,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +143,7 @@ def _left(leaf: Mapping[str, Tensor]) -> Tensor:
     return leaf["mask"] | (leaf["lora_E"][:, 0] != 0)
 
 
-def to_file(leaf: Leaf) -> Leaf:
+def to_file(config: Any, leaf: Leaf) -> Leaf:
     """The factors of the ranks that are left."""
     if "mask" not in leaf:
         return leaf

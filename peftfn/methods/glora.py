@@ -233,7 +233,7 @@ def _sizes(leaf: Mapping[str, Tensor], outputs: int, inputs: int) -> Leaf:
     return {"sizes": torch.tensor(needed, device=next(iter(leaf.values())).device)}
 
 
-def to_file(leaf: Leaf) -> Leaf:
+def to_file(config: Any, leaf: Leaf) -> Leaf:
     """The leaf with PEFT's zeros."""
     if "sizes" not in leaf:
         return leaf
@@ -245,7 +245,7 @@ def to_file(leaf: Leaf) -> Leaf:
     return {**{name: one for name, one in leaf.items() if name != "sizes"}, **zeros}
 
 
-def from_file(leaf: Leaf) -> Leaf:
+def from_file(config: Any, leaf: Leaf) -> Leaf:
     """The leaf without PEFT's zeros, of which it keeps the sizes."""
     own = {name: one for name, one in leaf.items() if not name.endswith("zeros")}
     shapes = {name: tuple(one.shape) for name, one in leaf.items() if name.endswith("zeros")}

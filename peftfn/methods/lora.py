@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -168,7 +169,12 @@ def check_file(config: LoraConfig, path: str, leaf: Leaf) -> None:
         raise ValueError(f"rank {rows}, and the config says {rank}")
 
 
-def from_file(leaf: Leaf) -> Leaf:
+def to_file(config: Any, leaf: Leaf) -> Leaf:
+    """The leaf in PEFT's shapes."""
+    return leaf_shapes.to_file(leaf)
+
+
+def from_file(config: Any, leaf: Leaf) -> Leaf:
     """The leaf of a file, with a convolution's A in its groups."""
     return leaf_shapes.from_file(leaf) if any(tensor.dim() > 2 for tensor in leaf.values()) else leaf
 
@@ -192,7 +198,7 @@ METHOD = Method(
     action=ACTION,
     targets=Targets(resolve, sites),
     stacking=Stacking(matching.rank, resize=leaf_shapes.resized, varies=VARIES),
-    files=Files(check_file, write=leaf_shapes.to_file, read=from_file),
+    files=Files(check_file, write=to_file, read=from_file),
     combining=Combining(lora_combine.combine, lora_combine.combined),
     companions=Companions("trainable_token_indices", trainable_tokens.of_config),
     invocation="alora_invocation_tokens",

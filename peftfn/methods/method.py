@@ -15,7 +15,7 @@ from peftfn.core.config import PeftConfig
 from peftfn.methods import slots
 from peftfn.methods.action import OnAttention, OnCall, OnWeights
 from peftfn.methods.slots import Slots
-from peftfn.methods.traits import Combining, Companions, Files, Stacking, Targets
+from peftfn.methods.traits import Combining, Companions, Files, Sharing, Stacking, Targets
 from peftfn.models import layers, layouts
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape
@@ -55,6 +55,7 @@ class Method:
         stacking: how unlike adapters become one stack.
         files: how its files differ from its leaves.
         combining: how several become one; `None` where there is no weighted combination.
+        sharing: how its shared tensors are made, if it has some.
         companions: what its config may ask for beside it.
         invocation: the config's field, if it has one, with the tokens from whose last occurrence on the method acts.
         variant: the field of the config that makes it this method's where it is set; another method has the rest.
@@ -72,6 +73,7 @@ class Method:
     stacking: Stacking = _STACKING
     files: Files = _FILES
     combining: Combining | None = None
+    sharing: Sharing | None = None
     companions: Companions | None = None
     invocation: str = ""
     variant: str = ""

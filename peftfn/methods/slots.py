@@ -52,6 +52,8 @@ class Slot(NamedTuple):
         inputs: the axis along the weight's inputs.
         column_major: whether a stack holds the columns of this matrix in one piece each (see `core.stack_slices`).
         also: another shape that a file of PEFT's may have.
+        shared: whether several sites have it in common (`traits.Sharing` makes it). The shape is what one of them
+            needs: it may be longer along `outputs` and `inputs`.
     """
 
     shape: Callable[[Any, WeightShape, int], Shape | None] = _scalar
@@ -64,14 +66,22 @@ class Slot(NamedTuple):
     inputs: int | None = None
     column_major: bool = False
     also: Callable[[Any, WeightShape, int], Shape | None] = _none
+    shared: bool = False
+
+    def fits(self, shape: Shape, needed: Shape) -> bool:
+        """Whether a tensor of this shape will do where that one is needed."""
+        if not self.shared or len(shape) != len(needed):
+            return shape == needed
+        axes = enumerate(zip(shape, needed, strict=True))
+        return all(has >= wants if axis in (self.outputs, self.inputs) else has == wants for axis, (has, wants) in axes)
 
 
 Slots = Mapping[str, Slot]
 
 
 def shapes(slots: Slots, config: Any, weight: WeightShape, rank: int) -> dict[str, Shape]:
-    """The shapes of the trained tensors of one leaf, by name."""
-    return _shapes({name: slot for name, slot in slots.items() if slot.trained}, config, weight, rank)
+    """The shapes of the trained tensors that a site has for itself, by name."""
+    return _shapes({name: one for name, one in slots.items() if one.trained and not one.shared}, config, weight, rank)
 
 
 def _shapes(slots: Slots, config: Any, weight: WeightShape, rank: int) -> dict[str, Shape]:
@@ -81,14 +91,15 @@ def _shapes(slots: Slots, config: Any, weight: WeightShape, rank: int) -> dict[s
 
 def wrong(slots: Slots, config: Any, weight: WeightShape, rank: int, leaf: Mapping[str, Tensor]) -> str | None:
     """What is wrong with a leaf for a weight, or `None`; `rank` is the config's, which a padded leaf need not have."""
-    checked = {name: slot for name, slot in slots.items() if slot.trained or slot.stored is not _never}
+    checked = {name: slot for name, slot in slots.items() if slot.trained or slot.shared or slot.stored is not _never}
     found = {name: tuple(leaf[name].shape) for name in checked if name in leaf}
     expected: dict[str, Shape] = {}
     for one in (*_ranks_in(slots, weight, leaf), rank):
         expected = _shapes(checked, config, weight, one)
         # Not `shape in (one, other)`: Dynamo does not compare sizes that are dynamic there.
         if found.keys() == expected.keys() and all(
-            shape == expected[name] or shape == slots[name].also(config, weight, one) for name, shape in found.items()
+            slots[name].fits(shape, expected[name]) or shape == slots[name].also(config, weight, one)
+            for name, shape in found.items()
         ):
             return None
     if found.keys() != expected.keys():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
-from peftfn.core.adapter import Adapter, Leaf, Tree
+from peftfn.core.adapter import SHARED, Adapter, Leaf, Tree
 from peftfn.core.config import PeftConfig
 from peftfn.methods.low_rank.weighted_sum import Recipe
 from peftfn.models import targets
@@ -71,7 +72,7 @@ def _as_given(adapter: Adapter) -> Any:
     return adapter.config
 
 
-def _same(leaf: Leaf) -> Leaf:
+def _same(config: Any, leaf: Leaf) -> Leaf:
     return leaf
 
 
@@ -81,8 +82,8 @@ class Files(NamedTuple):
     Attributes:
         check: `(config, path, leaf) -> None`, or a `KeyError` or `ValueError` that says what a file's leaf has.
         config: `(adapter) -> config` for a file, where the adapter's tensors say a part of it.
-        write: `(leaf) -> leaf` in PEFT's shapes.
-        read: `(leaf) -> leaf`, back.
+        write: `(config, leaf) -> leaf` as PEFT's files have it.
+        read: `(config, leaf) -> leaf`, back.
         derived: if it has some, `(config, path, leaf, site) -> buffers leaf` that follows from the base where a file
             has it not; the site is `None` where no model is given, and a `ValueError` says what for it is needed.
         inside: the part of a key before its names where the method goes along with another one.
@@ -91,8 +92,8 @@ class Files(NamedTuple):
 
     check: Callable[[Any, str, Leaf], None] = _no_check
     config: Callable[[Adapter], Any] = _as_given
-    write: Callable[[Leaf], Leaf] = _same
-    read: Callable[[Leaf], Leaf] = _same
+    write: Callable[[Any, Leaf], Leaf] = _same
+    read: Callable[[Any, Leaf], Leaf] = _same
     derived: Callable[[Any, str, Leaf, Site | None], Leaf] | None = None
     inside: str = ""
     copies: str = ""
@@ -113,6 +114,26 @@ class Combining(NamedTuple):
 
     leaf: Callable[[Recipe, Sequence[Any], str, Sequence[Leaf | None]], tuple[Leaf, Leaf]]
     config: Callable[[Any, Sequence[Adapter], Tree], Any] = _same_config
+
+
+def _all_share(config: Any, paths: Sequence[str]) -> dict[str, str]:
+    return dict.fromkeys(paths, SHARED)
+
+
+class Sharing(NamedTuple):
+    """Tensors that several sites of an adapter have in common.
+
+    Attributes:
+        init: `(config, {path: Site}, generator, dtype) -> leaves` at `SHARED` and below, or also of sites where they
+            depend on all of them; trained tensors and others.
+        homes: `(config, site paths) -> {site path: the path of the leaf that it shares}`.
+        derived: `(config, {path: leaf}, {path: Site}) -> leaves` that a file has not, as `Files.derived` has those of
+            one site; the sites are empty where no model is given.
+    """
+
+    init: Callable[[Any, Mapping[str, Site], torch.Generator, torch.dtype | None], Tree]
+    homes: Callable[[Any, Sequence[str]], dict[str, str]] = _all_share
+    derived: Callable[[Any, Tree, Mapping[str, Site]], Tree] | None = None
 
 
 class Companions(NamedTuple):

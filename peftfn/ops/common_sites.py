@@ -38,6 +38,7 @@ def common(what: str, path: str, infos: Sequence[SiteInfo]) -> SiteInfo:
         outputs if rows is not None else 0,
         any(one.input_side for one in infos),
         next((one.tied for one in infos if one.tied), ()),
+        next((one.shares for one in infos if one.shares), ""),
     )
 
 

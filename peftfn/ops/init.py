@@ -68,6 +68,7 @@ def _of_method(model: nn.Module, config: PeftConfig, generator: torch.Generator,
     buffers: Tree = {}
     sites: dict[str, SiteInfo] = {}
     places = method.targets.sites(model, resolved)
+    found: dict[str, layers.Site] = {}
     with generator.device:  # where numbers are drawn, whatever torch's default device is; methods move them
         for path, place in places.items():
             owner, at = model.get_submodule(place.owner), layers.pattern_path(path, places)
@@ -77,7 +78,14 @@ def _of_method(model: nn.Module, config: PeftConfig, generator: torch.Generator,
             tied = method.of_tables and place.kind == layers.EMBEDDING
             sites[path] = _noted(site, tied_weights.holders(model, path) if tied else ())
             params[path], buffers[path] = method.fresh(resolved, at, site, generator, dtype)
-            params[path] = _detached(params[path])
+            found[path] = site
+        if method.sharing is not None:
+            for path, leaf in method.sharing.init(resolved, found, generator, dtype).items():
+                for name, tensor in leaf.items():
+                    (buffers if method.is_held(name) else params).setdefault(path, {})[name] = tensor
+            homes = method.sharing.homes(resolved, list(sites))
+            sites = {path: info._replace(shares=homes[path]) for path, info in sites.items()}
+    params = {path: _detached(leaf) for path, leaf in params.items()}
     _add_replaced(model, resolved, heads, places, params, buffers)
     resolved = _with_base(model, resolved, any(place.kind == layers.TRANSPOSED for place in places.values()))
     return Adapter(sorted_tree(params), sorted_tree(buffers), resolved, sites)

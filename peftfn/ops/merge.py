@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn import methods
-from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, as_tuple
+from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, as_tuple, leaf_of, site_paths
 from peftfn.core.config import PeftConfig
 from peftfn.core.transforms import is_traced
 from peftfn.methods import Method, companions
@@ -76,7 +76,7 @@ def merge(
         validate.refuse_not_finite(one)
     for number, one in [(n, piece) for n, several in enumerate(adapters) for piece in companions.pieces(several)]:
         method = methods.of(one.config)
-        for path in sorted({**one.params, **one.buffers}):
+        for path in site_paths(one):
             packed.update(_unpack(merged, one, method, path, model))
             here = change(merged, one, path, model)
             there = tied_tables.followers(here.table, here.info, merged, adapters[number], model)
@@ -109,7 +109,7 @@ def _unpack(
     merged: dict[str, Tensor], adapter: Adapter, method: Method, path: str, model: nn.Module | None
 ) -> dict[str, Entry]:
     """Put a dense tensor in place of a site's packed weight, and say what was there."""
-    leaf = {**adapter.params.get(path, {}), **adapter.buffers.get(path, {})}
+    leaf = leaf_of(adapter, path)
     name = f"{path}.weight" if path else "weight"
     module = layers.module_at(model, path) if model is not None else None
     bias = None if module is None or codecs.of(module) is codecs.DENSE else codecs.bias(module)
@@ -176,7 +176,7 @@ def change(params: Mapping[str, Tensor], adapter: Adapter, path: str, model: nn.
         ValueError: shapes do not fit, or do not tell how the weight is stored; or the method cannot be merged.
     """
     method, trained = methods.of(adapter.config), adapter.params.get(path, {})
-    both = {**trained, **adapter.buffers.get(path, {})}
+    both = leaf_of(adapter, path)
     leaf = {name: tensor for name, tensor in both.items() if not method.replaces(name)}
     replaced = {f"{path}.{name}" if path else name: both[name] for name in both.keys() - leaf.keys()}
     for name in both.keys() - leaf.keys():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn import methods
-from peftfn.core.adapter import UNKNOWN, Adapter
+from peftfn.core.adapter import UNKNOWN, Adapter, is_shared, leaf_of, site_paths
 from peftfn.core.config import PeftConfig
 from peftfn.core.config_values import patterns_of
 from peftfn.core.transforms import is_traced
@@ -86,11 +86,12 @@ def _against(adapter: Adapter, model: nn.Module, source: str) -> None:
         replaced = _replaced(model, adapter.config, places)
     except ValueError as error:
         raise ValueError(f"{source} does not fit this {type(model).__name__}: {error}") from error
-    adapted = [path for path, leaf in adapter.params.items() if not all(map(method.replaces, leaf))]
+    adapted = [one for one in site_paths(adapter) if not all(map(method.replaces, adapter.params.get(one, ())))]
     missing = [path for path, place in places.items() if path not in adapted and place.kind != layers.MODULE]
     missing += [path for path, names in replaced.items() if names - adapter.params.get(path, {}).keys()]
     unexpected = [path for path in adapted if path not in places]
-    unexpected += [path for path in adapter.params if path not in adapted and layers.module_at(model, path) is None]
+    others = [path for path in adapter.params if path not in adapted and not is_shared(path)]
+    unexpected += [path for path in others if layers.module_at(model, path) is None]
     if missing or unexpected:
         raise KeyError(
             f"{source} does not fit this {type(model).__name__}: missing sites {_few(missing)}, unexpected sites "
@@ -98,8 +99,7 @@ def _against(adapter: Adapter, model: nn.Module, source: str) -> None:
         )
     for path in adapted:
         place, info = places[path], adapter.sites.get(path, UNKNOWN)
-        own = {**adapter.params[path], **adapter.buffers.get(path, {})}
-        leaf = {name: tensor for name, tensor in own.items() if not method.replaces(name)}
+        leaf = {name: one for name, one in leaf_of(adapter, path).items() if not method.replaces(name)}
         refuse_leaf(method, adapter.config, leaf, layers.site_of(model.get_submodule(place.owner), place, path, info))
     for tree in (adapter.params, adapter.buffers):
         for path, name in [(path, name) for path, leaf in tree.items() for name in filter(method.replaces, leaf)]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn import methods
-from peftfn.core.adapter import Adapter
+from peftfn.core.adapter import Adapter, site_paths
 from peftfn.core.config import PeftConfig
 from peftfn.methods import companions
 from peftfn.models import layers
@@ -99,7 +99,7 @@ def remember(model: nn.Module, adapters: Sequence[Adapter], twins: Mapping[str, 
 
 def _adapted(adapter: Adapter) -> list[str]:
     method = methods.of(adapter.config)
-    return [path for path, leaf in adapter.params.items() if not all(map(method.replaces, leaf))]
+    return [one for one in site_paths(adapter) if not all(map(method.replaces, adapter.params.get(one, ())))]
 
 
 def _layer(place: Place | None, twins: Mapping[str, nn.Module]) -> _Layer:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from peftfn import methods
-from peftfn.core.adapter import UNKNOWN, Adapter, SiteInfo
+from peftfn.core.adapter import UNKNOWN, Adapter, SiteInfo, is_shared, leaf_of
 from peftfn.core.config import PeftConfig
 from peftfn.methods import Method, companions
 from peftfn.models import layers, layouts, tied_weights
@@ -50,13 +50,14 @@ def of(adapters: Sequence[Adapter], rows: Rows | None = None) -> dict[str, list[
         invocations = _invocations(method, adapter)
         taken: dict[tuple[str, ...], list[str]] = {}  # sites have few sets of names between them
         for path in {**adapter.params, **adapter.buffers}:
-            fixed = adapter.buffers.get(path, {})
-            leaf = {**adapter.params.get(path, {}), **fixed}
+            if is_shared(path):
+                continue
+            fixed, info = adapter.buffers.get(path, {}), adapter.sites.get(path, UNKNOWN)
+            leaf = {**adapter.params.get(path, {}), **fixed} if not info.shares else leaf_of(adapter, path)
             names = tuple(leaf)
             if names not in taken:
                 taken[names] = [name for name in names if name not in method.slots]
             replaced = {name: leaf.pop(name) for name in taken[names]}
-            info = adapter.sites.get(path, UNKNOWN)
             part = SiteAdapter(config, method, leaf, replaced, frozenset(fixed), own_rows, info, number, invocations)
             found.setdefault(path, []).append(part)
     return found

@@ -473,6 +473,32 @@ METHODS = [
         packed=False,  # the same
     ),
     Method(
+        "vera",
+        "VeRA",
+        "VeraConfig",
+        {"r": 4},
+        kinds=MATRICES,
+        exceptions={"randomness": "its vectors begin as constants, and A and B are of the config's own seed"},
+        peft=[
+            AgainstPeft("as it is", "linear", in_old=False),
+            AgainstPeft("another seed", "linear", {"projection_prng_key": 3, "r": 2}, in_old=False),
+            AgainstPeft("as it is", "transposed", {"r": 1, "fan_in_fan_out": True}, in_old=False),
+        ],
+    ),
+    Method(
+        "vblora",
+        "VB-LoRA",
+        "VBLoRAConfig",
+        {"r": 2, "num_vectors": 5, "vector_length": 2},
+        kinds=MATRICES,
+        exceptions={"identity": "A and B begin as mixtures of random vectors, as in PEFT"},
+        start=None,
+        peft=[
+            AgainstPeft("as it is", "linear", in_old=False),
+            AgainstPeft("three of a bank", "transposed", {"topk": 3, "r": 6, "fan_in_fan_out": True}, in_old=False),
+        ],
+    ),
+    Method(
         "psoft",
         "PSOFT",
         "PsoftConfig",

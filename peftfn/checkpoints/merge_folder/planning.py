@@ -11,7 +11,7 @@ from torch import Tensor
 from peftfn.checkpoints.merge_folder import shards
 from peftfn.checkpoints.merge_folder.shards import Entry, Item, Shard
 from peftfn.checkpoints.merge_folder.tensor_names import Group, Names, Tensors
-from peftfn.core.adapter import Adapter
+from peftfn.core.adapter import Adapter, site_paths
 from peftfn.methods import companions
 from peftfn.ops import tied_tables
 from peftfn.ops.merge import Change, change, changed, of_rows
@@ -82,7 +82,7 @@ def make(folder: Sequence[Shard], adapters: Sequence[Adapter], names: Names, dty
     changes = [
         change(known.shapes, one, path, names.model)
         for one in [piece for adapter in adapters for piece in companions.pieces(adapter)]
-        for path in sorted({**one.params, **one.buffers})
+        for path in site_paths(one)
     ]
     changes, apart = _ties(known, changes)
     units: dict[str, Unit] = {}

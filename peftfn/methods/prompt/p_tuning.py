@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -164,7 +164,7 @@ def forward(config: PromptEncoderConfig, leaf: Mapping[str, Tensor], site: Site,
     return prompt_tuning.prompted(config, encoded(config, leaf, site), site, call)
 
 
-def to_file(leaf: Leaf) -> Leaf:
+def to_file(config: Any, leaf: Leaf) -> Leaf:
     """The encoded prompt: all that PEFT's files keep."""
     with torch.no_grad():
         return {"prompt_embeddings": encode(leaf)}

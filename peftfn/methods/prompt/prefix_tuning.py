@@ -233,7 +233,7 @@ def check(leaf: Mapping[str, Tensor], site: Site) -> str | None:
     return None if found == expected else f"has a prefix of width {found}, expected {expected} (layers * 2 * keys)"
 
 
-def to_file(leaf: Leaf) -> Leaf:
+def to_file(config: Any, leaf: Leaf) -> Leaf:
     """The prefix itself: all that PEFT's files keep."""
     with torch.no_grad():
         return {"prompt_embeddings": encode(leaf)}

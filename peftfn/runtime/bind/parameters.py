@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from peftfn.core.adapter import Adapter
+from peftfn.core.adapter import SHARED, Adapter
 from peftfn.runtime import site_adapters
 
 Names = dict[str, dict[str, str]]
@@ -23,25 +23,28 @@ class Slots(NamedTuple):
 
 
 class Held(Mapping[str, Tensor]):
-    """A leaf that is read from its module at each use, so that `to`, an optimizer or DDP may put others there."""
+    """A leaf that is read from modules at each use, so that `to`, an optimizer or DDP may put others there.
 
-    def __init__(self, module: nn.Module, names: Mapping[str, str]) -> None:
-        self._module = module
-        self._names = dict(names)
+    Args:
+        homes: name -> the module that has the tensor, and as what.
+    """
+
+    def __init__(self, homes: Mapping[str, tuple[nn.Module, str]]) -> None:
+        self._homes = dict(homes)
 
     def __getitem__(self, name: str) -> Tensor:
-        own = self._names[name]
-        found = self._module._parameters.get(own)  # most are there, and getattr looks there last
-        return getattr(self._module, own) if found is None else found
+        module, own = self._homes[name]
+        found = module._parameters.get(own)  # most are there, and getattr looks there last
+        return getattr(module, own) if found is None else found
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names
+        return name in self._homes
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._homes)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._homes)
 
 
 class Holder(NamedTuple):
@@ -79,12 +82,13 @@ def _hold_part(
     holder: Holder, module: nn.Module, part: site_adapters.SiteAdapter, where: _Where
 ) -> site_adapters.SiteAdapter:
     count = len(holder.adapters)
-    own = {name: _attribute(name, where, count) for name in part.leaf}
-    leaf, replaced = Held(module, own), part.replaced
+    shared = _hold_shared(holder, part) if part.info.shares else {}
+    own = {name: _attribute(name, where, count) for name in part.leaf if name not in shared}
+    leaf, replaced = Held({**{name: (module, one) for name, one in own.items()}, **shared}), part.replaced
     if part.rows is not None:  # a replacement for each adapter of the stack: beside the tensor, not in its place
         stacked = {name: f"stacked_{name}" for name in part.replaced}
         own |= stacked
-        replaced = Held(module, stacked)
+        replaced = Held({name: (module, one) for name, one in stacked.items()})
     for name, attribute in own.items():
         tensor = part.leaf[name] if name in part.leaf else part.replaced[name]
         _register(holder, module, attribute, tensor, name in where.trained)
@@ -93,10 +97,25 @@ def _hold_part(
             name: _parameter(holder, tensor, name in where.trained) if name in module._parameters else tensor
             for name, tensor in part.replaced.items()
         }
-    for name in (*part.leaf, *part.replaced):
+    for name in (*own, *(name for name in part.replaced if name not in own)):
         names = holder.slots[where.number].params if name in where.trained else holder.slots[where.number].buffers
         names.setdefault(where.path, {})[name] = (f"{where.owner}." if where.owner else "") + own.get(name, name)
     return part._replace(leaf=leaf, replaced=replaced)
+
+
+def _hold_shared(holder: Holder, part: site_adapters.SiteAdapter) -> dict[str, tuple[nn.Module, str]]:
+    """What the site shares with others: held once, by the whole module."""
+    home, count, slots = part.info.shares, len(holder.adapters), holder.slots[part.number]
+    where = _Where(home, home, part.number, frozenset(holder.adapters[part.number].params.get(home, {})))
+    found: dict[str, tuple[nn.Module, str]] = {}
+    for name in (name for name in part.leaf if part.method.slots[name].shared):
+        own = _attribute(name, where, count) + home.removeprefix(SHARED).replace(".", "_")
+        names = (slots.params if name in where.trained else slots.buffers).setdefault(home, {})
+        if name not in names:
+            _register(holder, holder.by_path[""], own, part.leaf[name], name in where.trained)
+            names[name] = own
+        found[name] = holder.by_path[""], own
+    return found
 
 
 def _attribute(name: str, where: _Where, count: int) -> str:
