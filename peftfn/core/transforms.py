@@ -185,7 +185,7 @@ def without_numbers() -> Generator[None]:
             yield
 
 
-TRACES_WHOLE = torch.__version__ >= (2, 12)
+TRACES_WHOLE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
 """Whether Dynamo follows how a module object is made from another one's `__dict__`: older ones raise half-way."""
 
 
