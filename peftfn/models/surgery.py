@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn.models import activation_checkpointing
+from peftfn.models import activation_checkpointing, twins
 from peftfn.models.read_weights import AdaptedWeight
 from peftfn.weights import codecs
 
@@ -148,8 +148,9 @@ def base_forward(twin: nn.Module) -> Callable[..., Any]:
     """What the twin runs before any adapter acts on it, with any renormalisation left to `set_forward`."""
     if isinstance(twin, nn.Embedding) and twin.max_norm is not None:
         return functools.partial(_lookup, twin)
-    own = twin.__dict__.get("forward")
-    return own if own is not None else functools.partial(codecs.of(twin).run, twin)
+    if twins.has_set_forward(twin):
+        return twin.__dict__["forward"]
+    return functools.partial(codecs.of(twin).run, twin)
 
 
 def run_packed(modules: Iterable[nn.Module], apart: bool = False) -> None:
