@@ -1,4 +1,4 @@
-"""Adapters of several methods in one: what a config asks for beside its own method, as adapters of their own.
+"""Companions: adapters of other methods that a config asks for, taken apart and put together.
 
 An adapter of LoRA with `trainable_token_indices` holds LoRA's tensors at some sites and trained tokens at others. What
 runs, merges, checks or writes adapters takes them apart here, and sees adapters of one method each.
@@ -48,7 +48,7 @@ def united(first: Adapter, others: tuple[Adapter, ...]) -> Adapter:
 
 
 def is_named(config: PeftConfig, path: str) -> bool:
-    """Whether what goes along with another method is meant to act at a path; on all of its sites by default."""
+    """Whether a companion's config means the site at a path; one that names no modules means every site of its own."""
     names = getattr(config, "target_modules", None)
     return names is None or matching.ends_with(path, names)
 
