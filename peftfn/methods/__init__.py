@@ -90,10 +90,10 @@ def of(config: PeftConfig) -> Method:
     raise TypeError(f"config is a {given.__name__}; expected one of: {known}.")
 
 
-def beside(config: PeftConfig) -> Sequence[PeftConfig]:
+def companion_configs(config: PeftConfig) -> Sequence[PeftConfig]:
     """The configs of the companions that a config asks for: adapters of other methods, such as trained tokens."""
     asked = of(config).companions
     return () if asked is None or not getattr(config, asked.field) else asked.configs(config)
 
 
-__all__ = ["TABLE", "Method", "beside", "of"]
+__all__ = ["TABLE", "Method", "companion_configs", "of"]

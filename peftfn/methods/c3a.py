@@ -58,7 +58,7 @@ class C3AConfig(LayeredConfig):
     peft_type: ClassVar[str] = "C3A"
 
     block_size: int = dataclasses.field(
-        default=256, metadata=described("Size of a circulant block; divides what goes in and what comes out.")
+        default=256, metadata=described("Size of a circulant block; divides a layer's inputs and outputs.")
     )
     bias: str = dataclasses.field(default="none", metadata=described("Biases to train: none, all or c3a_only."))
     block_size_pattern: Mapping[str, int] | None = dataclasses.field(

@@ -18,7 +18,7 @@ from peftfn.models import matching
 
 def pieces(adapter: Adapter) -> tuple[Adapter, ...]:
     """The adapter, or those that it consists of: its own method's first, which also has its saved modules."""
-    others = methods.beside(adapter.config)
+    others = methods.companion_configs(adapter.config)
     if not others:
         return (adapter,)
     found: list[Adapter] = []
@@ -29,7 +29,7 @@ def pieces(adapter: Adapter) -> tuple[Adapter, ...]:
         own = [{path: _only(tree.get(path, {}), names) for path in paths} for tree in (rest.params, rest.buffers)]
         members = rest.members
         if members is not None:
-            configs = tuple(methods.beside(one)[number] for one in members.configs)
+            configs = tuple(methods.companion_configs(one)[number] for one in members.configs)
             members = members._replace(configs=configs, paths=tuple(tuple(paths) for _ in configs))
         sites = {path: info for path, info in rest.sites.items() if path in paths}
         found.append(Adapter(own[0], own[1], config, sites, members))

@@ -113,7 +113,7 @@ SLOTS = {
 
 
 def init(config: DeloraConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None) -> Leaf:
-    """A uniform as torch's layers, B zero or so too, λ as the config says, and the lengths of the weight's columns."""
+    """A uniform as torch's layers, B zero or uniform too, λ of the config, and the lengths of the weight's columns."""
     if site.stored.is_meta:
         raise ValueError(
             f"{site.path}: DeLoRA starts from the lengths of the weight's columns, and the model is on the meta "

@@ -140,7 +140,7 @@ def _resized(leaf: Leaf, old: int, new: int) -> Leaf:
 
 
 def init(config: GraloraConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None) -> Leaf:
-    """The factors of one site: A uniform as torch's layers, B zero or so too."""
+    """The factors of one site: A uniform as torch's layers, B zero or uniform too."""
     weight, k = layouts.of_site(site), config.gralora_k
     if not _is_divided(config, weight):
         raise ValueError(

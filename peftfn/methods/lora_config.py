@@ -92,8 +92,8 @@ class LoraConfig(LowRankConfig):
             `{name of an embedding: ids}` (see `peftfn.TrainableTokensConfig`).
 
     Raises:
-        ValueError: a rank in `rank_pattern` is no positive integer, or `use_dora`, `alora_invocation_tokens` and
-            `lora_bias` are given together where PEFT refuses it, or the second with another `task_type` than `CAUSAL_LM`.
+        ValueError: a rank in `rank_pattern` is no positive integer; `alora_invocation_tokens` are no ids, or go with
+            `use_dora` or another `task_type` than `CAUSAL_LM`; or `lora_bias` goes with `use_dora` or a start by name.
 
     Example:
         >>> import peftfn as pf

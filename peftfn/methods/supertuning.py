@@ -62,7 +62,7 @@ class SupertuningConfig(TargetedConfig):
     select_top: bool = dataclasses.field(
         default=True, metadata=described("Whether to train the largest numbers, or else the smallest.")
     )
-    r: int | None = dataclasses.field(default=None, metadata=described("Rank of a LoRA beside it, if any."))
+    r: int | None = dataclasses.field(default=None, metadata=described("Rank of a LoRA that is added, if any."))
     lora_alpha: float | None = dataclasses.field(
         default=None, metadata=described("Scaling of the LoRA is lora_alpha / r; 2 * r by default.")
     )
@@ -147,7 +147,7 @@ def chosen(config: SupertuningConfig, site: Site) -> Tensor:
 def init(
     config: SupertuningConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None
 ) -> Leaf:
-    """The numbers and their places; A uniform as torch's layers, B zero or so too."""
+    """The numbers and their places; A uniform as torch's layers, B zero or uniform too."""
     where, weight = chosen(config, site), layouts.of_site(site)
     fan_in = {"supertuning_lora_A": weight.inputs, "supertuning_lora_B": _rank(config, path)}
 
