@@ -50,8 +50,8 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
         ValueError: PEFT has one key for two of them.
     """
     first, *others = companions.pieces(adapter)
-    beside = {f"{PREFIX}{key}": one for other in others for key, one in companion_keys.to_keys(other).items()}
-    return dict(sorted({**_to_keys(first), **beside}.items()))
+    more = {f"{PREFIX}{key}": one for other in others for key, one in companion_keys.to_keys(other).items()}
+    return dict(sorted({**_to_keys(first), **more}.items()))
 
 
 def _to_keys(adapter: Adapter) -> dict[str, Tensor]:
@@ -156,9 +156,9 @@ def from_keys(
     if not tensors:
         raise ValueError(f"{source} holds no tensor; it is not the weights of an adapter.")
     left = dict(tensors)
-    beside = [companion_keys.from_keys(left, other, PREFIX, source) for other in methods.beside(config)]
+    others = [companion_keys.from_keys(left, other, PREFIX, source) for other in methods.companion_configs(config)]
     first = _from_keys(left, config, source, ordered=ordered, model=model, noted=noted, fixed=fixed)
-    return companions.united(first, tuple(beside)) if beside else first
+    return companions.united(first, tuple(others)) if others else first
 
 
 def _from_keys(
