@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -189,11 +190,16 @@ def limit_row(limit: Limit) -> str:
 HEAD = """# Methods under transforms
 
 Written by `make transforms`, which runs each cell with torch {torch} and transformers {transformers}. `ok`: the
-transform gave the same numbers as calls one by one, to {tolerance:.0e} of the largest. The batch has rows padded on
+transform gave the same numbers as calls one by one, to {tolerance} of the largest. The batch has rows padded on
 either side; `vmap` maps over three adapters, `vmap(grad)` over rows, and `compile` is of a whole training step
 (`grad_and_value`, one graph).
 
 """
+VERSIONS: dict[str, Any] = {
+    "torch": torch.__version__.split("+")[0],
+    "transformers": transformers.__version__,
+    "tolerance": f"{TOLERANCE:.0e}",
+}
 TAIL = """
 ## What torch and transformers do not do
 
@@ -209,27 +215,42 @@ transformers is one call of the same kernel; in a model that calls torch's funct
 """
 
 
-def page() -> str:
-    """The page, from running everything."""
-    lines = [f"| | | {' | '.join(TRANSFORMS)} |", f"|---|---|{'---|' * len(TRANSFORMS)}"]
-    for method in METHODS:
-        for model in MODELS:
-            cells = [cell(method, model, transform) for transform in TRANSFORMS]
-            print(f"{method:25}{model:8}" + "  ".join(f"{one:24.60}" for one in cells), flush=True)
-            if len(set(cells)) == 1 and cells[0] != "ok":
-                cells = [cells[0], *[""] * (len(cells) - 1)]
-            lines.append(f"| {method} | {model} | {' | '.join(cells)} |")
-    versions = {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
-    head = HEAD.format(**versions, tolerance=TOLERANCE)
-    return head + "\n".join(lines) + "\n" + TAIL.format(limits="\n".join(map(limit_row, LIMITS)))
+def kept(page: str) -> dict[tuple[str, str], str]:
+    """The table's lines by method and model, of a page that the same libraries made."""
+    if HEAD.format(**VERSIONS) not in page:
+        return {}
+    lines = [line for line in page.splitlines() if line.startswith("| ") and line.count(" | ") == 1 + len(TRANSFORMS)]
+    found = {tuple(line.strip("| ").split(" | ")[:2]): line for line in lines}
+    return {(method, model): line for (method, model), line in found.items() if method in METHODS and model in MODELS}
+
+
+def line(method: str, model: str) -> str:
+    """One line of the table, from running its cells."""
+    cells = [cell(method, model, transform) for transform in TRANSFORMS]
+    print(f"{method:25}{model:8}" + "  ".join(f"{one:24.60}" for one in cells), flush=True)
+    if len(set(cells)) == 1 and cells[0] != "ok":
+        cells = [cells[0], *[""] * (len(cells) - 1)]
+    return f"| {method} | {model} | {' | '.join(cells)} |"
+
+
+def write(output: Path, lines: dict[tuple[str, str], str]) -> None:
+    """Write the page, after each line that is run: one that was stopped goes on with `--missing`."""
+    tail = TAIL.format(limits="\n".join(map(limit_row, LIMITS)))
+    columns = f"| | | {' | '.join(TRANSFORMS)} |\n|---|---|{'---|' * len(TRANSFORMS)}\n"
+    for place in itertools.product(METHODS, MODELS):
+        if place not in lines:
+            lines[place] = line(*place)
+            there = [lines[one] for one in itertools.product(METHODS, MODELS) if one in lines]
+            output.write_text(HEAD.format(**VERSIONS) + columns + "\n".join(there) + "\n" + tail, encoding="utf-8")
 
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--output", type=Path, default=PAGE)
-    output = arguments.parse_args().output
+    arguments.add_argument("--missing", action="store_true", help="run the lines that the page lacks")
+    asked = arguments.parse_args()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page(), encoding="utf-8")
-    print(f"written to {output}")
+    asked.output.parent.mkdir(parents=True, exist_ok=True)
+    write(asked.output, kept(asked.output.read_text(encoding="utf-8")) if asked.missing else {})
+    print(f"written to {asked.output}")

@@ -1,4 +1,4 @@
-"""Keys of what goes along with another method, of copies of a base's tensors and of tied tables, without the prefix."""
+"""Keys of companions, of copies of a base's tensors and of tied tables, without the prefix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peftfn.models import matching
 
 
 def to_keys(adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors by key of what goes along with another method."""
+    """The tensors of a companion, by key."""
     method = methods.of(adapter.config)
     return {
         f"{path}.{method.files.inside}.{key}": leaf[name]
@@ -27,7 +27,7 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def from_keys(left: dict[str, Tensor], config: PeftConfig, prefix: str, source: str) -> Adapter:
-    """What goes along with another method; its keys, which have the prefix, are taken out of those that are left."""
+    """The companion of this config; its keys, which have the prefix, are taken out of `left`."""
     method = methods.of(config)
     marks = {name: f".{method.files.inside}.{key}" for name, key in method.names.items()}
     params: Tree = {}
@@ -61,7 +61,7 @@ def _is_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def copied(method: Method, config: Any, path: str) -> str:
-    """The path of a module of which copies are trained: PEFT has them beside the outermost module that is a target."""
+    """The path of a module of which copies are trained: PEFT puts them into the outermost module that is a target."""
     parts = path.split(".")
     outer = (".".join(parts[:count]) for count in range(1, len(parts) + 1)) if method.files.copies else ()
     home = next((one for one in outer if matching.is_target(config, one)), None)

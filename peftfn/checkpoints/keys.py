@@ -50,9 +50,8 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
         ValueError: PEFT has one key for two of them.
     """
     first, *others = companions.pieces(adapter)
-    beside = {f"{PREFIX}{key}": one for other in others for key, one in companion_keys.to_keys(other).items()}
-    beside |= shared_keys.to_keys(first)
-    return dict(sorted({**_to_keys(first), **beside}.items()))
+    more = {f"{PREFIX}{key}": one for other in others for key, one in companion_keys.to_keys(other).items()}
+    return dict(sorted({**_to_keys(first), **more, **shared_keys.to_keys(first)}.items()))
 
 
 def _to_keys(adapter: Adapter) -> dict[str, Tensor]:
@@ -158,13 +157,13 @@ def from_keys(
     if not tensors:
         raise ValueError(f"{source} holds no tensor; it is not the weights of an adapter.")
     left = dict(tensors)
-    beside = [companion_keys.from_keys(left, other, PREFIX, source) for other in methods.beside(config)]
+    others = [companion_keys.from_keys(left, other, PREFIX, source) for other in methods.companion_configs(config)]
     method = methods.of(config)
     shared = shared_keys.taken(method, left) if method.sharing is not None else {}
     first = _from_keys(left, config, source, ordered=ordered, model=model, noted=noted, fixed=fixed)
     if method.sharing is not None:
         first = shared_keys.joined(first, shared, model, source)
-    return companions.united(first, tuple(beside)) if beside else first
+    return companions.united(first, tuple(others)) if others else first
 
 
 def _from_keys(

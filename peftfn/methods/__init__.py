@@ -42,7 +42,7 @@ from peftfn.methods.method import Method
 from peftfn.methods.prompt import p_tuning, prefix_tuning, prompt_tuning
 
 TABLE: tuple[Method, ...] = (
-    dora.METHOD,  # of a LoraConfig that asks for it: before the one of any other; so is the next
+    dora.METHOD,  # this and the next are of a LoraConfig that asks for them, so they come before plain LoRA
     lora_bias.METHOD,
     lora.METHOD,
     ia3.METHOD,
@@ -94,10 +94,10 @@ def of(config: PeftConfig) -> Method:
     raise TypeError(f"config is a {given.__name__}; expected one of: {known}.")
 
 
-def beside(config: PeftConfig) -> Sequence[PeftConfig]:
-    """The configs of what a config asks for beside its own method."""
+def companion_configs(config: PeftConfig) -> Sequence[PeftConfig]:
+    """The configs of the companions that a config asks for: adapters of other methods, such as trained tokens."""
     asked = of(config).companions
     return () if asked is None or not getattr(config, asked.field) else asked.configs(config)
 
 
-__all__ = ["TABLE", "Method", "beside", "of"]
+__all__ = ["TABLE", "Method", "companion_configs", "of"]

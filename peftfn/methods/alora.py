@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 EVERY_TOKEN = 2**31 - 1
-"""How many tokens from the end of a row are acted on where all of them are."""
+"""The number of tokens from the end of a row that stands for all of them."""
 
 
 def check(config: Any) -> None:
-    """A `ValueError` if what the config says of an invocation, which it has, makes no sense."""
+    """A `ValueError` if a config's `alora_invocation_tokens` are no token ids, or do not go with its other fields."""
     tokens: Sequence[int] = config.alora_invocation_tokens
     if not tokens or any(one < 0 for one in tokens):
         raise ValueError(f"alora_invocation_tokens={list(tokens)}; expected the ids of at least one token.")

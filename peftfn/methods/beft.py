@@ -38,10 +38,14 @@ TARGETS: dict[str, Sequence[str] | str] = {
 
 @dataclasses.dataclass(frozen=True)
 class BeftConfig(TargetedConfig):
-    """BEFT's config, with PEFT's fields and defaults.
+    """BEFT's config, with PEFT's fields and defaults: W x + b + β (https://arxiv.org/abs/2509.15974).
+
+    Attributes:
+        init_weights: β, (1, out): `True` (zeros), or `False` (normal numbers: not the identity).
 
     Example:
-        >>> config = BeftConfig(target_modules=["value"])
+        >>> import peftfn as pf
+        >>> config = pf.BeftConfig(target_modules=["value"])
         >>> config.init_weights
         True
     """
@@ -73,7 +77,7 @@ def init(config: BeftConfig, path: str, site: Site, generator: torch.Generator, 
 
 
 def forward(config: BeftConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """What the layer computes, and β."""
+    """site(x) + β."""
     y: Tensor = site(x, *args, **kwargs)
     kernel = site.shape[2:] if site.kind == layers.CONVOLUTION else ()
     return (y + leaf["beft_bias"].view(-1, *(1 for _ in kernel))).to(y.dtype)

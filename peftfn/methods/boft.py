@@ -35,10 +35,27 @@ from peftfn.models.layouts import WeightShape
 
 @dataclasses.dataclass(frozen=True)
 class BOFTConfig(LayeredConfig):
-    """BOFT's config, with PEFT's fields and defaults; of `boft_block_size` and `boft_block_num` one is 0.
+    """BOFT's config, with PEFT's fields and defaults: diag(s)·W·Rᵀ, R of butterfly factors (https://arxiv.org/abs/2311.06243).
+
+    Of `boft_block_size` and `boft_block_num` one is 0: it follows from the other, and from how many inputs a layer has.
+
+    Attributes:
+        boft_block_size: b, how many inputs a block rotates; has to divide a layer's inputs.
+        boft_block_num: how many blocks a layer has, with `boft_block_size=0`.
+        boft_n_butterfly_factor: m, how many rotations follow each other: together they mix b·2ᵐ⁻¹ inputs, which has to
+            divide a layer's inputs. PEFT makes one, whatever it is, where its CUDA extension is missing.
+        boft_dropout: the share of the blocks of one factor, drawn anew in each step of training, that do nothing.
+        fan_in_fan_out: whether weights are stored (in, out); `peftfn.init` corrects it from the layers that it finds.
+        bias: which biases to train too: `"none"`, `"all"`, or `"boft_only"`, those of the adapted layers.
+        init_weights: `True` (no rotation, s = 1), or `False` (random ones: not the identity).
+
+    Raises:
+        ValueError: not one of the two sizes is 0, the other or `boft_n_butterfly_factor` is no positive integer,
+            `boft_dropout` is no share below 1, or `bias` is unknown.
 
     Example:
-        >>> config = BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=2, target_modules=["query", "value"])
+        >>> import peftfn as pf
+        >>> config = pf.BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=2, target_modules=["query", "value"])
         >>> config.boft_block_num
         0
     """
@@ -150,7 +167,7 @@ def rotation(trained: Tensor) -> Tensor:
 
 
 def _with_dropout(config: BOFTConfig, rotations: Tensor) -> Tensor:
-    """In one factor, drawn anew each time, a share of the blocks does nothing."""
+    """The rotations, of which a share of the blocks of one factor, drawn anew at each call, are identities."""
     factors, blocks = rotations.shape[:2]
     gone = torch.randperm(blocks, device=rotations.device) < int(config.boft_dropout * blocks)
     which = torch.arange(factors, device=rotations.device) == torch.randint(factors, (), device=rotations.device)

@@ -1,7 +1,7 @@
 """C3A: W + C, C of blocks that are circulant: each row is the one above it, turned by one (https://arxiv.org/abs/2407.19342).
 
-A block of size b is made of b trained numbers k: C[u, t] = k[(t - u) mod b] / in. So what it makes of x is a
-correlation of both, and a layer runs as products of their Fourier transforms, which takes in·out / b products where a
+A block of size b is made of b trained numbers k: C[u, t] = k[(t - u) mod b] / in. So a block of C times x
+is the circular correlation of k and x, computed as a product of their Fourier transforms: in·out / b products where a
 dense C takes in·out. By default it begins at random, as in PEFT: `init_weights=True` makes a fresh adapter the
 identity.
 
@@ -35,10 +35,22 @@ from peftfn.models.layouts import WeightShape
 
 @dataclasses.dataclass(frozen=True)
 class C3AConfig(LayeredConfig):
-    """C3A's config, with PEFT's fields and defaults.
+    """C3A's config, with PEFT's fields and defaults: W + C, C of circulant blocks (https://arxiv.org/abs/2407.19342).
+
+    Attributes:
+        block_size: b, the side of a block, in weights; has to divide a layer's inputs and outputs. A layer trains
+            out·in / b numbers, (out/b, in/b, b).
+        bias: which biases to train too: `"none"`, `"all"`, or `"c3a_only"`, those of the adapted layers.
+        block_size_pattern: other sizes, by module name or regex; the first one that matches a path counts.
+        init_weights: `True` (zeros), or a random start, which is not the identity: `"xavier_uniform"` (PEFT's
+            default, and what `False` means), `"kaiming_uniform"` or `"gaussian"`.
+
+    Raises:
+        ValueError: a size is no positive integer, or `bias` or `init_weights` is unknown.
 
     Example:
-        >>> config = C3AConfig(block_size=64, target_modules=["query", "value"], init_weights=True)
+        >>> import peftfn as pf
+        >>> config = pf.C3AConfig(block_size=64, target_modules=["query", "value"], init_weights=True)
         >>> config.block_size
         64
     """
@@ -46,7 +58,7 @@ class C3AConfig(LayeredConfig):
     peft_type: ClassVar[str] = "C3A"
 
     block_size: int = dataclasses.field(
-        default=256, metadata=described("Size of a circulant block; divides what goes in and what comes out.")
+        default=256, metadata=described("Size of a circulant block; divides a layer's inputs and outputs.")
     )
     bias: str = dataclasses.field(default="none", metadata=described("Biases to train: none, all or c3a_only."))
     block_size_pattern: Mapping[str, int] | None = dataclasses.field(

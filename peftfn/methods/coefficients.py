@@ -1,7 +1,7 @@
 """What FourierFT and WaveFT have in common: some coefficients of a transform of ΔW, at places that a seed decides.
 
-In a stack adapters may have unlike many. The factor of each coefficient is a tensor beside them, zero where a smaller
-adapter is filled up, so that nothing is trained there.
+Adapters of a stack may have different numbers of coefficients. Each coefficient has a factor of its own (`scaling`, a
+buffer), which is zero where a smaller adapter is padded, so that nothing is trained there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,25 @@ from peftfn.models.layouts import WeightShape
 
 @dataclasses.dataclass(frozen=True)
 class CoefficientsConfig(LayeredConfig):
-    """The fields that PEFT's configs of FourierFT and WaveFT share."""
+    """The fields that PEFT's configs of FourierFT and WaveFT share.
+
+    Attributes:
+        n_frequency: how many coefficients are trained in a layer, at most out·in.
+        scaling: the update is multiplied by it, as it is: nothing divides it.
+        random_loc_seed: which coefficients are trained: places in (out, in) follow from it, and files hold no others.
+        fan_in_fan_out: whether weights are stored (in, out); `peftfn.init` corrects it from the layers that it finds.
+        bias: which biases to train too: `"none"`, `"all"`, or those of the adapted layers (`"fourier_only"`, say).
+        n_frequency_pattern: other values of `n_frequency`, by module name or regex; the first one that matches counts.
+        init_weights: `True` (zeros), or `False` (normal numbers: not the identity).
+
+    Raises:
+        ValueError: a number of coefficients is no positive integer, or `bias` is unknown.
+
+    Example:
+        >>> import peftfn as pf
+        >>> pf.WaveFTConfig(n_frequency_pattern={"layer.0.query": 100}).random_loc_seed
+        777
+    """
 
     n_frequency: int = dataclasses.field(default=1000, metadata=described("Coefficients that are trained in a layer."))
     scaling: float = dataclasses.field(default=150.0, metadata=described("What the update is multiplied with."))
@@ -64,7 +82,7 @@ def count(config: CoefficientsConfig, path: str) -> int:
 
 
 def slots(name: str) -> Slots:
-    """The tensors of a leaf: the coefficients, and what each is multiplied with."""
+    """The tensors of a leaf, each (n,): the coefficients, and the factor of each."""
     return {name: Slot(_shape, rank=0), "scaling": Slot(_all, trained=False, rank=0, off=0.0)}
 
 
@@ -102,7 +120,7 @@ def _init(
 
 
 def constants(config: CoefficientsConfig, path: str, leaf: Leaf) -> Leaf:
-    """What each coefficient is multiplied with, (n,)."""
+    """The factor of each coefficient, (n,)."""
     (values,) = leaf.values()
     return {"scaling": constant(config.scaling, leaf).repeat(values.shape[0])}
 
@@ -116,7 +134,7 @@ def dense(config: CoefficientsConfig, values: Tensor, scaling: Tensor, weight: W
 
 
 def resized(leaf: Leaf, old: int, new: int) -> Leaf:
-    """The leaf with another number of coefficients, of which those that are filled up count for nothing."""
+    """The leaf with `new` coefficients in place of `old`; those that are added have a factor of zero."""
     found = next(iter(leaf.values())).shape[0]
     if found != old:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Adapters of several methods in one: what a config asks for beside its own method, as adapters of their own.
+"""Companions: adapters of other methods that a config asks for, taken apart and put together.
 
 An adapter of LoRA with `trainable_token_indices` holds LoRA's tensors at some sites and trained tokens at others. What
 runs, merges, checks or writes adapters takes them apart here, and sees adapters of one method each.
@@ -18,7 +18,7 @@ from peftfn.models import matching
 
 def pieces(adapter: Adapter) -> tuple[Adapter, ...]:
     """The adapter, or those that it consists of: its own method's first, which also has its saved modules."""
-    others = methods.beside(adapter.config)
+    others = methods.companion_configs(adapter.config)
     if not others:
         return (adapter,)
     found: list[Adapter] = []
@@ -29,7 +29,7 @@ def pieces(adapter: Adapter) -> tuple[Adapter, ...]:
         own = [{path: _only(tree.get(path, {}), names) for path in paths} for tree in (rest.params, rest.buffers)]
         members = rest.members
         if members is not None:
-            configs = tuple(methods.beside(one)[number] for one in members.configs)
+            configs = tuple(methods.companion_configs(one)[number] for one in members.configs)
             members = members._replace(configs=configs, paths=tuple(tuple(paths) for _ in configs))
         sites = {path: info for path, info in rest.sites.items() if path in paths}
         found.append(Adapter(own[0], own[1], config, sites, members))
@@ -48,7 +48,7 @@ def united(first: Adapter, others: tuple[Adapter, ...]) -> Adapter:
 
 
 def is_named(config: PeftConfig, path: str) -> bool:
-    """Whether what goes along with another method is meant to act at a path; on all of its sites by default."""
+    """Whether a companion's config means the site at a path; one that names no modules means every site of its own."""
     names = getattr(config, "target_modules", None)
     return names is None or matching.ends_with(path, names)
 

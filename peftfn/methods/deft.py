@@ -1,9 +1,9 @@
 """DEFT: (I - Q·Eᵀ)·W + s·Q·R, a subspace of the outputs emptied and filled anew (https://arxiv.org/abs/2509.22793).
 
 P (out, r) is trained, and R (r, in). By "relu" Q is P and E = relu(P); by "qr" both are the orthonormal columns of
-P = QR, so that Q·Eᵀ is a projection. Scaling s is alpha / r, or 1. R starts as Eᵀ·W / s, which changes nothing: what a
-layer computes is y and the product of x with Q·(s·R - Eᵀ·W), of which a fresh adapter's is exactly 0 where s is 1 or
-another power of two. With `para` there is no R, and no start that changes nothing.
+P = QR, so that Q·Eᵀ is a projection. Scaling s is alpha / r, or 1. R starts as Eᵀ·W / s, which changes nothing: a
+layer's output is site(x) + Q·(s·R - Eᵀ·W)·x, whose second term is exactly 0 in a fresh adapter where s is 1 or another
+power of two. With `para` there is no R, and no start that changes nothing.
 
 The weight is read in every forward, and a packed one is unpacked for it. r is at most the number of outputs. Two
 adapters that are active together follow each other: the second takes its subspace out of what the first one made. PEFT
@@ -34,10 +34,27 @@ from peftfn.models.layouts import WeightShape
 
 @dataclasses.dataclass(frozen=True)
 class DeftConfig(LayeredConfig):
-    """DEFT's config, with PEFT's fields and defaults.
+    """DEFT's config, with PEFT's fields and defaults: (I - Q·Eᵀ)·W + s·Q·R (https://arxiv.org/abs/2509.22793).
+
+    Attributes:
+        r: how many directions of the outputs are taken out, and filled: P is (out, r) and R (r, in).
+        decomposition_method: how Q and E follow from P: `"relu"` (Q = P, E = relu(P)), or `"qr"` (both are orthonormal
+            columns, so that what is taken out is a projection).
+        init_scale: with `init_weights=False` R begins with a deviation of 0.02 times this.
+        alpha: s is alpha / r; `None` is s = 1.
+        para: whether a subspace is taken out and none put in (PaRa): there is no R, and no start that changes nothing.
+        fan_in_fan_out: whether weights are stored (in, out); `peftfn.init` corrects it from the layers that it finds.
+        deft_dropout: the probability in training that a number of R's input is dropped.
+        init_weights: `True` (s·R = Eᵀ·W: what P takes out R puts back), or `False` (R random: not the identity).
+        bias: which biases to train too: `"none"`, `"all"`, or `"deft_only"`, those of the adapted layers.
+
+    Raises:
+        ValueError: `r` is no positive integer, `deft_dropout` no probability below 1, or `decomposition_method` or
+            `bias` unknown.
 
     Example:
-        >>> config = DeftConfig(r=4, decomposition_method="qr", target_modules=["query", "value"])
+        >>> import peftfn as pf
+        >>> config = pf.DeftConfig(r=4, decomposition_method="qr", target_modules=["query", "value"])
         >>> config.para
         False
     """
@@ -115,7 +132,11 @@ def init(config: DeftConfig, path: str, site: Site, generator: torch.Generator, 
 
 
 def constants(config: DeftConfig, path: str, leaf: Leaf) -> Leaf:
-    """The scaling, and that the method acts: a subspace of zeros by "qr" is one."""
+    """The scaling and `active`, 0-d tensors.
+
+    `active` is 1, and 0 at a site that an adapter of a stack does not have: P is zeros there, and "qr" makes a subspace
+    of zeros too.
+    """
     scaling = config.alpha / leaf["deft_P"].shape[1] if config.alpha else 1.0
     return {"scaling": constant(scaling, leaf), "active": constant(1.0, leaf)}
 
@@ -146,7 +167,7 @@ def _weight(config: DeftConfig, leaf: Mapping[str, Tensor], shape: WeightShape, 
 
 
 def forward(config: DeftConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """What the layer computes, and the product of x with Q·(s·R - Eᵀ·W); in training R's with dropout."""
+    """site(x) + Q·(s·R - Eᵀ·W)·x; in training R acts on x with dropout."""
     y = site(x, *args, **kwargs)
     q, taken = _taken(config, leaf, layouts.seen(site.kind, site.weight))
     x = x.to(q.dtype)

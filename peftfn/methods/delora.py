@@ -1,4 +1,4 @@
-"""DeLoRA: W + (λ/r)·B·diag(1 / (‖a_k‖·‖b_k‖))·A·diag(‖W_j‖), with a length of its own (https://arxiv.org/abs/2503.18225).
+"""DeLoRA: W + (λ/r)·B·diag(1 / (‖a_k‖·‖b_k‖))·A·diag(‖W_j‖), its length trained apart (https://arxiv.org/abs/2503.18225).
 
 Each of the r rank-one parts has length 1 before it is multiplied by the trained λ/r, so that λ alone says how far the
 weight goes; the norms of rows of A and of columns of B are at least 1e-4. ‖W_j‖ are the lengths of the base's columns
@@ -31,10 +31,27 @@ from peftfn.models.layouts import WeightShape
 
 @dataclasses.dataclass(frozen=True)
 class DeloraConfig(LayeredConfig):
-    """DeLoRA's config, with PEFT's fields and defaults.
+    """DeLoRA's config, with PEFT's fields and defaults: LoRA, its length apart (https://arxiv.org/abs/2503.18225).
+
+    W + (λ/r)·B·diag(1 / (‖a_k‖·‖b_k‖))·A·diag(‖W_j‖), a_k and b_k the rows of A and the columns of B, ‖W_j‖ the lengths
+    of the columns of W.
+
+    Attributes:
+        r: the rank of the update.
+        delora_lambda: λ at the start, one number a layer, which is trained: how far the weight goes, in lengths of
+            its own columns.
+        module_dropout: the probability in training that a number of the update's input is dropped, as in PEFT.
+        bias: which biases to train too: `"none"`, `"all"`, or `"delora_only"`, those of the adapted layers.
+        init_weights: `True` (B = 0), or `False` (random: not the identity).
+        rank_pattern: other ranks, by module name or regex; the first one that matches a path counts.
+        lambda_pattern: other values of λ, in the same way.
+
+    Raises:
+        ValueError: a rank is no positive integer, `module_dropout` no probability below 1, or `bias` unknown.
 
     Example:
-        >>> config = DeloraConfig(r=4, delora_lambda=10, target_modules=["query"], lambda_pattern={"layer.0": 5})
+        >>> import peftfn as pf
+        >>> config = pf.DeloraConfig(r=4, delora_lambda=10, target_modules=["query"], lambda_pattern={"layer.0": 5})
         >>> config.module_dropout
         0.0
     """
@@ -96,7 +113,7 @@ SLOTS = {
 
 
 def init(config: DeloraConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None) -> Leaf:
-    """A uniform as torch's layers, B zero or so too, λ as the config says, and the lengths of the weight's columns."""
+    """A uniform as torch's layers, B zero or uniform too, λ of the config, and the lengths of the weight's columns."""
     if site.stored.is_meta:
         raise ValueError(
             f"{site.path}: DeLoRA starts from the lengths of the weight's columns, and the model is on the meta "
@@ -145,7 +162,7 @@ def delta(config: DeloraConfig, leaf: Mapping[str, Tensor], weight: WeightShape)
 def forward(
     config: DeloraConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """What the layer computes, and the update's product with x, or in training with what dropout leaves of it."""
+    """site(x) + the update·x; in training the update acts on x with dropout."""
     y, x = site(x, *args, **kwargs), x.to(leaf["delora_A"].dtype)
     if config.module_dropout:
         x = F.dropout(x, config.module_dropout, training=site.training)

@@ -28,10 +28,23 @@ from peftfn.models.layouts import WeightShape
 
 @dataclasses.dataclass(frozen=True)
 class FourierFTConfig(CoefficientsConfig):
-    """FourierFT's config, with PEFT's fields and defaults.
+    """FourierFT's config, with PEFT's fields and defaults: W + s·Re F⁻¹(S) (https://arxiv.org/abs/2405.03003).
+
+    Attributes:
+        n_frequency: n, how many numbers of the spectrum S, (out, in), are trained; at most out·in.
+        scaling: s, as it is: nothing divides it. PEFT's default of 150 is for `n_frequency` of about 1,000.
+        random_loc_seed: the places of the n numbers follow from it and from the weight's shape; files hold no others.
+        fan_in_fan_out: whether weights are stored (in, out); `peftfn.init` corrects it from the layers that it finds.
+        bias: which biases to train too: `"none"`, `"all"`, or `"fourier_only"`, those of the adapted layers.
+        n_frequency_pattern: other values of `n_frequency`, by module name or regex; the first one that matches counts.
+        init_weights: `True` (zeros), or `False` (normal numbers: not the identity, and the default, as in PEFT).
+
+    Raises:
+        ValueError: a number of coefficients is no positive integer, or `bias` is unknown.
 
     Example:
-        >>> config = FourierFTConfig(n_frequency=500, scaling=100.0, target_modules=["query", "value"])
+        >>> import peftfn as pf
+        >>> config = pf.FourierFTConfig(n_frequency=500, scaling=100.0, target_modules=["query", "value"])
         >>> config.n_frequency, config.random_loc_seed, config.init_weights
         (500, 777, False)
     """

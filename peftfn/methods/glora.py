@@ -2,11 +2,12 @@
 
 A and B are each a product of low rank, a number for each output, one number, or nothing (`config_A_B`); C is a column
 of rank r, a column, or nothing (`config_C`); D and E are vectors, numbers, or nothing (`config_D_E`). C, D and E need a
-bias to act on: a layer without one has none of them. A layer computes y and what it gives of x with what is added to W
-and b: the weight is read in every forward, and a packed one is unpacked for it.
+bias to act on: a layer without one has none of them. A layer's output is y plus what
+the layer gives with the changes of W and b for its weight and bias: the weight is read in every forward, and a packed
+one is unpacked for it.
 
-Where there is nothing PEFT's files have zeros of the whole shape, (out, in) for A and B. They are written and read, and
-not kept. Two adapters that are active together follow each other; PEFT adds up what each of them makes of W and b.
+For a part that is "none" PEFT's files hold zeros of the whole shape, (out, in) for A and B. They are in files
+alone. Two adapters that are active together follow each other; PEFT adds up what each of them makes of W and b.
 
 PEFT has linear layers; transformers' `Conv1D` is ours alone.
 """
@@ -36,13 +37,24 @@ from peftfn.models.layouts import WeightShape
 
 @dataclasses.dataclass(frozen=True)
 class GloraConfig(TargetedConfig):
-    """GLoRA's config, with PEFT's fields and defaults.
+    """GLoRA's config, with PEFT's: W + W ∘ A + B, b + b ∘ D + E + W·C (https://arxiv.org/abs/2306.07967).
 
-    PEFT's has no `exclude_modules`: where it is given, an adapter names what is left of the targets.
+    PEFT's has no `exclude_modules`: where it is given, an adapter's `target_modules` are the paths that are left.
+
+    Attributes:
+        r: the rank of what is `"lora"`.
+        config_A_B: A and B: each `"lora"` ((out, r) times (r, in)), `"vector"` ((out, 1)), `"constant"` or `"none"`.
+        config_C: C: `"lora"` ((in, r) times (r, 1)), `"vector"` ((in, 1)) or `"none"`; only where there is a bias.
+        config_D_E: D and E: each `"vector"` ((out,)), `"constant"` or `"none"`; only where there is a bias.
+        init_weights: `True` (zeros but for the second factors), or `False` (random: not the identity).
+        bias: which biases to train too: `"none"`, `"all"`, or `"glora_only"`, those of the adapted layers.
+
+    Raises:
+        ValueError: `r` is no positive integer, or one of the others unknown.
 
     Example:
-        >>> config = GloraConfig(r=4, config_A_B="vector", config_D_E="vector", target_modules=["query", "value"])
-        >>> config.config_C
+        >>> import peftfn as pf
+        >>> pf.GloraConfig(r=4, config_A_B="vector", target_modules=["query", "value"]).config_C
         'lora'
     """
 
@@ -205,7 +217,7 @@ def merge(
 def forward(
     config: GloraConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """What the layer computes, and with what is added to its weight and bias."""
+    """site(x), plus what the layer gives with the changes of W and b for its weight and bias."""
     y, tensors = site(x, *args, **kwargs), site.tensors
     weight = tensors["weight"]
     assert weight is not None, "every layer that GLoRA acts on has a weight"

@@ -31,10 +31,25 @@ from peftfn.models.layouts import WeightShape
 
 @dataclasses.dataclass(frozen=True)
 class GraloraConfig(LayeredConfig):
-    """GraLoRA's config, with PEFT's fields and defaults.
+    """GraLoRA's config, with PEFT's fields and defaults: W + s·Δ, Δ of low-rank blocks (https://arxiv.org/abs/2505.20355).
+
+    Attributes:
+        r: the ranks of a row of blocks added up, so that each block has r / gralora_k; a multiple of `gralora_k`.
+        hybrid_r: the rank of a plain low-rank product over the whole weight, which is added; 0 is none.
+        alpha: the scaling s is alpha / (r + hybrid_r).
+        gralora_dropout: the probability in training that a number of a product's input is dropped.
+        gralora_k: k, how many parts the outputs are cut into, and the inputs; has to divide both.
+        fan_in_fan_out: whether weights are stored (in, out); `peftfn.init` corrects it from the layers that it finds.
+        bias: which biases to train too: `"none"`, `"all"`, or `"gralora_only"`, those of the adapted layers.
+        init_weights: `True` (B = 0), or `False` (all random: not the identity).
+
+    Raises:
+        ValueError: `r` or `gralora_k` is no positive integer or does not divide, `hybrid_r` is negative,
+            `gralora_dropout` no probability below 1, or `bias` unknown.
 
     Example:
-        >>> config = GraloraConfig(r=8, gralora_k=4, alpha=16, target_modules=["query", "value"])
+        >>> import peftfn as pf
+        >>> config = pf.GraloraConfig(r=8, gralora_k=4, alpha=16, target_modules=["query", "value"])
         >>> config.alpha / (config.r + config.hybrid_r)
         2.0
     """
@@ -125,14 +140,14 @@ def _resized(leaf: Leaf, old: int, new: int) -> Leaf:
 
 
 def init(config: GraloraConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None) -> Leaf:
-    """The factors of one site: A uniform as torch's layers, B zero or so too."""
+    """The factors of one site: A uniform as torch's layers, B zero or uniform too."""
     weight, k = layouts.of_site(site), config.gralora_k
     if not _is_divided(config, weight):
         raise ValueError(
             f"{site.path}: gralora_k={k} does not divide its {weight.inputs} inputs and {weight.outputs} outputs; "
             f"expected a divisor of {math.gcd(weight.inputs, weight.outputs)}."
         )
-    # What a number of each factor is a sum over.
+    # How many inputs each factor has.
     fan_in = {"gralora_A": weight.inputs // k, "gralora_B": config.r}
     fan_in |= {"gralora_A_general": weight.inputs, "gralora_B_general": config.hybrid_r}
 

@@ -1,8 +1,8 @@
 """HiRA: W + W ∘ (B·A), an update of low rank that each weight is multiplied by (https://openreview.net/pdf?id=TwJrTz9cRS).
 
 The update itself has a rank as high as W's. A is (r, in, *kernel) and B (out, r), of an embedding (r, tokens) and
-(dim, r). A layer computes y and what it gives of x with W ∘ (B·A): the weight is read in every forward, and a packed
-one is unpacked for it.
+(dim, r). A layer's output is y plus what the layer gives with W ∘ (B·A) for its weight and no bias: the weight is
+read in every forward, and a packed one is unpacked for it.
 
 Two adapters that are active together follow each other here, as any two that change a weight by what it is: the second
 multiplies what the first one made. PEFT adds up what each of them makes of the base's weight.
@@ -35,10 +35,22 @@ from peftfn.models.layouts import WeightShape
 
 @dataclasses.dataclass(frozen=True)
 class HiraConfig(LayeredConfig):
-    """HiRA's config, with PEFT's fields and defaults.
+    """HiRA's config, with PEFT's fields and defaults: W + W ∘ (B·A) (https://openreview.net/pdf?id=TwJrTz9cRS).
+
+    Attributes:
+        r: the rank of B·A, (out, in), by which the weights are multiplied.
+        hira_dropout: the probability in training that a number of the update's input is dropped; not of an embedding's.
+        fan_in_fan_out: whether weights are stored (in, out); `peftfn.init` corrects it from the layers that it finds.
+        init_weights: `True` (A as torch's linear layers, B = 0), `"gaussian"` (A normal of deviation 1/r, B = 0), or
+            `False` (both normal: not the identity). `None` is `False`, and `True` for embeddings, as in PEFT.
+        rank_pattern: other ranks, by module name or regex; the first one that matches a path counts. PEFT ignores it.
+
+    Raises:
+        ValueError: a rank is no positive integer, `hira_dropout` no probability below 1, or `init_weights` unknown.
 
     Example:
-        >>> config = HiraConfig(r=16, target_modules=["query", "value"], hira_dropout=0.1)
+        >>> import peftfn as pf
+        >>> config = pf.HiraConfig(r=16, target_modules=["query", "value"], hira_dropout=0.1)
         >>> config.init_weights
         True
     """
@@ -128,7 +140,7 @@ def _weight(config: HiraConfig, leaf: Mapping[str, Tensor], shape: WeightShape, 
 
 
 def forward(config: HiraConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """What the layer computes, and with W ∘ (B·A) and no bias."""
+    """site(x), plus what the layer gives with W ∘ (B·A) for its weight and no bias."""
     y, change = site(x, *args, **kwargs), layouts.seen(site.kind, site.weight) * _factor(leaf)
     if config.hira_dropout and site.training and x.is_floating_point():
         x = F.dropout(x, config.hira_dropout, training=True)

@@ -6,7 +6,7 @@ made orthogonal to each other first, and T = 2·I.
 
 By default equal vectors follow each other in pairs, and two equal reflections are none: such a chain changes nothing,
 here to the last bit. With `apply_GS` there is no such start: what is left of the second of two equal vectors is
-rounding, which PEFT makes a unit vector of. So it has to be asked for a random start.
+rounding, which PEFT makes a unit vector of. So it needs `init_weights=False`.
 
 A linear layer runs on the reflected input and its weight is not read, so any packed base will do. A convolution runs
 with the weight that is merged; PEFT runs it with one stride, one padding and no dilation, whatever the layer has. PEFT
@@ -37,10 +37,22 @@ from peftfn.models.layouts import WeightShape
 
 @dataclasses.dataclass(frozen=True)
 class HRAConfig(LayeredConfig):
-    """HRA's config, with PEFT's fields and defaults; an even `r` starts as the identity.
+    """HRA's config, with PEFT's fields and defaults: W·H₁ ··· H_r, reflections (https://arxiv.org/abs/2405.17484).
+
+    Attributes:
+        r: how many reflections a layer has, each of one vector as long as its inputs. An even number starts as the
+            identity; an odd one does not, and `peftfn.init` warns of it.
+        apply_GS: whether the vectors are made orthogonal to each other first (Gram-Schmidt);
+            needs `init_weights=False`.
+        init_weights: `True` (equal reflections in pairs, which undo each other), or `False` (random: not the identity).
+        bias: which biases to train too: `"none"`, `"all"`, or `"hra_only"`, those of the adapted layers.
+
+    Raises:
+        ValueError: `r` is no positive integer, or `bias` is unknown.
 
     Example:
-        >>> config = HRAConfig(r=4, target_modules=["query", "value"])
+        >>> import peftfn as pf
+        >>> config = pf.HRAConfig(r=4, target_modules=["query", "value"])
         >>> config.apply_GS
         False
     """

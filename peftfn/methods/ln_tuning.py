@@ -1,8 +1,8 @@
 """LN tuning: trained copies of the norms take the place of the base's (https://arxiv.org/abs/2312.11420).
 
 What is trained are a norm's own weight and bias, which begin as the base's are. PEFT does it to any module that is
-named, and so does this: a layer, or a module with all that is in it. There is nothing to compute beside what the layer
-computes, and nothing that could be added up: two adapters that replace one tensor are refused.
+named, and so does this: a layer, or a module with all that is in it. The module runs as ever, on
+the copies. Two adapters that replace one tensor are refused: nothing says what they would be together.
 """
 
 from __future__ import annotations
@@ -44,10 +44,13 @@ TARGETS: dict[str, Sequence[str] | str] = {
 
 @dataclasses.dataclass(frozen=True)
 class LNTuningConfig(TargetedConfig):
-    """LN tuning's config, with PEFT's fields and defaults.
+    """LN tuning's config, with PEFT's fields and defaults: trained copies of norms (https://arxiv.org/abs/2312.11420).
+
+    It has no fields of its own: `target_modules` names the norms, by default PEFT's for the model's type.
 
     Example:
-        >>> config = LNTuningConfig(target_modules=["ln_1", "ln_2"])
+        >>> import peftfn as pf
+        >>> config = pf.LNTuningConfig(target_modules=["ln_1", "ln_2"])
         >>> config.target_modules
         ('ln_1', 'ln_2')
     """
@@ -78,7 +81,7 @@ def forward(config: Any, leaf: Mapping[str, Tensor], site: Site, *args: Any, **k
 def merge(
     config: Any, leaf: Mapping[str, Tensor], shape: WeightShape, tensors: Mapping[str, Tensor]
 ) -> Mapping[str, Tensor]:
-    """Nothing beside them."""
+    """Nothing more: the copies take the places of the base's tensors by themselves."""
     return {}
 
 

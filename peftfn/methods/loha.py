@@ -31,10 +31,25 @@ from peftfn.models.layouts import WeightShape
 
 @dataclasses.dataclass(frozen=True)
 class LoHaConfig(LycorisConfig):
-    """LoHa's config, with PEFT's fields and defaults.
+    """LoHa's config, with PEFT's fields and defaults: W + s·(W₁ₐ W₁ᵦ) ∘ (W₂ₐ W₂ᵦ) (https://arxiv.org/abs/2108.06098).
+
+    Attributes:
+        r: the rank of each of the two products; the update's is up to r².
+        alpha: the scaling s is alpha / r.
+        rank_dropout: the probability in training that a row of the update (an output of the layer) is dropped.
+        module_dropout: the probability in training that a layer goes without its update.
+        rank_pattern: other ranks, by module name or regex; the first one that matches a path counts.
+        alpha_pattern: other alphas, in the same way.
+        use_effective_conv2d: whether the factors of a kernel of more than one element are in Tucker form (cores of
+            (r, r, *kernel) numbers); otherwise W₁ᵦ and W₂ᵦ are (r, in·kernel).
+        init_weights: `True` (W₂ᵦ = 0), or `False` (all random: not the identity).
+
+    Raises:
+        ValueError: a rank is no positive integer, or a dropout no probability below 1.
 
     Example:
-        >>> config = LoHaConfig(r=4, alpha=8, target_modules=["query"], rank_dropout=0.1)
+        >>> import peftfn as pf
+        >>> config = pf.LoHaConfig(r=4, alpha=8, target_modules=["query"], rank_dropout=0.1)
         >>> config.alpha / config.r
         2.0
     """
@@ -74,7 +89,7 @@ SLOTS = {
 
 
 def _resized(leaf: Leaf, old: int, new: int) -> Leaf:
-    """The leaf with another rank, which is in other places where it is in Tucker form."""
+    """The leaf with rank `new`, which lies on other axes in Tucker form."""
     is_tucker = "hada_t1" in leaf
     made = dict(leaf)
     for n in "12":

@@ -38,7 +38,7 @@ _LORA = lora.ACTION
 
 
 def init(config: LoraConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None) -> Leaf:
-    """A and B as LoRA's, and a bias of zeros; of a start that is not the identity, as torch's layers have it."""
+    """A and B as LoRA's, and a bias of zeros, or uniform as torch's where the start is not the identity."""
     leaf, outputs = lora.init(config, path, site, generator, dtype), layouts.of_site(site).outputs
     bias = torch.zeros(outputs)
     if not config.init_lora_weights:
@@ -47,7 +47,7 @@ def init(config: LoraConfig, path: str, site: Site, generator: torch.Generator, 
 
 
 def forward(config: LoraConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """What the layer computes with LoRA, and s·c."""
+    """What the layer computes with LoRA, plus s·c."""
     y: Tensor = _LORA.forward(config, _without(leaf), site, x, *args, **kwargs)
     bias = leaf["scaling"].unsqueeze(-1) * leaf[BIAS]  # (out,), or of each row (rows, out)
     if site.kind == layers.CONVOLUTION:

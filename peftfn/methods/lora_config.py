@@ -85,9 +85,15 @@ class LoraConfig(LowRankConfig):
     Attributes:
         rank_pattern: other ranks, by module name or regex; the first one that matches a path counts.
         use_dora: whether a length of each output's weights is learned too (DoRA, https://arxiv.org/abs/2402.09353).
+        alora_invocation_tokens: token ids; the update acts from their last occurrence in a row on, and not on what is
+            before it (aLoRA, https://arxiv.org/abs/2504.12397). Such an adapter cannot be merged.
+        lora_bias: whether a bias c, (out,), is trained with B: W x + b + s·(B·A·x + c).
+        trainable_token_indices: ids of tokens whose embeddings are trained too, of the model's own embedding, or
+            `{name of an embedding: ids}` (see `peftfn.TrainableTokensConfig`).
 
     Raises:
-        ValueError: a rank in `rank_pattern` is no positive integer.
+        ValueError: a rank in `rank_pattern` is no positive integer; `alora_invocation_tokens` are no ids, or go with
+            `use_dora` or another `task_type` than `CAUSAL_LM`; or `lora_bias` goes with `use_dora` or a start by name.
 
     Example:
         >>> import peftfn as pf
@@ -109,7 +115,7 @@ class LoraConfig(LowRankConfig):
     )
     lora_bias: bool = dataclasses.field(default=False, metadata=described("Whether the second factor has a bias."))
     trainable_token_indices: Mapping[str, Sequence[int]] | Sequence[int] | None = dataclasses.field(
-        default=None, metadata=described("Tokens to train beside: of the model's embedding, or {embedding: tokens}.")
+        default=None, metadata=described("Tokens whose embeddings are trained too: ids, or {embedding: ids}.")
     )
 
     def __post_init__(self) -> None:

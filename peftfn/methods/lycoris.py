@@ -28,7 +28,24 @@ VARIES = ("r", "alpha", "rank_pattern", "alpha_pattern", "init_weights")
 
 @dataclasses.dataclass(frozen=True)
 class LycorisConfig(LayeredConfig):
-    """The fields that PEFT's configs of LoHa and LoKr share."""
+    """The fields that PEFT's configs of LoHa and LoKr share.
+
+    Attributes:
+        r: the rank of a factor that is a product.
+        alpha: the scaling is alpha / r.
+        rank_dropout: the probability in training that a row of the update (an output of the layer) is dropped.
+        module_dropout: the probability in training that a layer goes without its update.
+        rank_pattern: other ranks, by module name or regex; the first one that matches a path counts.
+        alpha_pattern: other alphas, in the same way.
+
+    Raises:
+        ValueError: a rank is no positive integer, or a dropout no probability below 1.
+
+    Example:
+        >>> import peftfn as pf
+        >>> pf.LoKrConfig(r=4, rank_pattern={"layer.0.query": 2}).alpha
+        8
+    """
 
     r: int = dataclasses.field(default=8, metadata=described("Rank of a factor that is a product."))
     alpha: float = dataclasses.field(default=8, metadata=described("Scaling is alpha / r."))

@@ -47,16 +47,16 @@ class Method:
     Attributes:
         config: the config's class.
         slots: the tensors of its leaves, by name.
-        init: `(config, path, site, generator, dtype) -> params leaf`, and what it has of buffers that follow from the
-            base or are drawn; patterns match `path`.
+        init: `(config, path, site, generator, dtype) -> leaf`: the trained tensors, and those buffers that are drawn or
+            computed from the base; patterns match `path`.
         action: what it acts on, and what it does there.
         constants: `(config, path, params leaf) -> buffers leaf`: what the config says as tensors (LoRA: `scaling`).
         targets: where it acts.
         stacking: how unlike adapters become one stack.
         files: how its files differ from its leaves.
         combining: how several become one; `None` where there is no weighted combination.
-        sharing: how its shared tensors are made, if it has some.
-        companions: what its config may ask for beside it.
+        sharing: how tensors are made that several of its sites share, if it has some.
+        companions: adapters of other methods that its config may ask for.
         invocation: the config's field, if it has one, with the tokens from whose last occurrence on the method acts.
         variant: the field of the config that makes it this method's where it is set; another method has the rest.
         on_weights, on_call: the action, of a method that acts on weights, or on the model's call; else `None`.

@@ -36,10 +36,23 @@ from peftfn.models.layouts import WeightShape
 
 @dataclasses.dataclass(frozen=True)
 class MissConfig(LayeredConfig):
-    """MiSS's config, with PEFT's fields and defaults.
+    """MiSS's config, with PEFT's fields and defaults: W[:, k·r:(k+1)·r] + Mᵀ, any k (https://arxiv.org/abs/2409.15371).
+
+    Attributes:
+        r: how many inputs a run has, at most all of a layer's; M is (r, out).
+        miss_dropout: the probability in training that a number of x is dropped; of no effect with `"bat"`, as in PEFT.
+        mini_r: with `init_weights="mini"`: M is (r, mini_r), repeated along the outputs, which it has to divide.
+        init_weights: `True` (zeros) or `False` (random: not the identity) of the form above, or another form, also of
+            zeros: `"mini"`, or `"bat"`, M of (out/r, r, r), which is multiplied by the weight too.
+        bias: which biases to train too: `"none"`, `"all"`, or `"MiSS_only"`, those of the adapted layers.
+
+    Raises:
+        ValueError: `r` or `mini_r` is no positive integer, `miss_dropout` no probability below 1, or `init_weights` or
+            `bias` unknown.
 
     Example:
-        >>> config = MissConfig(r=16, target_modules=["query", "value"], init_weights="mini", mini_r=8)
+        >>> import peftfn as pf
+        >>> config = pf.MissConfig(r=16, target_modules=["query", "value"], init_weights="mini", mini_r=8)
         >>> config.r, config.mini_r
         (16, 8)
     """
@@ -123,7 +136,7 @@ def _along_outputs(block: Tensor, outputs: int) -> Tensor:
 
 
 def forward(config: MissConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """y + (the runs of x, added up)·M; of "bat", y and what the change of the weight gives."""
+    """y + (the runs of x, added up)·M; with "bat", y + x times the change of the weight."""
     block, shape, y = leaf["miss_block"], layouts.of_site(site), site(x, *args, **kwargs)
     if block.dim() == 3:
         change = _added(block, layouts.seen(site.kind, site.weight))

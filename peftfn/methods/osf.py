@@ -1,8 +1,9 @@
-"""OSF: the smaller singular parts of a weight are trained, off the larger ones (https://arxiv.org/abs/2504.07097).
+"""OSF: the smaller singular parts of a weight are trained, orthogonal to the larger (https://arxiv.org/abs/2504.07097).
 
 W is U·S·Vᵀ. The `effective_rank` largest parts stay, and those left are trained as they are: W' = W + U·S·V - U₀·S₀·V₀,
 where U₀, S₀, V₀ are what they were. The gradients of U and V are projected off the directions that stay; PEFT does so
-by hooks on the parameters, here it is a part of the function: U enters as its projection, with a constant beside it.
+by hooks on the parameters, here it is a part of the function: U enters as its projection plus
+a constant, so that the value is U and the gradient the projection's.
 
 Files hold U, S and V alone, so they are read with the model. PEFT trains nothing on transformers' `Conv1D`, in silence,
 and of two active adapters runs the first; here both are weights like others.
@@ -45,10 +46,20 @@ TARGETS: dict[str, Sequence[str] | str] = {
 
 @dataclasses.dataclass(frozen=True)
 class OSFConfig(TargetedConfig):
-    """OSF's config, with PEFT's fields and defaults.
+    """OSF's config, with PEFT's fields and defaults: W + U·S·V - U₀·S₀·V₀ (https://arxiv.org/abs/2504.07097).
+
+    Attributes:
+        effective_rank: how many singular parts of W stay as they are, the largest: a number, or as a float up to 1.0 a
+            share of all. By default half; the others are trained, so fewer parts here are more parameters.
+        rank_pattern: other effective ranks, by a regex that is searched for in a module's path; the first one counts.
+        init_weights: `True` (U, S, V are the base's own), or `False` (random: not the identity).
+
+    Raises:
+        ValueError: an effective rank is not above 0, or above 1 and no whole number.
 
     Example:
-        >>> config = OSFConfig(effective_rank=0.75, target_modules=["query", "value"])
+        >>> import peftfn as pf
+        >>> config = pf.OSFConfig(effective_rank=0.75, target_modules=["query", "value"])
         >>> config.effective_rank
         0.75
     """
@@ -142,12 +153,15 @@ def init(config: OSFConfig, path: str, site: Site, generator: torch.Generator, d
 
 
 def constants(config: OSFConfig, path: str, leaf: Leaf) -> Leaf:
-    """That the method acts."""
+    """`active`, a 0-d tensor: 1, and 0 at a site that an adapter of a stack does not have."""
     return {"active": constant(1.0, leaf)}
 
 
 def derived(config: OSFConfig, path: str, leaf: Leaf, site: Site | None) -> Leaf:
-    """The smaller singular parts as they were, and the larger ones where those do not say which directions are left."""
+    """U₀ (out, k), S₀ (k,) and V₀ (k, in), and of a weight that is not square the larger parts of its longer side.
+
+    On the shorter side U₀ or V₀ span all that is orthogonal to the larger parts; on the longer one they do not.
+    """
     if site is None:
         raise builders.needs_base("OSFConfig")
     shape = layouts.of_site(site)
@@ -199,7 +213,7 @@ def delta(config: OSFConfig, leaf: Mapping[str, Tensor], weight: WeightShape) ->
 
 
 def forward(config: OSFConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """What the layer computes, and what the trained parts make of x, less what they made of it at the start."""
+    """site(x) + U·S·V·x - U₀·S₀·V₀·x."""
     y: Tensor = site(x, *args, **kwargs)
     left, right = _projected(leaf)
     x = x.to(right.dtype)

@@ -37,10 +37,21 @@ MOST = 32
 
 @dataclasses.dataclass(frozen=True)
 class PeanutConfig(LayeredConfig):
-    """PEANuT's config, with PEFT's fields and defaults.
+    """PEANuT's config, with PEFT's fields and defaults: Wᵀ + s·f(Wᵀ·Aᵀ)·Bᵀ (https://arxiv.org/abs/2410.01870).
+
+    Attributes:
+        r: the width of the network: A is (r, out) and B (out, r).
+        depth: how many layers (r, r) it has on the way in, and as many on the way back; at most 32.
+        act_fn: the activation f, by transformers' name for it.
+        scaling: s.
+        init_weights: `True` (B = 0), or `False` (random: not the identity).
+
+    Raises:
+        ValueError: `r` is no positive integer, or `depth` not from 0 to 32. (`act_fn` is looked up by `peftfn.init`.)
 
     Example:
-        >>> config = PeanutConfig(r=8, depth=2, act_fn="silu", target_modules=["query", "value"])
+        >>> import peftfn as pf
+        >>> config = pf.PeanutConfig(r=8, depth=2, act_fn="silu", target_modules=["query", "value"])
         >>> config.depth
         2
     """
@@ -70,7 +81,7 @@ _FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
 }
-"""Those that Dynamo can follow: it takes transformers' table for a plain dictionary's."""
+"""Activations by transformers' names, asked first: Dynamo cannot trace transformers' own table."""
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -161,7 +172,7 @@ def _weight(config: PeanutConfig, leaf: Mapping[str, Tensor], shape: WeightShape
 def forward(
     config: PeanutConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """What the layer computes, and with ΔW and no bias."""
+    """site(x), plus what the layer gives with ΔW for its weight and no bias."""
     y = site(x, *args, **kwargs)
     return builders.added(site, y, delta(config, leaf, layouts.seen(site.kind, site.weight)), x, *args, **kwargs)
 

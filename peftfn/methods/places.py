@@ -12,7 +12,7 @@ from torch import Tensor
 def drawn(seed: int, total: int, count: int, device: torch.device) -> Tensor:
     """The first `count` of `torch.randperm(total)` by a CPU generator of this seed, (count,).
 
-    More of them begin with the same ones, so adapters with unlike many share their places as far as they go.
+    A larger `count` begins with the places of a smaller one: a stack can pad the smaller adapter.
     """
     if torch.compiler.is_compiling():
         return _traced(seed, total, count, device)

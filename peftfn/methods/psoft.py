@@ -5,8 +5,9 @@ A and B are made of the base's weight, W ≈ s·B·A by its r largest singular v
 (I + Q)·(I - Q)⁻¹ of a skew matrix Q, whose upper triangle is trained, or PEFT's sum of powers with
 `use_cayley_neumann`, or any matrix without `psoft_orth`.
 
-Files hold R alone: A and B are made again of the base's weight, so they are read with the model. Their signs are those
-that the SVD of the machine gives, as in PEFT: where another one gives others, the trained R means something else.
+Files hold R alone: A and B are made again of the base's weight, so they are read with the model. The signs of
+singular vectors are those that this machine's SVD gives, as in PEFT: where another machine's gives others, the trained
+R means something else there.
 
 PEFT has linear layers; transformers' `Conv1D` is ours alone.
 """
@@ -35,10 +36,32 @@ from peftfn.models.layouts import WeightShape
 
 @dataclasses.dataclass(frozen=True)
 class PsoftConfig(LayeredConfig):
-    """PSOFT's config, with PEFT's fields and defaults.
+    """PSOFT's config, with PEFT's fields and defaults: W + s·B·(R - I)·A (https://openreview.net/forum?id=FSHrinMArK).
+
+    Attributes:
+        r: how many singular directions of W are rotated: R is (r, r).
+        psoft_alpha: the scaling s is psoft_alpha / r; s·B·A is W's part of rank r whatever it is.
+        psoft_dropout: the probability in training that a number of A's input is dropped.
+        fan_in_fan_out: whether weights are stored (in, out); `peftfn.init` corrects it from the layers that it finds.
+        ab_svd_init: of W ≈ U·S·Vᵀ: `"psoft_init"` (A = Vᵀ, B = U·S/s), or `"pissa_init"` (each has the root of S/s).
+        psoft_svd: `"full"`, or `"lowrank"`, by random projection.
+        psoft_svd_lowrank_niter: how many power iterations `"lowrank"` has.
+        random_seed: the seed of its projection.
+        psoft_orth: whether R is a rotation but for its gains; otherwise it is any matrix.
+        psoft_mag_b: whether R has a gain for each number that it puts out.
+        psoft_mag_a: whether it has one for each number that it takes in.
+        use_cayley_neumann: whether the rotation is a sum of powers of the skew matrix Q: only near a rotation.
+        num_cayley_neumann_terms: how many terms that sum has.
+        cayley_neumann_eps: the largest norm of Q in it; `None` is any.
+        init_weights: `True` (R = I), or `False` (random, near it).
+
+    Raises:
+        ValueError: `r` or `num_cayley_neumann_terms` is no positive integer, `psoft_dropout` no probability below 1,
+            `ab_svd_init` or `psoft_svd` unknown, or `cayley_neumann_eps` not between 0 and 1.
 
     Example:
-        >>> config = PsoftConfig(r=16, psoft_alpha=16, target_modules=["query", "value"])
+        >>> import peftfn as pf
+        >>> config = pf.PsoftConfig(r=16, psoft_alpha=16, target_modules=["query", "value"])
         >>> config.r, config.psoft_orth
         (16, True)
     """
@@ -205,7 +228,7 @@ def delta(config: PsoftConfig, leaf: Mapping[str, Tensor], weight: WeightShape) 
 def forward(
     config: PsoftConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """What the layer computes, and s·B·(R - I)·A·drop(x)."""
+    """site(x) + s·B·(R - I)·A·drop(x)."""
     y: Tensor = site(x, *args, **kwargs)
     seen = F.dropout(x.to(leaf["psoft_A"].dtype), config.psoft_dropout, site.training)
     change = F.linear(F.linear(F.linear(seen, leaf["psoft_A"]), _turn(config, leaf)), leaf["psoft_B"])

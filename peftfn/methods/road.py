@@ -32,17 +32,28 @@ from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape
 
 HALVES_OF = {"road_1": 1, "road_2": 2, "road_4": 4}
-"""Variants, and how many numbers of a kind each pair of outputs has."""
+"""How many angles, and how many scales, a pair of outputs has in each variant."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RoadConfig(TargetedConfig):
-    """RoAd's config, with PEFT's fields and defaults.
+    """RoAd's config, with PEFT's fields and defaults: pairs of outputs, turned and scaled (https://arxiv.org/abs/2409.00119).
 
-    PEFT's has no `exclude_modules`: where it is given, an adapter names what is left of the targets.
+    PEFT's has no `exclude_modules`: where it is given, an adapter's `target_modules` are the paths that are left.
+
+    Attributes:
+        variant: how many angles θ and how many scales α a layer has: out / 2 of each (`"road_1"`, one for a pair of
+            outputs), out (`"road_2"`), or 2·out (`"road_4"`).
+        group_size: how many outputs a group has: output i of its first half is paired with i of its second. Even, and a
+            divisor of a layer's outputs.
+        init_weights: `True` (θ = 0, α = 1), or `False` (random ones: not the identity).
+
+    Raises:
+        ValueError: `variant` is unknown, or `group_size` no even number above 0.
 
     Example:
-        >>> config = RoadConfig(variant="road_2", target_modules=["query", "value"])
+        >>> import peftfn as pf
+        >>> config = pf.RoadConfig(variant="road_2", target_modules=["query", "value"])
         >>> config.group_size
         64
     """
@@ -50,7 +61,7 @@ class RoadConfig(TargetedConfig):
     peft_type: ClassVar[str] = "ROAD"
 
     variant: str = dataclasses.field(
-        default="road_1", metadata=described("road_1, road_2 or road_4: so many numbers for two outputs, of each kind.")
+        default="road_1", metadata=described("road_1, road_2 or road_4: how many angles, and scales, two outputs have.")
     )
     group_size: int = dataclasses.field(
         default=64, metadata=described("Outputs in a group, whose halves are paired; divides a layer's outputs.")
@@ -95,7 +106,7 @@ def init(config: RoadConfig, path: str, site: Site, generator: torch.Generator, 
 
 
 def _turned(config: RoadConfig, leaf: Mapping[str, Tensor], z: Tensor) -> Tensor:
-    """z, with its last axis in pairs that are turned and scaled."""
+    """z (..., out), its last axis in pairs that are turned and scaled."""
     angles, scales = (leaf[name].view(-1, HALVES_OF[config.variant], config.group_size // 2) for name in SLOTS)
     if config.variant == "road_4":  # (groups, [cosine, sine] x halves, pairs)
         cosine, sine = scales[:, :2] * angles[:, :2].cos(), scales[:, 2:] * angles[:, 2:].sin()
@@ -116,7 +127,7 @@ def _bias(config: RoadConfig, leaf: Mapping[str, Tensor], shape: WeightShape, bi
 
 
 def forward(config: RoadConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """What the layer puts out, in pairs that are turned and scaled."""
+    """site(x), its last axis in pairs that are turned and scaled."""
     y = site(x, *args, **kwargs)
     return _turned(config, leaf, y).to(y.dtype)
 

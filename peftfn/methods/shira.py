@@ -34,10 +34,21 @@ DEFAULTS = {**TARGETS, "phi": ("q_proj", "v_proj")}
 
 @dataclasses.dataclass(frozen=True)
 class ShiraConfig(TargetedConfig):
-    """SHiRA's config, with PEFT's fields and defaults.
+    """SHiRA's config, with PEFT's fields and defaults: W + Δ, Δ sparse (https://arxiv.org/abs/2406.13175).
+
+    Attributes:
+        r: a layer trains r·(in + out) numbers of Δ, as many as a LoRA of rank r has; no rank is meant.
+        mask_type: how their places are chosen: `"random"`. Files may name another way, whose places they hold.
+        random_seed: the places are those that PEFT draws by this seed; `None` draws them by the generator of `init`.
+        fan_in_fan_out: whether weights are stored (in, out); `peftfn.init` corrects it from the layers that it finds.
+        init_weights: `True` (zeros), or `False` (normal numbers: not the identity).
+
+    Raises:
+        ValueError: `r` is no positive integer.
 
     Example:
-        >>> config = ShiraConfig(r=8, random_seed=0, target_modules=["query", "value"])
+        >>> import peftfn as pf
+        >>> config = pf.ShiraConfig(r=8, random_seed=0, target_modules=["query", "value"])
         >>> config.mask_type
         'random'
     """
@@ -140,7 +151,7 @@ def with_masks(adapter: Adapter, masks: Mapping[str, Tensor]) -> Adapter:
 def delta(config: ShiraConfig, leaf: Mapping[str, Tensor], weight: WeightShape) -> Tensor:
     """Δ, (out, in)."""
     values, (rows, columns) = leaf["shira_weight"], leaf["shira_indices"].long()
-    # Sums, and no copies: in a stack a site that an adapter has not is filled up with zeros, all at one place.
+    # Added up, not written: at a site that an adapter of a stack does not have, all places are 0, and all numbers.
     return values.new_zeros(weight.outputs, weight.inputs).index_put((rows, columns), values, accumulate=True)
 
 

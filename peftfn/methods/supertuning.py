@@ -33,10 +33,25 @@ from peftfn.models.layouts import WeightShape
 
 @dataclasses.dataclass(frozen=True)
 class SupertuningConfig(TargetedConfig):
-    """Super-Tuning's config, with PEFT's fields and defaults.
+    """Super-Tuning's config, with PEFT's fields and defaults: W + Δ, Δ sparse (https://arxiv.org/abs/2607.09287).
+
+    Attributes:
+        sparsity: the share of a weight that is not trained: int(out·in·(1 - sparsity)) numbers are.
+        select_top: whether those are trained where |W| is largest; otherwise where it is smallest.
+        r: the rank of a LoRA that is added ("Supra"); `None` is none.
+        lora_alpha: the scaling of that LoRA is lora_alpha / r; by default 2·r, so that it is 2.
+        lora_dropout: the probability in training that a number of the LoRA's input is dropped.
+        init_weights: `True` (zeros, and B = 0), or `False` (normal numbers: not the identity).
+        save_precomputed_indices: whether files hold the places; files without them are read with the model that they
+            were made for, `peftfn.load(folder, model)`.
+
+    Raises:
+        ValueError: `sparsity` is no share below 1, `r` no positive integer, `lora_dropout` no probability below 1, or
+            `lora_alpha` is given without `r`.
 
     Example:
-        >>> config = SupertuningConfig(sparsity=0.95, r=4, target_modules=["query", "value"])
+        >>> import peftfn as pf
+        >>> config = pf.SupertuningConfig(sparsity=0.95, r=4, target_modules=["query", "value"])
         >>> config.lora_alpha
         8
     """
@@ -47,7 +62,7 @@ class SupertuningConfig(TargetedConfig):
     select_top: bool = dataclasses.field(
         default=True, metadata=described("Whether to train the largest numbers, or else the smallest.")
     )
-    r: int | None = dataclasses.field(default=None, metadata=described("Rank of a LoRA beside it, if any."))
+    r: int | None = dataclasses.field(default=None, metadata=described("Rank of a LoRA that is added, if any."))
     lora_alpha: float | None = dataclasses.field(
         default=None, metadata=described("Scaling of the LoRA is lora_alpha / r; 2 * r by default.")
     )
@@ -132,7 +147,7 @@ def chosen(config: SupertuningConfig, site: Site) -> Tensor:
 def init(
     config: SupertuningConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None
 ) -> Leaf:
-    """The numbers and their places; A uniform as torch's layers, B zero or so too."""
+    """The numbers and their places; A uniform as torch's layers, B zero or uniform too."""
     where, weight = chosen(config, site), layouts.of_site(site)
     fan_in = {"supertuning_lora_A": weight.inputs, "supertuning_lora_B": _rank(config, path)}
 
@@ -163,7 +178,7 @@ def _sparse(leaf: Mapping[str, Tensor], weight: WeightShape) -> Tensor:
 
 
 def delta(config: SupertuningConfig, leaf: Mapping[str, Tensor], weight: WeightShape) -> Tensor:
-    """Δ, and s·B·A, (out, in)."""
+    """Δ + s·B·A, (out, in)."""
     whole = _sparse(leaf, weight)
     if "scaling" in leaf:
         whole = whole + leaf["scaling"] * (leaf["supertuning_lora_B"] @ leaf["supertuning_lora_A"])
@@ -173,7 +188,7 @@ def delta(config: SupertuningConfig, leaf: Mapping[str, Tensor], weight: WeightS
 def forward(
     config: SupertuningConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """site(x) + Δ x, and s·B·A·drop(x)."""
+    """site(x) + Δ x + s·B·A·drop(x)."""
     y = builders.added(site, site(x, *args, **kwargs), _sparse(leaf, layouts.of_site(site)), x, *args, **kwargs)
     if "scaling" not in leaf:
         return y
@@ -196,7 +211,7 @@ def check_file(config: SupertuningConfig, path: str, leaf: Leaf) -> None:
 
 
 def derived(config: SupertuningConfig, path: str, leaf: Leaf, site: Site | None) -> Leaf:
-    """The places of the numbers in a file, where it has them not."""
+    """The places of the trained numbers, from the base's weight, where files do not hold them."""
     if config.save_precomputed_indices:
         return {}
     if site is None:

@@ -7,8 +7,8 @@ same weight (a tied output layer), their rows are replaced too, as in PEFT, unle
 An embedding looks tokens up in W and in the trained rows, and no copy of W is made; a linear layer computes the
 outputs of the trained rows alone once more, with its bias (PEFT leaves that out).
 
-LoRA and AdaLoRA train tokens beside them with `trainable_token_indices`: as an adapter of its own, that is part of
-theirs.
+LoRA's `trainable_token_indices` asks for such an adapter as a companion: an adapter of this method that is a part of
+LoRA's (`peftfn.methods.companions`).
 """
 
 from __future__ import annotations
@@ -37,10 +37,22 @@ ROWS, ACTIVE = "trainable_tokens_delta", "trainable_tokens_active"
 
 @dataclasses.dataclass(frozen=True)
 class TrainableTokensConfig(PeftConfig):
-    """The config of trainable tokens, with PEFT's fields and defaults.
+    """The config of trainable tokens, with PEFT's fields and defaults: W with some rows replaced by trained ones.
+
+    It has no paper. PEFT's has no `exclude_modules` and no `modules_to_save`, and neither has this.
+
+    Attributes:
+        token_indices: the ids of the tokens that are trained: rows (n, d) of an embedding of n tokens here. An adapter
+            needs at least one.
+        target_modules: names (a path's ending) or a regex of embeddings; by default the model's own input embedding.
+        init_weights: `True` (the base's own rows), or `False` (normal numbers: not the identity).
+
+    Raises:
+        ValueError: a token is there twice, or negative.
 
     Example:
-        >>> config = TrainableTokensConfig(token_indices=[31, 32], target_modules=["embed_tokens"])
+        >>> import peftfn as pf
+        >>> config = pf.TrainableTokensConfig(token_indices=[31, 32], target_modules=["embed_tokens"])
         >>> config.token_indices
         (31, 32)
     """
@@ -68,7 +80,7 @@ class TrainableTokensConfig(PeftConfig):
 
 
 def of_config(config: Any) -> tuple[TrainableTokensConfig, ...]:
-    """What a config of another method asks for with `trainable_token_indices`: of each embedding that it names."""
+    """The companions that a LoraConfig asks for with `trainable_token_indices`, one for each embedding."""
     given: Mapping[str, Sequence[int]] | Sequence[int] = config.trainable_token_indices
     if not isinstance(given, Mapping):
         return (TrainableTokensConfig(token_indices=given),)
@@ -153,7 +165,7 @@ def init(
 
 
 def constants(config: TrainableTokensConfig, path: str, leaf: Leaf) -> Leaf:
-    """Which of the rows are there, (n,): all of them; in a stack each adapter has its own."""
+    """`active`, (n,): 1 for each row; in a stack 0 for the rows of tokens that an adapter does not train."""
     rows = leaf[ROWS]
     return {ACTIVE: torch.ones(rows.shape[0], dtype=torch.float32, device=rows.device)}
 
@@ -206,7 +218,7 @@ def forward(
 
 
 def _is_plain(config: TrainableTokensConfig, layer: nn.Module) -> bool:
-    """Whether a layer looks up, or multiplies, and no more; and gives a row its gradient as it comes."""
+    """Whether a layer is a plain lookup or product, which neither scales nor drops the gradient of a trained row."""
     if not isinstance(layer, nn.Embedding):
         return not isinstance(layer, nn.Linear) or type(layer).forward is nn.Linear.forward
     is_told = layer.scale_grad_by_freq or layer.padding_idx in config.token_indices
@@ -222,7 +234,7 @@ def _shared(configs: Sequence[TrainableTokensConfig]) -> TrainableTokensConfig:
 
 
 def _pad(configs: Sequence[TrainableTokensConfig], path: str, leaves: Sequence[Leaf | None]) -> list[Leaf]:
-    """The leaves on the tokens of all of them; what an adapter has not is not active."""
+    """The leaves with a row for each token that any of the adapters trains; the others' rows are not active."""
     every = _shared(configs).token_indices
     model = next(leaf for leaf in leaves if leaf is not None)
 

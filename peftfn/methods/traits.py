@@ -1,4 +1,4 @@
-"""What a method says of itself beside its tensors and its action: targets, stacks, files, combinations."""
+"""The parts of a method that are neither its tensors nor its action: targets, stacks, files, combinations."""
 
 from __future__ import annotations
 
@@ -84,9 +84,10 @@ class Files(NamedTuple):
         config: `(adapter) -> config` for a file, where the adapter's tensors say a part of it.
         write: `(config, leaf) -> leaf` as PEFT's files have it.
         read: `(config, leaf) -> leaf`, back.
-        derived: if it has some, `(config, path, leaf, site) -> buffers leaf` that follows from the base where a file
-            has it not; the site is `None` where no model is given, and a `ValueError` says what for it is needed.
-        inside: the part of a key before its names where the method goes along with another one.
+        derived: `(config, path, leaf, site) -> buffers leaf`, computed from the base where a file lacks it; `None`
+            where there is no such part. The site is `None` where no model is given: then it raises a `ValueError`
+            that says what the model is needed for.
+        inside: what a key has before the tensor's name where the adapter is a companion: `<path>.<inside>.<name>`.
         copies: the part of a key before the name of a tensor that replaces one of the site's own.
     """
 
@@ -137,7 +138,7 @@ class Sharing(NamedTuple):
 
 
 class Companions(NamedTuple):
-    """Other methods that a config may ask for beside its own, by one of its fields.
+    """The companions of a method: adapters of other methods that a config asks for by one of its fields.
 
     Attributes:
         field: the field; they are asked for where it is set.

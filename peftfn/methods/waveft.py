@@ -35,10 +35,27 @@ from peftfn.models.layouts import WeightShape
 
 @dataclasses.dataclass(frozen=True)
 class WaveFTConfig(CoefficientsConfig):
-    """WaveFT's config, with PEFT's fields and defaults.
+    """WaveFT's config, with PEFT's fields and defaults: W + s·T⁻¹(S) (https://arxiv.org/abs/2505.12532).
+
+    Attributes:
+        n_frequency: n, how many coefficients of S, (out, in), are trained; at most out·in.
+        scaling: s, as it is: nothing divides it.
+        random_loc_seed: the places of the n numbers follow from it and from the weight's shape; files hold no others.
+        fan_in_fan_out: whether weights are stored (in, out); `peftfn.init` corrects it from the layers that it finds.
+        bias: which biases to train too: `"none"`, `"all"`, or `"waveft_only"`, those of the adapted layers.
+        n_frequency_pattern: other values of `n_frequency`, by module name or regex; the first one that matches counts.
+        init_weights: `True` (zeros), or `False` (normal numbers of deviation 0.01: not the identity).
+        wavelet_family: the wavelet of T: `"db1"` (Haar's) to `"db10"`, `"sym2"` to `"sym10"`, `"coif1"` to `"coif4"`.
+        use_idwt: whether S are coefficients of the transform; with `False` s·S itself is added to W.
+        proportional_parameters: whether `peftfn.init` shares out n times the number of layers by the layers' sizes.
+
+    Raises:
+        ValueError: a number of coefficients is no positive integer, `bias` is unknown, or PEFT has no filters, or wrong
+            ones, for `wavelet_family`.
 
     Example:
-        >>> config = WaveFTConfig(n_frequency=500, wavelet_family="sym2", target_modules=["query", "value"])
+        >>> import peftfn as pf
+        >>> config = pf.WaveFTConfig(n_frequency=500, wavelet_family="sym2", target_modules=["query", "value"])
         >>> config.scaling, config.random_loc_seed, config.init_weights
         (25.0, 777, True)
     """

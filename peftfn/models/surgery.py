@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from peftfn.models import activation_checkpointing
+from peftfn.models import activation_checkpointing, twins
 from peftfn.models.read_weights import AdaptedWeight
 from peftfn.weights import codecs
 
@@ -126,15 +126,23 @@ def _put_reads(plan: Plan, by_path: Mapping[str, nn.Module], paths: set[str]) ->
 def put_before(twin: nn.Module, full_name: str, compute: Callable[[], Tensor]) -> None:
     """Put what adapters make of a tensor before the module's own, for whoever reads it past the layer's forward.
 
-    Dynamo has no way with an object that is no tensor: there it is the tensor itself, and what nobody reads is dropped
-    from the graph.
+    Dynamo has no way with an object that stands for a tensor: there it is the tensor itself, and what nobody reads is
+    dropped from the graph.
     """
     name = full_name.rpartition(".")[2]
     if torch.compiler.is_compiling():
-        twin.__dict__[name] = compute()
+        twin.__dict__[name] = _traced(compute)
     else:
         plain = functools.partial(codecs.of(twin).read, twin, name)
         twin.__dict__[name] = AdaptedWeight(plain, compute, full_name)
+
+
+def _traced(compute: Callable[[], Tensor]) -> Tensor | str:
+    """The adapted tensor; where there is no one value, why: a text that no operation takes, if somebody reads it."""
+    try:
+        return compute()
+    except ValueError as error:
+        return str(error)
 
 
 def second(twin: nn.Module) -> nn.Module:
@@ -148,8 +156,9 @@ def base_forward(twin: nn.Module) -> Callable[..., Any]:
     """What the twin runs before any adapter acts on it, with any renormalisation left to `set_forward`."""
     if isinstance(twin, nn.Embedding) and twin.max_norm is not None:
         return functools.partial(_lookup, twin)
-    own = twin.__dict__.get("forward")
-    return own if own is not None else functools.partial(codecs.of(twin).run, twin)
+    if twins.has_set_forward(twin):
+        return twin.__dict__["forward"]
+    return functools.partial(codecs.of(twin).run, twin)
 
 
 def run_packed(modules: Iterable[nn.Module], apart: bool = False) -> None:

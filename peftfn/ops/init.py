@@ -55,7 +55,7 @@ def init(
     targets.check_task(model, config.task_type)
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     first = _of_method(model, config, generator, dtype)
-    others = [_of_method(model, other, generator, dtype) for other in methods.beside(first.config)]
+    others = [_of_method(model, other, generator, dtype) for other in methods.companion_configs(first.config)]
     return companions.united(first, tuple(others))
 
 

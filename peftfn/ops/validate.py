@@ -75,7 +75,7 @@ def against(adapter: Adapter, model: nn.Module, source: str) -> None:
         KeyError: it has sites that the model has not, or lacks sites that its config names in the model.
         ValueError: a shape does not fit.
     """
-    for piece in companions.pieces(adapter) if methods.beside(adapter.config) else (adapter,):
+    for piece in companions.pieces(adapter) if methods.companion_configs(adapter.config) else (adapter,):
         _against(piece, model, source)
 
 

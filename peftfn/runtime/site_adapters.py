@@ -64,7 +64,7 @@ def of(adapters: Sequence[Adapter], rows: Rows | None = None) -> dict[str, list[
 
 
 def _pieces(adapter: Adapter) -> tuple[Adapter, ...]:
-    return companions.pieces(adapter) if methods.beside(adapter.config) else (adapter,)
+    return companions.pieces(adapter) if methods.companion_configs(adapter.config) else (adapter,)
 
 
 def _invocations(method: Method, adapter: Adapter) -> tuple[Sequence[int] | None, ...]:

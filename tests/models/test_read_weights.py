@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.utils._pytree import tree_map
+from transformers.pytorch_utils import Conv1D
 
 import peftfn as pf
 from peftfn.models.read_weights import AdaptedWeight
@@ -170,6 +171,17 @@ def test_so_it_is_compiled(name: str) -> None:
     model, adapter, x = setting(name)
     compiled = torch.compile(lambda a, x: pf.apply(model, a, x), fullgraph=True, backend="aot_eager")
     assert off(compiled(adapter, x), merged(model, adapter, x)) < EXACT
+
+
+def test_what_nobody_reads_is_not_refused_when_it_is_compiled_and_its_update_counts_once() -> None:
+    model, x = nn.Sequential(Conv1D(4, 4)).double().train(), torch.randn(3, 4, dtype=torch.float64)
+    config = pf.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, lora_dropout=1e-14)
+    stacked = pf.stack([pf.init(model, config) for _ in range(2)])
+    for index in (None, [1, 0, -1]):
+        given = pf.unstack(stacked)[0] if index is None else stacked
+        compiled = torch.compile(lambda a, i=index: pf.apply(model, a, x, index=i), fullgraph=True, backend="eager")
+        assert off(compiled(given), pf.apply(model, given, x, index=index)) < EXACT
+        torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", ["cosine", "scaled embedding", "same padding"])

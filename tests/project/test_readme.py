@@ -31,7 +31,11 @@ from cli_folders import call
 from peftfn.cli.app import METHODS
 
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "CONTRIBUTING.md", ROOT / "docs" / "migration.md", ROOT / "docs" / "transforms.md")
+PAGES = (
+    README,
+    ROOT / "CONTRIBUTING.md",
+    *(ROOT / "docs" / f"{one}.md" for one in ("methods", "migration", "transforms")),
+)
 MAKE = shutil.which("make")
 ROUNDING = 1e-5  # the same sums in another order, of values about 1
 

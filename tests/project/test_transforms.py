@@ -53,6 +53,7 @@ def test_everything_runs_but_llama_adapter_on_bert(script: Any) -> None:
         ("P-tuning, LSTM", "Llama", "vmap(grad)"),
         ("AdaLoRA", "BERT", "jvp"),
         ("prompt tuning", "GPT-2", "compile(fullgraph=True)"),
+        ("LoHa", "GPT-2", "compile(fullgraph=True)"),
         ("LLaMA-Adapter", "BERT", "grad"),
     ],
 )
