@@ -39,6 +39,7 @@ _is_wrapper = private(_FUNCTORCH, "is_functorch_wrapped_tensor")
 _is_batched = private(_FUNCTORCH, "is_batchedtensor")
 _unwrap = private(_FUNCTORCH, "get_unwrapped")
 _kinds = private(_FUNCTORCH, "TransformType")
+_task = private("torch._C", "_current_graph_task_id")
 _forward: Any = importlib.import_module("torch.autograd.forward_ad")
 
 OPTREE_GLOBAL: Any = private("optree.registry", "__GLOBAL_NAMESPACE") or "peftfn"
@@ -62,6 +63,11 @@ def is_mapping() -> bool:
     if _stack is None or _kinds is None:
         return True
     return any(level.key() == _kinds.Vmap for level in _stack() or ())
+
+
+def is_backward() -> bool:
+    """Whether autograd runs a backward pass in this thread, as where a checkpointed block runs again."""
+    return _task is not None and _task() >= 0
 
 
 def is_one_gradient() -> bool:

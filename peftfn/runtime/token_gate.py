@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftfn.core import transforms
 from peftfn.core.transforms import is_traced
 from peftfn.methods import alora
 from peftfn.methods.prompt.model_call import Takes
@@ -85,7 +86,7 @@ class Noted:
     def now(self, path: str) -> Call:
         """The call that a site runs in."""
         found: Call | None = self._last if self._active is None else getattr(self._active, "call", None)
-        if found is None and self._last is not None and self._open and torch._C._current_graph_task_id() >= 0:  # noqa: SLF001
+        if found is None and self._last is not None and self._open and transforms.is_backward():
             if self._open > 1:
                 raise RuntimeError(
                     f"{path}: a checkpointed block runs again, and the model was called {self._open} times since the "

@@ -149,6 +149,8 @@ def test_load_after_save_is_the_adapter_bit_for_bit(case: Case, tmp_path: Path) 
 def test_peft_reads_what_we_save_and_computes_the_same(case: Case, tmp_path: Path) -> None:
     if "adalora-conv2d" in str(case) and IS_OLD:
         pytest.skip("this peft has no AdaLoRA of convolutions")
+    if IS_OLD and kind_of(case.folder) not in peft.PeftType.__members__:
+        pytest.skip("this peft does not have the method yet")
     if "oft" in str(case) and IS_OLD:
         pytest.skip("before 0.18 peft's sum of powers was another one")
     pf.save(case.load_whole(), tmp_path)

@@ -26,6 +26,7 @@ torch.sparse.check_sparse_tensor_invariants.disable()  # SHiRA's peft makes some
 # bias="lora_only", and takes the last index of a path for that of the layer.
 IS_TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 IS_OLD = tuple(int(part) for part in peft.__version__.split(".")[:2]) < (0, 21)
+by_new_peft = pytest.mark.skipif(IS_OLD, reason="this peft does not have it yet")
 
 
 @contextlib.contextmanager

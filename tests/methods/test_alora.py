@@ -54,6 +54,7 @@ def exact() -> Any:
 exactly = pytest.mark.usefixtures("exact")
 
 
+@oracle.by_new_peft
 @exactly
 @pytest.mark.parametrize(
     "options", [{}, {"lora_bias": True, "target_modules": ["c_proj"]}], ids=["llama", "gpt2, bias"]

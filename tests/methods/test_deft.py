@@ -38,6 +38,7 @@ def test_a_subspace_is_taken_out_and_another_matrix_put_in(method: str) -> None:
     assert off(pf.merge(dict(model.named_parameters()), adapter)["0.weight"], changed) < EXACT
 
 
+@oracle.by_new_peft
 @pytest.mark.parametrize("method", ["relu", "qr"])
 def test_para_is_pefts_and_takes_out_alone(method: str) -> None:
     model, x, adapter = one_layer(decomposition_method=method, para=True)

@@ -27,6 +27,7 @@ FORMS = [
 ]
 
 
+@oracle.by_new_peft
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
 def test_every_form_is_pefts(has_bias: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)

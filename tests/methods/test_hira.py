@@ -112,6 +112,7 @@ def test_a_config_that_says_nonsense_is_one_clear_error(said: str, options: dict
         pf.HiraConfig(**options)
 
 
+@oracle.by_new_peft
 def test_ranks_by_pattern_come_back_and_pefts_files_do_not_have_them(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
     options: dict[str, Any] = {"r": 3, "target_modules": ["0", "1"], "rank_pattern": {"1": 2}}

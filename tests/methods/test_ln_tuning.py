@@ -57,6 +57,7 @@ TARGETS: dict[str, dict[str, Any]] = {
 }
 
 
+@oracle.by_new_peft
 @pytest.mark.parametrize("options", TARGETS.values(), ids=list(TARGETS))
 def test_outputs_gradients_merges_and_files_are_pefts(options: dict[str, Any], tmp_path: Path) -> None:
     model, x = model_and_batch()

@@ -57,6 +57,7 @@ def test_a_conv1d_is_trained_and_two_adapters_add_up() -> None:
     assert off(both, pf.apply(model, one, x)) > 1e-2
 
 
+@oracle.by_new_peft
 def test_parts_of_a_half_precision_weight_are_rounded_as_pefts(tmp_path: Path) -> None:
     model = model_and_batch()[0].to(torch.bfloat16)
     adapter = pf.init(model, pf.OSFConfig(target_modules=["0"]))

@@ -54,6 +54,7 @@ def by_hand(config: pf.PsoftConfig, leaf: Any, a: Tensor, b: Tensor) -> Tensor:
     return config.psoft_alpha / r * b.double() @ (rotation - eye) @ a.double()
 
 
+@oracle.by_new_peft
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 def test_outputs_gradients_merges_and_files_are_pefts(options: dict[str, Any], tmp_path: Path) -> None:
     model, x = model_and_batch()

@@ -30,6 +30,7 @@ def test_a_pair_of_outputs_is_turned_with_its_bias() -> None:
     assert off(merged["0.bias"], pf.apply(model, adapter, torch.zeros(1, 3).double())[0]) < EXACT
 
 
+@oracle.by_new_peft
 def test_an_adapter_names_what_is_left_of_its_targets_for_peft_excludes_nothing(tmp_path: Path) -> None:
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), torch.randn(2, 4)
     config = pf.RoadConfig(group_size=4, target_modules="0|2", exclude_modules=["2"])

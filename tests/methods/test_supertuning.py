@@ -25,6 +25,7 @@ def model(inputs: int = 8, outputs: int = 6) -> Any:
     return nn.Sequential(nn.Linear(inputs, outputs)).double()
 
 
+@oracle.by_new_peft
 @pytest.mark.parametrize("top", [True, False])
 def test_the_largest_or_the_smallest_numbers_are_trained(top: bool) -> None:
     base = model()
@@ -43,6 +44,7 @@ def vars_of(given: pf.SupertuningConfig) -> dict[str, Any]:
     return {name: getattr(given, name) for name in ("sparsity", "select_top")} | {"target_modules": ["0"]}
 
 
+@oracle.by_new_peft
 def test_a_file_without_places_needs_the_model(tmp_path: Path) -> None:
     base, x = model(), torch.randn(3, 8).double()
     adapter = oracle.randomised(pf.init(base, config(save_precomputed_indices=False)))

@@ -54,6 +54,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 }
 
 
+@oracle.by_new_peft
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_outputs_gradients_merges_and_files_are_pefts(case: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
