@@ -12,6 +12,7 @@ from typing import Any
 import optree
 import peft
 import pytest
+import torch
 from oracle import IS_OLD, quiet_peft
 from same import adapter_of, mlp
 from torch.utils import _pytree
