@@ -144,6 +144,20 @@ def disabled(slots: Slots, leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str
     return {name: one(name, tensor) for name, tensor in leaf.items()}
 
 
+def on_outputs(slots: Slots, leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+    """The leaf that makes those outputs alone where `keep`, (outputs,) or one for each of a stack, is not 0."""
+    before, keep = keep.dim() - 1, keep.bool()
+
+    def one(name: str, tensor: Tensor) -> Tensor:
+        axis = slots[name].outputs
+        if axis is None:
+            return tensor
+        ones = (1,) * (tensor.dim() - before - axis - 1)
+        return torch.where(keep.view(*keep.shape[:before], *(1,) * axis, keep.shape[-1], *ones), tensor, 0)
+
+    return {name: one(name, tensor) for name, tensor in leaf.items()}
+
+
 def of_rows(slots: Slots, leaf: Leaf, rows: slice | Tensor, *, outputs: bool) -> Leaf:
     """The part of a leaf that makes some outputs of a matrix, or that reads some of its inputs."""
     axes = {name: slot.outputs if outputs else slot.inputs for name, slot in slots.items()}

@@ -65,8 +65,8 @@ def begin(adapters: Sequence[Adapter], optimizer: Optimizer = ADAMW) -> Run:
     """The adapters before their first step, in one stack.
 
     Args:
-        adapters: as for `peftfn.stack`: of one method; ranks and alphas may differ, and sites of the methods whose
-            `scaling` is 0 where an adapter has no site. (IA)³ and OFT have none: a step would train them there.
+        adapters: as for `peftfn.stack`: of one method; ranks, alphas and sites may differ. Where an adapter has no
+            site, its slice of the stack does nothing and has gradient 0, before training and after it.
         optimizer: the one that `step` will be given.
 
     Raises:
