@@ -132,13 +132,17 @@ def neutral(slots: Slots, like: Leaf) -> Leaf:
 
 
 def disabled(slots: Slots, leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
-    """The leaf, or one for each row, that does nothing where `keep` is false."""
+    """The leaf, or one for each row, that does nothing where `keep` is false: nothing trained is left there.
+
+    So no number of an adapter, and no NaN, gets to a row that is not its own, and no gradient from there to it.
+    """
     keep = keep.bool()
 
     def one(name: str, tensor: Tensor) -> Tensor:
         off = slots[name].off if name in slots else None
-        if off is None:
+        if off is None and (name not in slots or not slots[name].trained):
             return tensor
+        off = off or 0
         return torch.where(keep.view((*keep.shape, *(1 for _ in tensor.shape[keep.dim() :]))), tensor, off)
 
     return {name: one(name, tensor) for name, tensor in leaf.items()}

@@ -245,8 +245,8 @@ def keep(run: Run, numbers: Sequence[int]) -> Run:
 
 def _numbers(given: Sequence[int], count: int) -> list[int]:
     found: Any = given
-    numbers: list[int] = found.tolist() if isinstance(found, Tensor) else list(found)
-    if any(type(number) is not int for number in cast("list[Any]", numbers)):
+    numbers: list[Any] = [*(found.tolist() if isinstance(found, Tensor) else found)]
+    if any(type(number) is not int for number in numbers):
         raise TypeError(f"keep was given {numbers}; expected integers, the numbers of adapters from 0 to {count - 1}.")
     if not numbers:
         raise ValueError("keep was given no number; expected at least one adapter to go on with.")
