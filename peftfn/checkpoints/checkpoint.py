@@ -167,6 +167,7 @@ def load(
     adapter = keys.from_keys(tensors, config, str(source), ordered=ours, model=model, noted=noted, fixed=fixed)
     if methods.of(config).on_call is not None:
         adapter = prompt_encoder.restored(adapter, origin, device)
+    adapter = site_notes.with_targets(adapter)
     if note["sites"] and freeze(note["named"]) != cast("Any", adapter.config).target_modules:
         adapter = adapter.replace(config=site_notes.named_config(adapter, note["named"]))
     if model is not None:

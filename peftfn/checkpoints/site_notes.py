@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from peftfn import methods
 from peftfn.core.adapter import Adapter
-from peftfn.core.config import PeftConfig
+from peftfn.core.config import PeftConfig, TargetedConfig
 from peftfn.models import fused_projections, layers
 
 
@@ -44,3 +44,16 @@ def named_config(adapter: Adapter, named: Any) -> PeftConfig:
     """The config with parts by their names, if the one beside the note is the one that was written with it."""
     back = dataclasses.replace(cast("Any", adapter.config), target_modules=named)
     return back if fused_projections.whole_config(adapter.replace(config=back)) == adapter.config else adapter.config
+
+
+def with_targets(adapter: Adapter) -> Adapter:
+    """The adapter with its sites named in a config that names none: PEFT's defaults named them, or its writer did.
+
+    Of methods that act on layers and train tensors of their own there.
+    """
+    config, method = adapter.config, methods.of(adapter.config)
+    is_named = any(getattr(config, name, None) for name in ("target_modules", "target_parameters"))
+    if is_named or not isinstance(config, TargetedConfig) or method.on_weights is None or method.of_tables:
+        return adapter
+    paths = tuple(path for path, leaf in adapter.params.items() if not all(map(method.replaces, leaf)))
+    return adapter.replace(config=dataclasses.replace(config, target_modules=paths)) if paths else adapter

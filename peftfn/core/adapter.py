@@ -25,6 +25,13 @@ SHARED = "*"
 """The path of tensors that all sites of an adapter have in common; below it (`*.name`) are those of some sites."""
 
 
+PRESENT = "present_in_stack"
+"""The buffer of a stack that says who acts at a site: (K,), or (K, outputs) where some act on a part of a layer.
+
+It is there where what fills an adapter up to the others' sites would else be trained.
+"""
+
+
 class SiteInfo(NamedTuple):
     """What an adapter knows of one of its sites beside the tensors there.
 

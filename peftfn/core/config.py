@@ -147,7 +147,10 @@ class PeftConfig:
 
     @classmethod
     def is_inactive(cls, name: str, value: Any) -> bool:
-        """Whether `name` is a field of PEFT's that peftfn does not have, with a value that asks for nothing.
+        """Whether `name` is a field that peftfn does not have, with a value that asks for nothing.
+
+        Of fields of PEFT's it is known which values do. Any other, as the next PEFT may write, asks for nothing where
+        it is null, false, {} or [].
 
         Args:
             name: the field.
@@ -162,7 +165,8 @@ class PeftConfig:
             off = vars(one).get("inactive", {}).get(name)
             if off is not None:
                 return off is ANY or value in off
-        return False
+        is_own = any(field.name == name for field in dataclasses.fields(cls))
+        return not is_own and (value is None or value is False or value in ({}, []))
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """The path of `adapter_config.json`, written into `folder`: a kill leaves the old file or the new one.

@@ -174,7 +174,9 @@ def forward(
     if own is not None:
         own = own.view(-1, 1, 1, 1)
         is_there = torch.arange(scores.shape[-1], device=own.device) < own
-        scores = scores.masked_fill(~is_there, torch.finfo(scores.dtype).min)
+        # The least that float32 has too, in which the softmax is: where all are hidden, -inf would be NaN.
+        least = max(torch.finfo(scores.dtype).min, torch.finfo(torch.float32).min)
+        scores = scores.masked_fill(~is_there, least)
     shares = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
     seen = (gate.view(-1, 1, 1, 1) * shares).to(v.dtype) @ v  # (rows, heads, length, width)
     added = family.project(attention, seen.transpose(-3, -2).flatten(-2))
@@ -184,9 +186,13 @@ def forward(
 
 
 def disabled(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
-    """The leaf of each row, with 0 for its number of prompt tokens where `keep` is false."""
+    """The leaf of each row, of zeros and with 0 for its number of prompt tokens where `keep` is false."""
     count = torch.tensor(leaf["adaption_prompt"].shape[-2], device=keep.device)
-    return {**leaf, insert_tokens.LENGTH: torch.where(keep, leaf.get(insert_tokens.LENGTH, count), 0)}
+    zeros = {
+        name: torch.where(keep.view(-1, *(1,) * (leaf[name].dim() - 1)), leaf[name], 0)
+        for name in ("adaption_prompt", "adaption_gate")
+    }
+    return {**leaf, **zeros, insert_tokens.LENGTH: torch.where(keep, leaf.get(insert_tokens.LENGTH, count), 0)}
 
 
 def _pad(configs: Sequence[AdaptionPromptConfig], path: str, leaves: Sequence[Leaf | None]) -> list[Leaf]:

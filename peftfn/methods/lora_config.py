@@ -43,8 +43,9 @@ class LowRankConfig(LayeredConfig):
     """
 
     inactive: ClassVar[Mapping[str, Any]] = {
-        **dict.fromkeys(("megatron_config", "loftq_config", "eva_config"), OFF),
-        **dict.fromkeys(("corda_config", "lora_ga_config", "velora_config", "use_qalora"), OFF),
+        **dict.fromkeys(("megatron_config", "corda_config", "lora_ga_config", "use_qalora"), OFF),
+        # How the tensors of a file began, and how their gradients were made; rates that ms-swift's optimizer had.
+        **dict.fromkeys(("loftq_config", "eva_config", "velora_config", "lorap_lr_ratio", "lorap_emb_lr"), ANY),
         **dict.fromkeys(("monteclora_config", "layer_replication"), OFF),
         **dict.fromkeys(("use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"), OFF),
         **dict.fromkeys(("megatron_core", "qalora_group_size"), ANY),
@@ -138,7 +139,7 @@ def check_positive(field: str, value: Any) -> None:
 
 
 def _check_init(init: bool | str) -> None:
-    if isinstance(init, bool) or init in ("gaussian", "eva", "orthogonal", "loftq"):
+    if isinstance(init, bool) or init in ("gaussian", "eva", "orthogonal", "loftq", "mica"):
         return
     if init in ("olora", "corda", "lora_ga") or init.startswith("pissa"):
         here = {"pissa": "peftfn.pissa(model, config)", "olora": "peftfn.olora(model, config)"}.get(init)

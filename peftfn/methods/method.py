@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn.core.adapter import UNKNOWN, Leaf, SiteInfo
+from peftfn.core.adapter import PRESENT, UNKNOWN, Leaf, SiteInfo
 from peftfn.core.config import PeftConfig
 from peftfn.methods import slots
 from peftfn.methods.action import OnAttention, OnCall, OnWeights
@@ -108,7 +108,7 @@ class Method:
 
     def replaces(self, name: str) -> bool:
         """Whether a leaf's name is not the method's own: then it is a tensor that replaces one of the base."""
-        return name not in self.slots
+        return name not in self.slots and name != PRESENT
 
     def is_held(self, name: str) -> bool:
         """Whether a leaf's name is that of a buffer of the method."""
@@ -164,6 +164,16 @@ class Method:
         if isinstance(self.action, OnWeights):
             return slots.disabled(self.slots, leaf, keep)
         return self.action.disabled(leaf, keep)
+
+    def acting(self, leaf: Mapping[str, Tensor], present: Tensor, *, stacked: bool) -> Mapping[str, Tensor]:
+        """The leaf of a stack, or of one of its adapters, as `present` says who acts, or on which of the outputs."""
+        if present.dim() == int(stacked):
+            return self.disabled(leaf, present)
+        return slots.on_outputs(self.slots, leaf, present)
+
+    def trains_neutral(self, leaf: Leaf) -> bool:
+        """Whether a leaf that does nothing has gradients: it is off by what is trained, and not by a factor of 0."""
+        return any(slot.trained and slot.off is not None for name, slot in self.slots.items() if name in leaf)
 
     def of_rows(self, leaf: Leaf, kind: str, rows: slice) -> Leaf | None:
         """The leaf that changes these rows of a layer's weight as the given one does; `None` where there is none."""

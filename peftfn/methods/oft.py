@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
@@ -38,8 +37,8 @@ from peftfn.models.layouts import WeightShape
 class OFTConfig(LayeredConfig):
     """OFT's config, with PEFT's fields and defaults: W·Rᵀ, R a rotation in blocks (https://arxiv.org/abs/2306.07280).
 
-    Where the size that is given does not divide a layer's inputs, the nearest one that does is taken with a warning, as
-    in PEFT.
+    Where the size that is given does not divide a layer's inputs, the nearest one that does is taken, as in PEFT; the
+    shape of the layer's tensor, (blocks, b(b-1)/2), says which.
 
     Attributes:
         r: how many blocks a layer has, with `oft_block_size=0`.
@@ -155,10 +154,6 @@ def init(config: OFTConfig, path: str, site: Site, generator: torch.Generator, d
     """Zeros, which rotate nothing, or random numbers."""
     weight = layouts.of_site(site)
     ((name, shape),) = slots.shapes(SLOTS, config, weight, 0).items()
-    asked, found = (config.r, "r") if config.r else (config.oft_block_size, "oft_block_size")
-    if _rotated(weight) % asked:
-        got = _rotated(weight) // _block(config, weight) if config.r else _block(config, weight)
-        warnings.warn(f"{site.path}: {found}={asked} does not divide {_rotated(weight)}; {got} is taken.", stacklevel=2)
     made = torch.zeros(shape) if config.init_weights else 0.1 * torch.randn(shape, generator=generator)
     return {name: like_weight(made, site.stored, dtype)}
 

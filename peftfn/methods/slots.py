@@ -143,14 +143,32 @@ def neutral(slots: Slots, like: Leaf) -> Leaf:
 
 
 def disabled(slots: Slots, leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
-    """The leaf, or one for each row, that does nothing where `keep` is false."""
+    """The leaf, or one for each row, that does nothing where `keep` is false: nothing trained is left there.
+
+    So no number of an adapter, and no NaN, gets to a row that is not its own, and no gradient from there to it.
+    """
     keep = keep.bool()
 
     def one(name: str, tensor: Tensor) -> Tensor:
         off = slots[name].off if name in slots else None
-        if off is None:
+        if off is None and (name not in slots or not slots[name].trained):
             return tensor
+        off = off or 0
         return torch.where(keep.view((*keep.shape, *(1 for _ in tensor.shape[keep.dim() :]))), tensor, off)
+
+    return {name: one(name, tensor) for name, tensor in leaf.items()}
+
+
+def on_outputs(slots: Slots, leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+    """The leaf that makes those outputs alone where `keep`, (outputs,) or one for each of a stack, is not 0."""
+    before, keep = keep.dim() - 1, keep.bool()
+
+    def one(name: str, tensor: Tensor) -> Tensor:
+        axis = slots[name].outputs
+        if axis is None:
+            return tensor
+        ones = (1,) * (tensor.dim() - before - axis - 1)
+        return torch.where(keep.view(*keep.shape[:before], *(1,) * axis, keep.shape[-1], *ones), tensor, 0)
 
     return {name: one(name, tensor) for name, tensor in leaf.items()}
 

@@ -68,6 +68,25 @@ def on_all_rows(method: Method, leaf: Leaf, own: SiteInfo, wanted: SiteInfo = UN
     return slots.among(method.slots, leaf, *_within(leaf, own, wanted))
 
 
+def rows_of_each(
+    leaves: Sequence[Leaf | None], infos: Sequence[SiteInfo], wanted: SiteInfo
+) -> list[torch.Tensor] | None:
+    """Of which of the rows `wanted.rows` each leaf is, as zeros and ones; `None` where each is of all of them."""
+    pairs = list(zip(leaves, infos, strict=True))
+    parts = [_within(leaf, info, wanted) for leaf, info in pairs if leaf and info.rows not in (None, wanted.rows)]
+    if not parts:
+        return None
+    model = next(tensor for leaf in leaves if leaf for tensor in leaf.values())
+    ones, own = model.new_ones(parts[0][1], requires_grad=False), iter(parts)
+
+    def one(leaf: Leaf | None, info: SiteInfo) -> torch.Tensor:
+        if not leaf or info.rows in (None, wanted.rows):
+            return ones if leaf else torch.zeros_like(ones)
+        return torch.zeros_like(ones).index_fill(0, next(own)[0], 1)
+
+    return [one(leaf, info) for leaf, info in pairs]
+
+
 def on_own_rows(method: Method, leaf: Leaf, own: SiteInfo, wanted: SiteInfo = UNKNOWN) -> Leaf:
     """The inverse of `on_all_rows`."""
     if own.rows == wanted.rows or own.rows is None:

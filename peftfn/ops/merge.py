@@ -51,7 +51,8 @@ def merge(
         requantize: whether packed weights are packed again.
 
     Raises:
-        TypeError: something else than single adapters was given: a stack is merged one by one.
+        TypeError: `params` is no mapping, or something else than single adapters was given: a stack is merged one by
+            one.
         KeyError: `params` lacks a weight that the adapter changes.
         ValueError: a tensor does not fit, the adapter or a packed weight holds NaN or infinity, or what a packed weight
             is read by does not fit it.
@@ -64,6 +65,7 @@ def merge(
         >>> merged["0.weight"] is params["0.weight"], merged["0.bias"] is params["0.bias"]
         (False, True)
     """
+    validate.refuse_other_than_mapping(params)
     merged = dict(params) if model is None else offloaded.filled(model, params)
     params = dict(merged)
     packed: dict[str, Entry] = {}

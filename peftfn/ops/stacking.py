@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftfn import methods
 from peftfn.core import stack_slices
-from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, Members, SiteInfo, Tree, as_tuple, sorted_tree
+from peftfn.core.adapter import PRESENT, UNKNOWN, Adapter, Leaf, Members, SiteInfo, Tree, as_tuple, sorted_tree
 from peftfn.core.config import LayeredConfig
 from peftfn.methods import Method
 from peftfn.models import layers
@@ -50,7 +50,7 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
         sites[path], own = _stack_own(method, adapters, path)
         params[path] = {name: tensor for name, tensor in own.items() if name in method.names}
         params[path] |= _stack_rest(method, [adapter.params.get(path) for adapter in adapters], path)
-        buffers[path] = {name: tensor for name, tensor in own.items() if method.is_held(name)}
+        buffers[path] = {name: tensor for name, tensor in own.items() if method.is_held(name) or name == PRESENT}
         buffers[path] |= _stack_rest(method, [adapter.buffers.get(path) for adapter in adapters], path, fill=True)
     params, buffers = sorted_tree(params), sorted_tree(buffers)
     members = Members(
@@ -137,13 +137,29 @@ def _stack_own(method: Method, adapters: Sequence[Adapter], path: str) -> tuple[
     at = layers.pattern_path(path, {path for adapter in adapters for path in adapter.params})
     column_major = frozenset(name for name, slot in method.slots.items() if slot.column_major)
     padded = method.pad([adapter.config for adapter in adapters], at, own)
-    return info, _stack_plain(padded, path, column_major=column_major)
+    stacked = _stack_plain(padded, path, column_major=column_major)
+    present = _present(method, found, [adapter.sites.get(path, UNKNOWN) for adapter in adapters], info)
+    return info, stacked if present is None else {**stacked, PRESENT: present}
+
+
+def _present(
+    method: Method, found: Sequence[Leaf | None], infos: Sequence[SiteInfo], wanted: SiteInfo
+) -> Tensor | None:
+    """Which of the adapters act at a site, or on which of its outputs, where training would else go past that."""
+    parts = common_sites.rows_of_each(found, infos, wanted)
+    if parts is not None:
+        return torch.stack(parts)
+    there = next(leaf for leaf in found if leaf)
+    if None not in found or not method.trains_neutral(there):
+        return None
+    one = next(tensor for tensor in there.values() if tensor.is_floating_point())
+    return one.new_tensor([float(leaf is not None) for leaf in found])
 
 
 def _own(method: Method, adapter: Adapter, path: str) -> Leaf:
     """The method's tensors of an adapter at one site, params and buffers together."""
     both = {**adapter.params.get(path, {}), **adapter.buffers.get(path, {})}
-    return {name: tensor for name, tensor in both.items() if not method.replaces(name)}
+    return {name: tensor for name, tensor in both.items() if name in method.slots}
 
 
 def _stack_rest(method: Method, leaves: Sequence[Leaf | None], path: str, fill: bool = False) -> Leaf:

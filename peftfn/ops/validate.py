@@ -133,6 +133,16 @@ def _few(paths: Sequence[str], most: int = 4) -> str:
     return f"{len(paths)} ({', '.join(paths[:most])}{', ...' if len(paths) > most else ''})" if paths else "none"
 
 
+def refuse_other_than_mapping(params: Any) -> None:
+    """A `TypeError` if what is to be merged into is no mapping of tensors by name: a module, as a rule."""
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            f"merge was given a {type(params).__name__} in place of the base's parameters; expected a mapping by name: "
+            "peftfn.merge(dict(model.named_parameters()), adapter). It returns such a mapping, with which "
+            "torch.func.functional_call(model, merged, batch) runs; peftfn.merge_folder writes a model's files."
+        )
+
+
 def refuse_not_finite(adapter: Adapter) -> None:
     """A `ValueError` if a tensor of the adapter holds NaN or infinity."""
     for path, leaf in adapter.params.items():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from peftfn import methods
-from peftfn.core.adapter import UNKNOWN, Adapter, SiteInfo, is_shared, leaf_of
+from peftfn.core.adapter import PRESENT, UNKNOWN, Adapter, SiteInfo, is_shared, leaf_of
 from peftfn.core.config import PeftConfig
 from peftfn.methods import Method, companions
 from peftfn.models import layers, layouts, tied_weights
@@ -56,7 +56,7 @@ def of(adapters: Sequence[Adapter], rows: Rows | None = None) -> dict[str, list[
             leaf = {**adapter.params.get(path, {}), **fixed} if not info.shares else leaf_of(adapter, path)
             names = tuple(leaf)
             if names not in taken:
-                taken[names] = [name for name in names if name not in method.slots]
+                taken[names] = [name for name in names if method.replaces(name)]
             replaced = {name: leaf.pop(name) for name in taken[names]}
             part = SiteAdapter(config, method, leaf, replaced, frozenset(fixed), own_rows, info, number, invocations)
             found.setdefault(path, []).append(part)
@@ -75,11 +75,42 @@ def _invocations(method: Method, adapter: Adapter) -> tuple[Sequence[int] | None
     return found if any(found) else ()
 
 
+class _Acting(Mapping[str, Tensor]):
+    """A stack's leaf of which slices do nothing where their adapter has no such site, or no such outputs.
+
+    So what fills them up has no gradient, and is of no account after training either. It is read at each use, as
+    tensors of a bound module are.
+    """
+
+    def __init__(self, part: SiteAdapter) -> None:
+        self._part = part
+
+    def __getitem__(self, name: str) -> Tensor:
+        leaf = self._part.leaf
+        return self._part.method.acting({name: leaf[name]}, leaf[PRESENT], stacked=self._part.rows is not None)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._part.leaf if name != PRESENT)
+
+    def __len__(self) -> int:
+        return len(self._part.leaf) - 1
+
+
+def _acting(part: SiteAdapter) -> SiteAdapter:
+    if PRESENT not in part.leaf:
+        return part
+    acting = _Acting(part)
+    return part._replace(leaf=dict(acting) if isinstance(part.leaf, dict) else acting)
+
+
 def with_ties(found: Mapping[str, Sequence[SiteAdapter]], model: nn.Module) -> dict[str, list[SiteAdapter]]:
-    """The same, and what changes the table of an embedding also where another layer of the model holds it."""
-    every = {path: list(here) for path, here in found.items()}
-    for path, here in found.items():
-        for part in here:
+    """The same as they act, and what changes the table of an embedding also where another layer of the model holds it.
+
+    Before it, `bind` puts the adapters' tensors into its module, all that there are of a stack.
+    """
+    every = {path: [_acting(part) for part in here] for path, here in found.items()}
+    for path, here in list(every.items()):
+        for part in list(here):
             module = layers.module_at(model, path) if part.leaf and part.method.of_tables else None
             if module is None or layers.kind_of(module) != layers.EMBEDDING:
                 continue

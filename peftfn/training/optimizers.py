@@ -84,6 +84,9 @@ def adamw_init(params: Tree) -> Moments:
     Args:
         params: what is to be trained, at least one tensor.
 
+    Raises:
+        ValueError: there is none.
+
     Example:
         >>> import torch, peftfn as pf
         >>> pf.optimizers.adamw_init({"0": {"w": torch.ones(2)}}).step
@@ -148,6 +151,9 @@ def sgd_init(params: Tree) -> Momentum:
     Args:
         params: what is to be trained, at least one tensor.
 
+    Raises:
+        ValueError: there is none.
+
     Example:
         >>> import torch, peftfn as pf
         >>> pf.optimizers.sgd_init({"0": {"w": torch.ones(2)}}).step
@@ -195,7 +201,7 @@ def sgd(
 
 
 def norm(tree: Tree) -> Tensor:
-    """The Euclidean norm of all numbers of a tree together, 0-d.
+    """The Euclidean norm of all numbers of a tree together, 0-d; 0 where there is none.
 
     Args:
         tree: tensors by site path and name, as `adapter.params` or its gradients.
@@ -206,6 +212,8 @@ def norm(tree: Tree) -> Tensor:
         tensor(5.)
     """
     each = [cast("Tensor", torch.linalg.vector_norm(tensor)) for leaf in tree.values() for tensor in leaf.values()]
+    if not each:
+        return torch.zeros(())
     return cast("Tensor", torch.linalg.vector_norm(torch.stack(each)))
 
 
@@ -242,7 +250,11 @@ def _wide(value: Number, like: Tensor) -> Tensor:
 
 
 def _none_taken(params: Tree) -> Tensor:
-    one = next(tensor for leaf in params.values() for tensor in leaf.values())
+    one = next((tensor for leaf in params.values() for tensor in leaf.values()), None)
+    if one is None:
+        raise ValueError(
+            "the optimizer was given a tree without tensors; expected adapter.params, what is to be trained."
+        )
     return torch.zeros((), dtype=torch.float64, device=one.device)
 
 
@@ -261,7 +273,7 @@ def _mapped(change: Callable[..., tuple[Tensor, ...]], *trees: Tree) -> list[Tre
         for path, leaf in first.items()
         for name, tensor in leaf.items()
     }
-    count = len(next(iter(found.values())))
+    count = len(next(iter(found.values()))) if found else 1  # nothing is trained: one empty tree
     return [
         {path: {name: found[path, name][number] for name in leaf} for path, leaf in first.items()}
         for number in range(count)

@@ -65,8 +65,8 @@ def begin(adapters: Sequence[Adapter], optimizer: Optimizer = ADAMW) -> Run:
     """The adapters before their first step, in one stack.
 
     Args:
-        adapters: as for `peftfn.stack`: of one method; ranks and alphas may differ, and sites of the methods whose
-            `scaling` is 0 where an adapter has no site. (IA)³ and OFT have none: a step would train them there.
+        adapters: as for `peftfn.stack`: of one method; ranks, alphas and sites may differ. Where an adapter has no
+            site, its slice of the stack does nothing and has gradient 0, before training and after it.
         optimizer: the one that `step` will be given.
 
     Raises:
@@ -221,8 +221,8 @@ def keep(run: Run, numbers: Sequence[int]) -> Run:
         numbers: which adapters, from 0, in the order that is wanted.
 
     Raises:
-        ValueError: there is no number.
-        IndexError: a number is not that of an adapter.
+        ValueError: there is no number, one comes twice, or is not that of an adapter.
+        TypeError: one is no integer.
 
     Example:
         >>> import torch, peftfn as pf
@@ -231,8 +231,7 @@ def keep(run: Run, numbers: Sequence[int]) -> Run:
         >>> [one.config.r for one in pf.unstack(pf.sweep.keep(run, [0, 1]).adapter)]
         [1, 2]
     """
-    if not numbers:
-        raise ValueError("keep was given no number; expected at least one adapter to go on with.")
+    numbers = _numbers(numbers, stacking.size(run.adapter))
 
     def some(tree: Any) -> Any:
         if isinstance(tree, dict):
@@ -242,6 +241,18 @@ def keep(run: Run, numbers: Sequence[int]) -> Run:
 
     members = stacking.unstack(run.adapter)
     return Run(stacking.stack([members[number] for number in numbers]), type(run.state)(*map(some, run.state)))
+
+
+def _numbers(given: Sequence[int], count: int) -> list[int]:
+    found: Any = given
+    numbers: list[Any] = [*(found.tolist() if isinstance(found, Tensor) else found)]
+    if any(type(number) is not int for number in numbers):
+        raise TypeError(f"keep was given {numbers}; expected integers, the numbers of adapters from 0 to {count - 1}.")
+    if not numbers:
+        raise ValueError("keep was given no number; expected at least one adapter to go on with.")
+    if len(set(numbers)) < len(numbers) or not 0 <= min(numbers) <= max(numbers) < count:
+        raise ValueError(f"keep was given {numbers}; this run has adapters 0 to {count - 1}, each of them once.")
+    return numbers
 
 
 def _each(name: str, value: Any, stacked: Adapter) -> Tensor:

@@ -252,3 +252,10 @@ def test_a_stack_of_which_only_the_params_are_mapped_is_one_clear_error() -> Non
 
     with pytest.raises(ValueError, match=r"params are mapped by torch\.vmap and its buffers are not"):
         torch.vmap(torch.func.grad(value))(stacked.params, x)
+
+
+def test_merging_into_a_module_says_what_to_give() -> None:
+    model = nn.Sequential(nn.Linear(4, 2))
+    adapter = pf.init(model, pf.LoraConfig(r=1, target_modules=["0"]))
+    with pytest.raises(TypeError, match=r"given a Sequential .* peftfn\.merge\(dict\(model\.named_parameters\(\)\)"):
+        pf.merge(model, adapter)  # type: ignore[arg-type]

@@ -97,9 +97,7 @@ def fresh(case: Case, **more: Any) -> tuple[nn.Module, Tensor, pf.Adapter]:
     model = build().double().eval()
     x = batch()
     config = getattr(pf, case.method.config)(**{**case.options, **more})
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".* does not divide")
-        return model, x.double() if x.is_floating_point() else x, pf.init(model, config)
+    return model, x.double() if x.is_floating_point() else x, pf.init(model, config)
 
 
 def made(case: Case, folder: Path) -> tuple[nn.Module, Tensor, pf.Adapter, Any]:

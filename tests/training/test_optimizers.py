@@ -83,3 +83,11 @@ def test_gradients_are_scaled_down_as_torch_does_it_and_small_ones_are_not() -> 
     assert all(
         torch.equal(t, k) for t, k in zip([t for leaf in small.values() for t in leaf.values()], kept, strict=True)
     )
+
+
+def test_a_tree_without_tensors_has_norm_0_and_nothing_to_train() -> None:
+    assert float(pf.optimizers.norm({})) == 0.0
+    assert pf.optimizers.clipped({}, 1.0) == {}
+    for optimizer in (ADAMW, SGD):
+        with pytest.raises(ValueError, match=r"a tree without tensors; expected adapter\.params"):
+            optimizer.init({})

@@ -232,3 +232,20 @@ def test_wrong_numbers_of_values_are_one_clear_error() -> None:
         pf.sweep.step(run, losses, x, ADAMW, lr=0.1, momentum=0.9)
     with pytest.raises(ValueError, match="keep was given no number"):
         pf.sweep.keep(run, [])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "error", "said"),
+    [
+        ([5], ValueError, r"keep was given \[5\]; this run has adapters 0 to 2, each of them once"),
+        ([-1], ValueError, r"given \[-1\]; this run has adapters 0 to 2"),
+        ([0, 0], ValueError, r"given \[0, 0\]; .* each of them once"),
+        ([True], TypeError, r"given \[True\]; expected integers"),
+        (["0"], TypeError, r"given \['0'\]; expected integers"),
+    ],
+)
+def test_keep_says_which_numbers_it_takes(numbers: Any, error: type[Exception], said: str) -> None:
+    run = pf.sweep.begin([pf.init(nn.Sequential(nn.Linear(4, 2)), pf.LoraConfig(r=1, target_modules=["0"]))] * 3)
+    with pytest.raises(error, match=said):
+        pf.sweep.keep(run, numbers)
+    assert pf.stack(pf.unstack(pf.sweep.keep(run, torch.tensor([2, 0])).adapter)).params["0"]["lora_A"].shape[0] == 2  # type: ignore[arg-type]

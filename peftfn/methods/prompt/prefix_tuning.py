@@ -155,6 +155,8 @@ def _with_positions(call: Call, tokens: Tensor, model: Any, added: Added) -> Cal
     mask, padding = call.given.get(hf.MASK), prompt_rows.padding_counted(model)
     if call.given.get(hf.POSITIONS) is not None and not (call.guessed and padding is None):
         return call
+    if counted.counts_by_mask(model):  # a token that is masked inside a row has no position there
+        return call
     if padding is not None:
         return call.having(**{hf.POSITIONS: _after_padding(call, tokens, padding, added)})
     if not isinstance(mask, Tensor) or mask.dim() != 2 or not _counts(model):

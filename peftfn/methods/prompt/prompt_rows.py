@@ -74,9 +74,11 @@ def shared(configs: Sequence[Config]) -> Config:
 
 
 def disabled(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
-    """The leaf of each row, of no tokens where `keep` is false."""
+    """The leaf of each row; of no tokens where `keep` is false, and of zeros, since a masked NaN would still be one."""
     prompt = leaf["prompt_embeddings"]  # (rows, tokens, width)
-    return {**leaf, LENGTH: torch.where(keep, leaf.get(LENGTH, torch.tensor(prompt.shape[-2], device=keep.device)), 0)}
+    zeros = {name: torch.where(keep.view(-1, 1, 1), leaf[name], 0) for name in _PADDED if name in leaf}
+    count = leaf.get(LENGTH, torch.tensor(prompt.shape[-2], device=keep.device))
+    return {**leaf, **zeros, LENGTH: torch.where(keep, count, 0)}
 
 
 def added(

@@ -108,7 +108,7 @@ def _hold_shared(holder: Holder, part: site_adapters.SiteAdapter) -> dict[str, t
     home, count, slots = part.info.shares, len(holder.adapters), holder.slots[part.number]
     where = _Where(home, home, part.number, frozenset(holder.adapters[part.number].params.get(home, {})))
     found: dict[str, tuple[nn.Module, str]] = {}
-    for name in (name for name in part.leaf if part.method.slots[name].shared):
+    for name in (name for name, slot in part.method.slots.items() if slot.shared and name in part.leaf):
         own = _attribute(name, where, count) + home.removeprefix(SHARED).replace(".", "_")
         names = (slots.params if name in where.trained else slots.buffers).setdefault(home, {})
         if name not in names:

@@ -32,6 +32,8 @@ class Segments(NamedTuple):
         source: (S * size,), the row in each place; places left over repeat a row, and their results are dropped.
         rows: the rows that have an adapter, or `None` for all.
         places: the place of each of these.
+        used: (S * size,), false in the places of adapters that no row uses, which hold some other row; `None` where
+            every adapter has a row.
     """
 
     adapters: Tensor | None
@@ -40,6 +42,7 @@ class Segments(NamedTuple):
     source: Tensor
     rows: Tensor | None
     places: Tensor
+    used: Tensor | None = None
 
     @property
     def is_order(self) -> bool:
@@ -49,9 +52,11 @@ class Segments(NamedTuple):
     def sorted(self, x: Tensor, rows: int) -> Tensor:
         """(S * size * each, ...) of x (rows * each, ...)."""
         source = self.source.to(x.device)
-        if x.shape[0] == rows:
-            return x.index_select(0, source)
-        return grouped(x, rows).index_select(0, source).flatten(0, 1)
+        found = (x if x.shape[0] == rows else grouped(x, rows)).index_select(0, source)
+        if self.used is not None and torch.is_grad_enabled():  # an adapter of NaN would give its row a gradient of NaN
+            used = self.used.to(x.device).view(-1, *(1,) * (found.dim() - 1))
+            found = torch.where(used, found, 0)
+        return found if x.shape[0] == rows else found.flatten(0, 1)
 
     def restored(self, found: Tensor, y: Tensor, rows: int) -> Tensor:
         """y with what was found for the rows that have an adapter in their place."""
@@ -111,6 +116,7 @@ def _built(numbers: Numbers, rows: Numbers | None, counts: Numbers, size: int, s
         torch.from_numpy(source),
         None if rows is None else torch.from_numpy(rows),
         torch.from_numpy(places),
+        None if counts[adapters].all() else torch.from_numpy((counts[adapters] > 0).repeat(size)),
     )
 
 
