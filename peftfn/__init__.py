@@ -29,6 +29,9 @@ from peftfn.methods.miss import MissConfig
 from peftfn.methods.oft import OFTConfig
 from peftfn.methods.osf import OSFConfig
 from peftfn.methods.peanut import PeanutConfig
+from peftfn.methods.prompt.cartridge import CartridgeConfig
+from peftfn.methods.prompt.cpt import CPTConfig
+from peftfn.methods.prompt.multitask_prompt_tuning import MultitaskPromptTuningConfig
 from peftfn.methods.prompt.p_tuning import PromptEncoderConfig
 from peftfn.methods.prompt.prefix_tuning import PrefixTuningConfig
 from peftfn.methods.prompt.prompt_config import PromptLearningConfig
@@ -45,10 +48,11 @@ from peftfn.ops.kbit import prepare_for_kbit_training
 from peftfn.ops.merge import merge
 from peftfn.ops.stacking import stack, unstack
 from peftfn.ops.weight_inits import loftq, olora, pissa
+from peftfn.runtime import cartridge
 from peftfn.runtime.apply import apply
 from peftfn.runtime.bind.bound import bind, unbind
 from peftfn.runtime.ensemble import Ensemble, ensemble
-from peftfn.training import adalora, optimizers, sweep
+from peftfn.training import adalora, cpt, optimizers, sweep
 
 __version__ = "0.1.0"
 
@@ -59,6 +63,8 @@ __all__ = [
     "BOFTConfig",
     "BeftConfig",
     "C3AConfig",
+    "CPTConfig",
+    "CartridgeConfig",
     "Count",
     "DeftConfig",
     "DeloraConfig",
@@ -74,6 +80,7 @@ __all__ = [
     "LoKrConfig",
     "LoraConfig",
     "MissConfig",
+    "MultitaskPromptTuningConfig",
     "OFTConfig",
     "OSFConfig",
     "PeanutConfig",
@@ -91,8 +98,10 @@ __all__ = [
     "adalora",
     "apply",
     "bind",
+    "cartridge",
     "combine",
     "count",
+    "cpt",
     "curvature",
     "ensemble",
     "init",

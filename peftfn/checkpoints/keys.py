@@ -207,7 +207,7 @@ def _from_keys(
         side = on_inputs is not None and on_inputs(config, at)
         info = known._replace(input_side=side, tied=tied.get(site, ()))
         sites[paths[site]] = info
-        whole = method.files.read(leaf)
+        whole = method.files.read(config, leaf)
         own = dict(whole) if info.rows is None else common_sites.on_own_rows(method, whole, info)
         if method.files.derived is not None:
             own |= method.files.derived(config, at, own, _site(model, paths[site], info))

@@ -37,7 +37,7 @@ from peftfn.methods import (
     waveft,
 )
 from peftfn.methods.method import Method
-from peftfn.methods.prompt import p_tuning, prefix_tuning, prompt_tuning
+from peftfn.methods.prompt import cartridge, cpt, multitask_prompt_tuning, p_tuning, prefix_tuning, prompt_tuning
 
 TABLE: tuple[Method, ...] = (
     dora.METHOD,  # of a LoraConfig that asks for it: before the one of any other; so is the next
@@ -69,8 +69,11 @@ TABLE: tuple[Method, ...] = (
     psoft.METHOD,
     trainable_tokens.METHOD,
     prompt_tuning.METHOD,
+    multitask_prompt_tuning.METHOD,
+    cpt.METHOD,
     p_tuning.METHOD,
     prefix_tuning.METHOD,
+    cartridge.METHOD,
     adaption_prompt.METHOD,
 )
 

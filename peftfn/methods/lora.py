@@ -168,7 +168,7 @@ def check_file(config: LoraConfig, path: str, leaf: Leaf) -> None:
         raise ValueError(f"rank {rows}, and the config says {rank}")
 
 
-def from_file(leaf: Leaf) -> Leaf:
+def from_file(config: LoraConfig, leaf: Leaf) -> Leaf:
     """The leaf of a file, with a convolution's A in its groups."""
     return leaf_shapes.from_file(leaf) if any(tensor.dim() > 2 for tensor in leaf.values()) else leaf
 

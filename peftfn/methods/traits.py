@@ -75,6 +75,10 @@ def _same(leaf: Leaf) -> Leaf:
     return leaf
 
 
+def _as_read(config: Any, leaf: Leaf) -> Leaf:
+    return leaf
+
+
 class Files(NamedTuple):
     """How a method's files differ from its leaves.
 
@@ -82,7 +86,7 @@ class Files(NamedTuple):
         check: `(config, path, leaf) -> None`, or a `KeyError` or `ValueError` that says what a file's leaf has.
         config: `(adapter) -> config` for a file, where the adapter's tensors say a part of it.
         write: `(leaf) -> leaf` in PEFT's shapes.
-        read: `(leaf) -> leaf`, back.
+        read: `(config, leaf) -> leaf`, back.
         derived: if it has some, `(config, path, leaf, site) -> buffers leaf` that follows from the base where a file
             has it not; the site is `None` where no model is given, and a `ValueError` says what for it is needed.
         inside: the part of a key before its names where the method goes along with another one.
@@ -92,7 +96,7 @@ class Files(NamedTuple):
     check: Callable[[Any, str, Leaf], None] = _no_check
     config: Callable[[Adapter], Any] = _as_given
     write: Callable[[Leaf], Leaf] = _same
-    read: Callable[[Leaf], Leaf] = _same
+    read: Callable[[Any, Leaf], Leaf] = _as_read
     derived: Callable[[Any, str, Leaf, Site | None], Leaf] | None = None
     inside: str = ""
     copies: str = ""

@@ -244,12 +244,24 @@ INPUT = {
     "sum": "the same",
 }
 PROMPT = {**INPUT, "identity": "tokens before the input change what the model computes from the start"}
+STRAIGHT = {
+    "slope": "the gradient of a change is that of its projection, as in peft (test_cpt.py)",
+    "randomness": "it starts at embeddings and zeros, whatever the generator",
+}
+CPT = pf.CPTConfig(cpt_token_ids=[3, 7, 5], cpt_tokens_type_mask=[1, 2, 4], task_type="CAUSAL_LM")
+CARTRIDGE = pf.CartridgeConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
 ADAPTION = pf.AdaptionPromptConfig(adapter_len=3, adapter_layers=1)
 
 
 def prompt(task: str) -> pf.PromptTuningConfig:
     """Three tokens before the input."""
     return pf.PromptTuningConfig(num_virtual_tokens=3, task_type=task)
+
+
+def multitask(task: str) -> pf.MultitaskPromptTuningConfig:
+    """The same, for three tasks; before an encoder's input alone, so that rows may have none."""
+    sizes = dict(num_virtual_tokens=3, num_tasks=3, num_ranks=2, num_transformer_submodules=1)
+    return pf.MultitaskPromptTuningConfig(**sizes, task_type=task)
 
 
 def p_tuning(encoder: str, task: str = "CAUSAL_LM") -> pf.PromptEncoderConfig:
@@ -269,6 +281,11 @@ def texts() -> dict[str, Tensor]:
     mask[0, 4:] = 0
     mask[1, :2] = 0
     return {"input_ids": tokens()(), "attention_mask": mask}
+
+
+def of_tasks(make: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
+    """The same, each row of a task."""
+    return lambda: {**make(), "task_ids": torch.tensor([2, 0, 1, 2])}
 
 
 def translations() -> dict[str, Tensor]:
@@ -376,6 +393,9 @@ CASES = [
     Case("prompt-bert", bert, prompt("SEQ_CLS"), texts, PROMPT),
     Case("prompt-llama", llama, prompt("CAUSAL_LM"), texts, PROMPT),
     Case("prompt-t5", t5, prompt("SEQ_2_SEQ_LM"), translations, PROMPT),
+    Case("multitask-llama", llama, multitask("CAUSAL_LM"), of_tasks(texts), PROMPT),
+    Case("multitask-t5", t5, multitask("SEQ_2_SEQ_LM"), of_tasks(translations), PROMPT),
+    Case("cpt-llama", llama, CPT, texts, {**PROMPT, **STRAIGHT}),
     Case("p-tuning-mlp-gpt2", gpt2, p_tuning("MLP"), texts, PROMPT),
     Case("p-tuning-lstm-gpt2", gpt2, p_tuning("LSTM"), texts, PROMPT),
     Case("p-tuning-lstm-t5", t5, p_tuning("LSTM", "SEQ_2_SEQ_LM"), translations, PROMPT),
@@ -391,6 +411,7 @@ CASES = [
         texts,
         PROMPT,
     ),
+    Case("cartridge-llama", llama, CARTRIDGE, texts, PROMPT),
     Case("adaption-llama", llama, ADAPTION, texts, INPUT),
     Case("adaption-gpt2", gpt2, ADAPTION, texts, INPUT),
 ]

@@ -513,6 +513,8 @@ METHODS = [
     Method("trainable-tokens", "trainable tokens", "TrainableTokensConfig", {"token_indices": [1, 3]}),
     # Prompts act on the call: their cases of the laws are in cases.py.
     Method("prompt", "prompt tuning", "PromptTuningConfig", TOKENS),
+    Method("cpt", "CPT", "CPTConfig", {"cpt_token_ids": [3, 7, 5], "cpt_tokens_type_mask": [1, 2, 4]}),
+    Method("multitask", "multitask prompt tuning", "MultitaskPromptTuningConfig", TOKENS),
     Method(
         "p-tuning",
         "P-tuning",
@@ -527,6 +529,7 @@ METHODS = [
         TOKENS,
         variants={"prefix tuning": {}, "prefix tuning, projected": {"prefix_projection": True}},
     ),
+    Method("cartridge", "cartridge", "CartridgeConfig", TOKENS),
     Method("adaption", "LLaMA-Adapter", "AdaptionPromptConfig", {"adapter_len": 3, "adapter_layers": 2}),
 ]
 BY_NAME = {method.name: method for method in METHODS}
