@@ -42,6 +42,7 @@ from peftfn.methods.shira import ShiraConfig
 from peftfn.methods.supertuning import SupertuningConfig
 from peftfn.methods.trainable_tokens import TrainableTokensConfig
 from peftfn.methods.waveft import WaveFTConfig
+from peftfn.models.replicated_layers import replicate_layers
 from peftfn.ops.combine import combine
 from peftfn.ops.init import init
 from peftfn.ops.kbit import prepare_for_kbit_training
@@ -52,7 +53,7 @@ from peftfn.runtime import cartridge
 from peftfn.runtime.apply import apply
 from peftfn.runtime.bind.bound import bind, unbind
 from peftfn.runtime.ensemble import Ensemble, ensemble
-from peftfn.training import adalora, cpt, optimizers, sweep
+from peftfn.training import adalora, cpt, kasa, optimizers, sweep
 
 __version__ = "0.1.0"
 
@@ -105,6 +106,7 @@ __all__ = [
     "curvature",
     "ensemble",
     "init",
+    "kasa",
     "laplace",
     "leaves",
     "load",
@@ -118,6 +120,7 @@ __all__ = [
     "pissa",
     "prepare_for_kbit_training",
     "push_to_hub",
+    "replicate_layers",
     "save",
     "stack",
     "sweep",

@@ -8,6 +8,7 @@ from peftfn.core.config import PeftConfig
 from peftfn.methods import (
     adalora,
     adaption_prompt,
+    bdlora,
     beft,
     boft,
     c3a,
@@ -20,6 +21,7 @@ from peftfn.methods import (
     hira,
     hra,
     ia3,
+    kasa,
     ln_tuning,
     loha,
     lokr,
@@ -30,18 +32,24 @@ from peftfn.methods import (
     osf,
     peanut,
     psoft,
+    qalora,
     road,
     shira,
     supertuning,
     trainable_tokens,
+    velora,
     waveft,
 )
 from peftfn.methods.method import Method
 from peftfn.methods.prompt import cartridge, cpt, multitask_prompt_tuning, p_tuning, prefix_tuning, prompt_tuning
 
 TABLE: tuple[Method, ...] = (
-    dora.METHOD,  # of a LoraConfig that asks for it: before the one of any other; so is the next
+    dora.METHOD,  # of a LoraConfig that asks for it: before the one of any other; so are the next
     lora_bias.METHOD,
+    bdlora.METHOD,
+    qalora.METHOD,
+    kasa.METHOD,
+    velora.METHOD,
     lora.METHOD,
     ia3.METHOD,
     beft.METHOD,

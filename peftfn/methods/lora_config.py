@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from peftfn.core.config import ANY, OFF, LayeredConfig
-from peftfn.methods import alora
+from peftfn.methods import alora, lora_variants
 
 
 def described(text: str) -> dict[str, str]:
@@ -85,9 +85,25 @@ class LoraConfig(LowRankConfig):
     Attributes:
         rank_pattern: other ranks, by module name or regex; the first one that matches a path counts.
         use_dora: whether a length of each output's weights is learned too (DoRA, https://arxiv.org/abs/2402.09353).
+        alora_invocation_tokens: tokens from whose last occurrence on the adapter acts (aLoRA,
+            https://arxiv.org/abs/2504.12397).
+        lora_bias: whether the second factor has a bias.
+        trainable_token_indices: tokens to train beside: of the model's embedding, or `{embedding: tokens}`.
+        layer_replication: ranges of layers that the base repeats, `[start, end]`; `peftfn.replicate_layers` makes such
+            a base, and `peftfn.init` fills this in from it.
+        use_qalora: whether A is given the means of groups of inputs (QA-LoRA, https://arxiv.org/abs/2309.14717), on
+            layers of GPTQ.
+        qalora_group_size: how many inputs a group has.
+        use_bdlora: `target_modules_bd_a` and `target_modules_bd_b`, parts of the names of layers whose A, or B, is
+            block-diagonal, `nblocks`, and `match_strict`, whether each layer has to be named (BD-LoRA).
+        kasa_config: `beta` and `gamma`, the weights of `peftfn.kasa.regulariser`; `{}` has PEFT's (KaSA,
+            https://arxiv.org/abs/2412.06071).
+        velora_config: `num_groups`, `scale` and `init_type` of what is kept of inputs for the gradient of A; `{}` has
+            PEFT's (VeLoRA, https://arxiv.org/abs/2405.17991).
 
     Raises:
-        ValueError: a rank in `rank_pattern` is no positive integer.
+        ValueError: a rank in `rank_pattern` is no positive integer, two variants are asked for at once, or one of them
+            in a way that makes no sense.
 
     Example:
         >>> import peftfn as pf
@@ -97,6 +113,7 @@ class LoraConfig(LowRankConfig):
     """
 
     peft_type: ClassVar[str] = "LORA"
+    inactive: ClassVar[Mapping[str, Any]] = {"qalora_group_size": ()}  # AdaLoRA's it stays
 
     rank_pattern: Mapping[str, int] | None = dataclasses.field(
         default_factory=dict[str, int], metadata=described("Other ranks, by module name or regex.")
@@ -112,8 +129,29 @@ class LoraConfig(LowRankConfig):
         default=None, metadata=described("Tokens to train beside: of the model's embedding, or {embedding: tokens}.")
     )
 
+    layer_replication: Sequence[Sequence[int]] | None = dataclasses.field(
+        default=None, metadata=described("Ranges of layers that the base repeats.")
+    )
+    use_qalora: bool = dataclasses.field(
+        default=False, metadata=described("Whether A is given the means of groups of inputs (GPTQ).")
+    )
+    qalora_group_size: int = dataclasses.field(default=16, metadata=described("Inputs of a group of QA-LoRA."))
+    use_bdlora: Mapping[str, Any] | None = dataclasses.field(
+        default=None, metadata=described("Block-diagonal factors: target_modules_bd_a, _bd_b, nblocks, match_strict.")
+    )
+    kasa_config: Mapping[str, Any] | None = dataclasses.field(
+        default=None, metadata=described("KaSA: beta and gamma of its regulariser.")
+    )
+
+    velora_config: Mapping[str, Any] | None = dataclasses.field(
+        default=None, metadata=described("VeLoRA: num_groups, scale and init_type (batch_average or random).")
+    )
+
     def __post_init__(self) -> None:
+        for name in ("use_bdlora", "kasa_config", "velora_config"):
+            object.__setattr__(self, name, lora_variants.filled(name, getattr(self, name)))
         super().__post_init__()
+        lora_variants.check(self)
         for rank in (self.rank_pattern or {}).values():
             check_positive("r", rank)
         if self.alora_invocation_tokens is not None:

@@ -168,9 +168,7 @@ def test_a_file_with_an_unknown_field_is_an_error_that_names_it_and_near_ones(tm
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_qalora", True),
-        ("use_bdlora", {"nblocks": 2}),
-        ("layer_replication", [[0, 2]]),
+        ("monteclora_config", {"num_samples": 4}),
         ("arrow_config", {"top_k": 2}),
     ],
 )

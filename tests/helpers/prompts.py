@@ -113,10 +113,13 @@ class Case(NamedTuple):
         return model
 
 
-SOME = {"adaption prompt": ADAPTED, "multitask": ("llama", "bert")}
+SOME = {"adaption prompt": ADAPTED, "multitask": ()}
 """Methods that are held against peft on some bases alone."""
 
 CASES = [Case(base, method) for base in HERE for method in CONFIGS if base in SOME.get(method, HERE)]
+OF_TASKS = [Case("llama", "multitask"), Case("bert", "multitask")]
+"""Those whose batches say of which task a row is."""
+
 if oracle.IS_OLD:  # it reads a cache of encoder and decoder by attributes that transformers 4.57 has no more
     CASES = [case for case in CASES if case.base != "t5" or "prefix" not in case.method]
 if decoding.cache_name(transformers.BertModel) == "cache":  # peft 0.21.2 says that BERT takes none (transformers 5.24)
