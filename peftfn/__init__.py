@@ -29,6 +29,9 @@ from peftfn.methods.miss import MissConfig
 from peftfn.methods.oft import OFTConfig
 from peftfn.methods.osf import OSFConfig
 from peftfn.methods.peanut import PeanutConfig
+from peftfn.methods.prompt.cartridge import CartridgeConfig
+from peftfn.methods.prompt.cpt import CPTConfig
+from peftfn.methods.prompt.multitask_prompt_tuning import MultitaskPromptTuningConfig
 from peftfn.methods.prompt.p_tuning import PromptEncoderConfig
 from peftfn.methods.prompt.prefix_tuning import PrefixTuningConfig
 from peftfn.methods.prompt.prompt_config import PromptLearningConfig
@@ -41,16 +44,18 @@ from peftfn.methods.trainable_tokens import TrainableTokensConfig
 from peftfn.methods.vblora import VBLoRAConfig
 from peftfn.methods.vera import VeraConfig
 from peftfn.methods.waveft import WaveFTConfig
+from peftfn.models.replicated_layers import replicate_layers
 from peftfn.ops.combine import combine
 from peftfn.ops.init import init
 from peftfn.ops.kbit import prepare_for_kbit_training
 from peftfn.ops.merge import merge
 from peftfn.ops.stacking import stack, unstack
 from peftfn.ops.weight_inits import loftq, olora, pissa
+from peftfn.runtime import cartridge
 from peftfn.runtime.apply import apply
 from peftfn.runtime.bind.bound import bind, unbind
 from peftfn.runtime.ensemble import Ensemble, ensemble
-from peftfn.training import adalora, optimizers, sweep
+from peftfn.training import adalora, cpt, kasa, optimizers, sweep
 
 __version__ = "0.1.0"
 
@@ -61,6 +66,8 @@ __all__ = [
     "BOFTConfig",
     "BeftConfig",
     "C3AConfig",
+    "CPTConfig",
+    "CartridgeConfig",
     "Count",
     "DeftConfig",
     "DeloraConfig",
@@ -76,6 +83,7 @@ __all__ = [
     "LoKrConfig",
     "LoraConfig",
     "MissConfig",
+    "MultitaskPromptTuningConfig",
     "OFTConfig",
     "OSFConfig",
     "PeanutConfig",
@@ -95,11 +103,14 @@ __all__ = [
     "adalora",
     "apply",
     "bind",
+    "cartridge",
     "combine",
     "count",
+    "cpt",
     "curvature",
     "ensemble",
     "init",
+    "kasa",
     "laplace",
     "leaves",
     "load",
@@ -113,6 +124,7 @@ __all__ = [
     "pissa",
     "prepare_for_kbit_training",
     "push_to_hub",
+    "replicate_layers",
     "save",
     "stack",
     "sweep",

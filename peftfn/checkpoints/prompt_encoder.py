@@ -1,4 +1,4 @@
-"""The network that makes a prompt, kept beside PEFT's files, which hold nothing but the prompt.
+"""The network that makes a prompt, or what it is the sum of, kept beside PEFT's files, which hold the prompt alone.
 
 So training goes on where it was saved. The file's name has a digest of the prompt that its network makes: another
 writer's prompt leaves it behind unread, and a kill in the middle of a save finds the old one still there.
@@ -25,30 +25,39 @@ _PREFIX = "peftfn_encoder-"
 def writes(
     adapter: Adapter, tensors: Mapping[str, Tensor], plain: Callable[[str, Tensor], Tensor]
 ) -> dict[str, files.Write]:
-    """The file to write beside the tensors of an adapter, by name; none where it has no network.
+    """The file to write beside the tensors of an adapter, by name; none where they say all of it.
 
     Args:
         adapter: what is saved.
         tensors: what PEFT's file will hold.
         plain: gives a tensor of the adapter as a file can hold it.
     """
-    leaf = adapter.params.get("", {})
-    if methods.of(adapter.config).on_call is None or _PROMPT in leaf:
+    method, leaf = methods.of(adapter.config), adapter.params.get("", {})
+    if method.on_call is None or not leaf:
         return {}
-    own = {name: plain(name, tensor) for name, tensor in leaf.items()}
+    buffers = adapter.buffers.get("", {})
+    read = method.files.read(adapter.config, method.files.write(adapter.config, {**leaf, **buffers}))
+    again, held = method.parted(adapter.config, "", read)
+    if _are_same({**leaf, **buffers}, {**again, **held}):
+        return {}
+    said = method.constants(adapter.config, "", leaf)
+    whole = {**leaf, **{name: tensor for name, tensor in buffers.items() if name not in said}}
+    own = {name: plain(name, tensor) for name, tensor in whole.items()}
     return {_name(tensors[_PROMPT]): lambda path: safetensors.torch.save_file(own, path, {"format": "pt"})}
 
 
 def restored(adapter: Adapter, origin: reading.Origin, device: torch.device) -> Adapter:
     """An adapter of a prompt with the network that made it, if that was saved along."""
-    prompt = adapter.params.get("", {}).get(_PROMPT)
-    if prompt is None or len(methods.of(adapter.config).names) == 1:
+    method = methods.of(adapter.config)
+    if method.on_call is None or method.on_call.encoded is None or "" not in adapter.params:
         return adapter
+    prompt = method.files.write(adapter.config, {**adapter.params[""], **adapter.buffers.get("", {})})[_PROMPT]
     path = reading.try_find(origin, _name(prompt))
     if path is None:
         return adapter
-    leaf = safetensors.torch.load_file(path, device=str(device))
-    return adapter.replace(params=sorted_tree({**adapter.params, "": leaf}))
+    params, held = method.parted(adapter.config, "", safetensors.torch.load_file(path, device=str(device)))
+    buffers = {**adapter.buffers, "": held} if held else adapter.buffers
+    return adapter.replace(params=sorted_tree({**adapter.params, "": params}), buffers=sorted_tree(buffers))
 
 
 def remove_others(folder: Path, kept: Mapping[str, object]) -> None:
@@ -56,6 +65,10 @@ def remove_others(folder: Path, kept: Mapping[str, object]) -> None:
     for path in folder.glob(f"{_PREFIX}*.safetensors"):
         if path.name not in kept:
             path.unlink(missing_ok=True)
+
+
+def _are_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def _name(prompt: Tensor) -> str:

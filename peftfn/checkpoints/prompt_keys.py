@@ -38,8 +38,9 @@ def from_keys(method: Method, tensors: Mapping[str, Tensor], config: PeftConfig,
         method.files.check(config, "", own)
     except ValueError as error:
         raise ValueError(f"{source} has {error}; expected a whole adapter.") from None
-    params: Tree = {"": method.files.read(config, own)}
-    buffers: Tree = {}
+    trained, held = method.parted(config, "", method.files.read(config, own))
+    params: Tree = {"": trained}
+    buffers: Tree = {"": held} if held else {}
     for key in tensors.keys() - own.keys():
         path, _, name = key.removeprefix(PREFIX).rpartition(".")
         if not key.startswith(PREFIX) or not path:

@@ -8,6 +8,7 @@ from peftfn.core.config import PeftConfig
 from peftfn.methods import (
     adalora,
     adaption_prompt,
+    bdlora,
     beft,
     boft,
     c3a,
@@ -20,6 +21,7 @@ from peftfn.methods import (
     hira,
     hra,
     ia3,
+    kasa,
     ln_tuning,
     loha,
     lokr,
@@ -30,20 +32,26 @@ from peftfn.methods import (
     osf,
     peanut,
     psoft,
+    qalora,
     road,
     shira,
     supertuning,
     trainable_tokens,
     vblora,
+    velora,
     vera,
     waveft,
 )
 from peftfn.methods.method import Method
-from peftfn.methods.prompt import p_tuning, prefix_tuning, prompt_tuning
+from peftfn.methods.prompt import cartridge, cpt, multitask_prompt_tuning, p_tuning, prefix_tuning, prompt_tuning
 
 TABLE: tuple[Method, ...] = (
-    dora.METHOD,  # this and the next are of a LoraConfig that asks for them, so they come before plain LoRA
+    dora.METHOD,  # this and the next five are of a LoraConfig that asks for them, so they come before plain LoRA
     lora_bias.METHOD,
+    bdlora.METHOD,
+    qalora.METHOD,
+    kasa.METHOD,
+    velora.METHOD,
     lora.METHOD,
     ia3.METHOD,
     beft.METHOD,
@@ -73,8 +81,11 @@ TABLE: tuple[Method, ...] = (
     vera.METHOD,
     vblora.METHOD,
     prompt_tuning.METHOD,
+    multitask_prompt_tuning.METHOD,
+    cpt.METHOD,
     p_tuning.METHOD,
     prefix_tuning.METHOD,
+    cartridge.METHOD,
     adaption_prompt.METHOD,
 )
 

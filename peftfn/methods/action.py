@@ -76,6 +76,7 @@ class OnCall(NamedTuple):
         call_sites: `(model) -> paths` of the modules whose call is changed.
         encoded: of a method with a network that makes its prompts, `(config, leaf, site) -> leaf` with the prompt that
             it makes: this runs once for each adapter, whatever the number of its rows.
+        arguments: names of arguments of the model's call that are for the method alone: the model is not given them.
     """
 
     forward: Callable[..., Any]
@@ -83,3 +84,4 @@ class OnCall(NamedTuple):
     disabled: Callable[[Mapping[str, Tensor], Tensor], Mapping[str, Tensor]]
     call_sites: Callable[[nn.Module], Sequence[str]] = _itself
     encoded: Callable[[Any, Mapping[str, Tensor], Site], Mapping[str, Tensor]] | None = None
+    arguments: Sequence[str] = ()

@@ -257,7 +257,7 @@ def to_file(config: Any, leaf: Leaf) -> Leaf:
     return {**{name: one for name, one in leaf.items() if name != "sizes"}, **zeros}
 
 
-def from_file(config: Any, leaf: Leaf) -> Leaf:
+def from_file(config: GloraConfig, leaf: Leaf) -> Leaf:
     """The leaf without PEFT's zeros, of which it keeps the sizes."""
     own = {name: one for name, one in leaf.items() if not name.endswith("zeros")}
     shapes = {name: tuple(one.shape) for name, one in leaf.items() if name.endswith("zeros")}

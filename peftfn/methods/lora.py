@@ -15,9 +15,9 @@ with groups runs as it did there, and cannot be merged.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from peftfn.methods.low_rank.linear_kernel import Delta
 from peftfn.methods.method import Method, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
 from peftfn.methods.traits import Combining, Companions, Files, Stacking, Targets
-from peftfn.models import layers, layouts, matching, targets
+from peftfn.models import layers, layouts, matching, replicated_layers, targets
 from peftfn.models.layers import Place, Site
 from peftfn.models.layouts import WeightShape
 
@@ -77,12 +77,25 @@ SLOTS = {
 
 
 def resolve(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """The config with the targets that the model decides, and its heads, filled in."""
+    """The config with the targets that the model decides, its heads, and its repeated layers, filled in."""
+    if config.layer_replication is None and (ranges := replicated_layers.replication_of(model)):
+        config = dataclasses.replace(config, layer_replication=ranges)
     return targets.resolved(model, config, TARGETS)
 
 
 def sites(model: nn.Module, config: TargetedConfig) -> dict[str, Place]:
-    """The config's sites in the model; patterns that match none of them are an error."""
+    """The config's sites in the model; patterns that match none of them are an error.
+
+    Raises:
+        ValueError: also, layers are to be repeated that the model does not repeat, or the other way round.
+    """
+    asked, ranges = getattr(config, "layer_replication", None), replicated_layers.replication_of(model)
+    if hasattr(config, "layer_replication") and asked != ranges:
+        wanted = "the base itself" if asked is None else f"peftfn.replicate_layers(model, {[[*one] for one in asked]})"
+        raise ValueError(
+            f"layer_replication={asked}, and the model repeats {'no layers' if ranges is None else ranges}; it goes "
+            f"with {wanted} as its base."
+        )
     found = targets.sites(model, config)
     for field, patterns in patterns_of(config).items():
         targets.refuse_unused_patterns(field, patterns, found)
@@ -169,12 +182,12 @@ def check_file(config: LoraConfig, path: str, leaf: Leaf) -> None:
         raise ValueError(f"rank {rows}, and the config says {rank}")
 
 
-def to_file(config: Any, leaf: Leaf) -> Leaf:
+def to_file(config: LoraConfig, leaf: Leaf) -> Leaf:
     """The leaf in PEFT's shapes."""
     return leaf_shapes.to_file(leaf)
 
 
-def from_file(config: Any, leaf: Leaf) -> Leaf:
+def from_file(config: LoraConfig, leaf: Leaf) -> Leaf:
     """The leaf of a file, with a convolution's A in its groups."""
     return leaf_shapes.from_file(leaf) if any(tensor.dim() > 2 for tensor in leaf.values()) else leaf
 

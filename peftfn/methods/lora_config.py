@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from peftfn.core.config import ANY, OFF, LayeredConfig
-from peftfn.methods import alora
+from peftfn.methods import alora, lora_variants
 
 
 def described(text: str) -> dict[str, str]:
@@ -91,10 +91,21 @@ class LoraConfig(LowRankConfig):
         lora_bias: whether a bias c, (out,), is trained with B: W x + b + s·(B·A·x + c).
         trainable_token_indices: ids of tokens whose embeddings are trained too, of the model's own embedding, or
             `{name of an embedding: ids}` (see `peftfn.TrainableTokensConfig`).
+        layer_replication: ranges of layers that the base repeats, `[start, end]`; `peftfn.replicate_layers` makes such
+            a base, and `peftfn.init` fills this in from it.
+        use_qalora: whether A is given the means of groups of inputs (QA-LoRA, https://arxiv.org/abs/2309.14717), on
+            layers of GPTQ.
+        qalora_group_size: how many inputs a group has.
+        use_bdlora: `target_modules_bd_a` and `target_modules_bd_b`, parts of the names of layers whose A, or B, is
+            block-diagonal, `nblocks`, and `match_strict`, whether each layer has to be named (BD-LoRA).
+        kasa_config: `beta` and `gamma`, the weights of `peftfn.kasa.regulariser`; `{}` has PEFT's (KaSA,
+            https://arxiv.org/abs/2412.06071).
+        velora_config: `num_groups`, `scale` and `init_type` of what is kept of inputs for the gradient of A; `{}` has
+            PEFT's (VeLoRA, https://arxiv.org/abs/2405.17991).
 
     Raises:
         ValueError: a rank in `rank_pattern` is no positive integer; `alora_invocation_tokens` are no ids, or go with
-            `use_dora` or another `task_type` than `CAUSAL_LM`; or `lora_bias` goes with `use_dora` or a start by name.
+            another `task_type` than `CAUSAL_LM`; two variants are asked for at once, or one in a way without a sense.
 
     Example:
         >>> import peftfn as pf
@@ -104,6 +115,7 @@ class LoraConfig(LowRankConfig):
     """
 
     peft_type: ClassVar[str] = "LORA"
+    inactive: ClassVar[Mapping[str, Any]] = {"qalora_group_size": ()}  # AdaLoRA's it stays
 
     rank_pattern: Mapping[str, int] | None = dataclasses.field(
         default_factory=dict[str, int], metadata=described("Other ranks, by module name or regex.")
@@ -119,8 +131,29 @@ class LoraConfig(LowRankConfig):
         default=None, metadata=described("Tokens whose embeddings are trained too: ids, or {embedding: ids}.")
     )
 
+    layer_replication: Sequence[Sequence[int]] | None = dataclasses.field(
+        default=None, metadata=described("Ranges of layers that the base repeats.")
+    )
+    use_qalora: bool = dataclasses.field(
+        default=False, metadata=described("Whether A is given the means of groups of inputs (GPTQ).")
+    )
+    qalora_group_size: int = dataclasses.field(default=16, metadata=described("Inputs of a group of QA-LoRA."))
+    use_bdlora: Mapping[str, Any] | None = dataclasses.field(
+        default=None, metadata=described("Block-diagonal factors: target_modules_bd_a, _bd_b, nblocks, match_strict.")
+    )
+    kasa_config: Mapping[str, Any] | None = dataclasses.field(
+        default=None, metadata=described("KaSA: beta and gamma of its regulariser.")
+    )
+
+    velora_config: Mapping[str, Any] | None = dataclasses.field(
+        default=None, metadata=described("VeLoRA: num_groups, scale and init_type (batch_average or random).")
+    )
+
     def __post_init__(self) -> None:
+        for name in ("use_bdlora", "kasa_config", "velora_config"):
+            object.__setattr__(self, name, lora_variants.filled(name, getattr(self, name)))
         super().__post_init__()
+        lora_variants.check(self)
         for rank in (self.rank_pattern or {}).values():
             check_positive("r", rank)
         if self.alora_invocation_tokens is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +164,7 @@ def check_file(config: ShiraConfig, path: str, leaf: Leaf) -> None:
         raise ValueError(f"shira_weight ({count},) and shira_indices {shape}, and the config says r={config.r}")
 
 
-def _read(config: Any, leaf: Leaf) -> Leaf:
+def _read(config: ShiraConfig, leaf: Leaf) -> Leaf:
     """The leaf with whole numbers for places: PEFT on Windows writes them as floats."""
     return {**leaf, "shira_indices": leaf["shira_indices"].to(torch.int32)}
 

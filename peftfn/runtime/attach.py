@@ -71,7 +71,8 @@ def attach(
             if any(part.method.on_call is not None for part in here):
                 site = Site("", layers.MODEL, surgery.second(root) if apart else root, "")
                 _refuse_unfit(site.layer, Place("", "", layers.MODEL), "", here, check)
-                homes = attach_call.adapt(plan, site, by_path, here, generates=wants_grad is not None)
+                generates = wants_grad is not None
+                homes = attach_call.adapt(plan, site, by_path, here, generates=generates, lasts=lasts)
                 _watch(plan, homes, path, _leaves(here), wants_grad)
                 continue
             place = _module_place(root, by_path, path, twin, here)

@@ -104,7 +104,9 @@ FILES: dict[str, Spoil] = {
     "ValueError: has peft_type='BOFT', which this version of peftfn does not read: ADALORA, ": fields(peft_type="BOFT"),
     "ValueError: IA3Config has no field": fields(peft_type="IA3"),
     "ValueError: has no field 'lora_alfa'. Did you mean lora_alpha": fields(lora_alfa=3),
-    "ValueError: (use_qalora=True): peft has this field, peftfn does not support it yet": fields(use_qalora=True),
+    "ValueError: (megatron_config={'a': 1}): peft has this field, peftfn does not support it yet": fields(
+        megatron_config={"a": 1}
+    ),
     "ValueError: LoraConfig(r='8'): expected int": fields(r="8"),
     "ValueError: init_lora_weights='pissa_niter_4' goes with a base": fields(init_lora_weights="pissa_niter_4"),
     "ValueError: has rank 2, and the config says 4 for '0'; expected a whole adapter": fields(r=4),

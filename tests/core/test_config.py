@@ -13,7 +13,7 @@ import optree
 import peft
 import pytest
 import torch
-from oracle import IS_OLD, quiet_peft
+from oracle import IS_OLD, by_new_peft, quiet_peft
 from same import adapter_of, mlp
 from torch.utils import _pytree
 
@@ -169,13 +169,9 @@ def test_a_file_with_an_unknown_field_is_an_error_that_names_it_and_near_ones(tm
         pf.LoraConfig.from_pretrained(tmp_path)
 
 
+@by_new_peft
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("use_qalora", True),
-        ("layer_replication", [[0, 2]]),
-        *(() if IS_OLD else (("use_bdlora", {"nblocks": 2}), ("arrow_config", {"top_k": 2}))),
-    ],
+    ("field", "value"), [("monteclora_config", {"num_samples": 4}), ("arrow_config", {"top_k": 2})]
 )
 def test_a_file_that_uses_what_we_do_not_support_is_an_error_that_names_it(
     field: str, value: Any, tmp_path: Path

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import quantized
@@ -244,12 +245,24 @@ INPUT = {
     "sum": "the same",
 }
 PROMPT = {**INPUT, "identity": "tokens before the input change what the model computes from the start"}
+STRAIGHT = {
+    "slope": "the gradient of a change is that of its projection, as in peft (test_cpt.py)",
+    "randomness": "it starts at embeddings and zeros, whatever the generator",
+}
+CPT = pf.CPTConfig(cpt_token_ids=[3, 7, 5], cpt_tokens_type_mask=[1, 2, 4], task_type="CAUSAL_LM")
+CARTRIDGE = pf.CartridgeConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
 ADAPTION = pf.AdaptionPromptConfig(adapter_len=3, adapter_layers=1)
 
 
 def prompt(task: str) -> pf.PromptTuningConfig:
     """Three tokens before the input."""
     return pf.PromptTuningConfig(num_virtual_tokens=3, task_type=task)
+
+
+def multitask(task: str) -> pf.MultitaskPromptTuningConfig:
+    """The same, for three tasks; before an encoder's input alone, so that rows may have none."""
+    sizes = dict(num_virtual_tokens=3, num_tasks=3, num_ranks=2, num_transformer_submodules=1)
+    return pf.MultitaskPromptTuningConfig(**sizes, task_type=task)
 
 
 def p_tuning(encoder: str, task: str = "CAUSAL_LM") -> pf.PromptEncoderConfig:
@@ -269,6 +282,11 @@ def texts() -> dict[str, Tensor]:
     mask[0, 4:] = 0
     mask[1, :2] = 0
     return {"input_ids": tokens()(), "attention_mask": mask}
+
+
+def of_tasks(make: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
+    """The same, each row of a task."""
+    return lambda: {**make(), "task_ids": torch.tensor([2, 0, 1, 2])}
 
 
 def translations() -> dict[str, Tensor]:
@@ -376,6 +394,9 @@ CASES = [
     Case("prompt-bert", bert, prompt("SEQ_CLS"), texts, PROMPT),
     Case("prompt-llama", llama, prompt("CAUSAL_LM"), texts, PROMPT),
     Case("prompt-t5", t5, prompt("SEQ_2_SEQ_LM"), translations, PROMPT),
+    Case("multitask-llama", llama, multitask("CAUSAL_LM"), of_tasks(texts), PROMPT),
+    Case("multitask-t5", t5, multitask("SEQ_2_SEQ_LM"), of_tasks(translations), PROMPT),
+    Case("cpt-llama", llama, CPT, texts, {**PROMPT, **STRAIGHT}),
     Case("p-tuning-mlp-gpt2", gpt2, p_tuning("MLP"), texts, PROMPT),
     Case("p-tuning-lstm-gpt2", gpt2, p_tuning("LSTM"), texts, PROMPT),
     Case("p-tuning-lstm-t5", t5, p_tuning("LSTM", "SEQ_2_SEQ_LM"), translations, PROMPT),
@@ -391,6 +412,7 @@ CASES = [
         texts,
         PROMPT,
     ),
+    Case("cartridge-llama", llama, CARTRIDGE, texts, PROMPT),
     Case("adaption-llama", llama, ADAPTION, texts, INPUT),
     Case("adaption-gpt2", gpt2, ADAPTION, texts, INPUT),
 ]
@@ -494,8 +516,8 @@ def widened(case: Case) -> Case:
 PACKED = ("linear", "llama")
 
 
-def on_quantized(*names: str) -> list[Case]:
-    """The cases of those names on each kind of quantized base, made as wide as its blocks."""
+def on_quantized(*names: str, kinds: Sequence[str] = tuple(quantized.KINDS)) -> list[Case]:
+    """The cases of those names on these kinds of quantized base, made as wide as its blocks."""
     plain = {case.name: case for case in CASES}
     return [
         dataclasses.replace(
@@ -511,16 +533,32 @@ def on_quantized(*names: str) -> list[Case]:
             packs_float64=kind == "hqq",
         )
         for name in names
-        for kind in quantized.KINDS
+        for kind in kinds
     ]
 
 
+# A format is read and run by its codec, whatever the method, and LoRA's cases have every format. Of the other methods
+# each one takes its turn with one format a base; `make test-every-base` has all of them.
+EVERY_BASE = bool(os.environ.get("PEFTFN_EVERY_BASE"))
+
+
+def in_turn() -> list[Case]:
+    """The packed cases of the registry's methods."""
+    kinds = list(quantized.KINDS)
+    found: list[Case] = []
+    for number, method in enumerate(one for one in registry.METHODS if one.kinds and one.packed):
+        for place, what in enumerate(PACKED):
+            own = kinds if EVERY_BASE else [kinds[(number + 2 * place) % len(kinds)]]
+            found += on_quantized(f"{method.name}-{what}", kinds=own)
+    return found
+
+
+CASES += in_turn()
 CASES += on_quantized(
     "linear-3d",
     "linear-head",
     "linear-bias-all",
     "llama",
-    *(f"{method.name}-{what}" for method in registry.METHODS if method.kinds and method.packed for what in PACKED),
     "prompt-llama",
     "prompt-t5",
     "p-tuning-mlp-llama",

@@ -65,6 +65,7 @@ WRITERS = {**HERE, "t5": (Base(t5, text), "SEQ_2_SEQ_LM")}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt tuning": ("PromptTuningConfig", {"num_virtual_tokens": 3}),
+    "multitask": ("MultitaskPromptTuningConfig", {"num_virtual_tokens": 3, "num_tasks": 3, "num_ranks": 2}),
     "p-tuning": ("PromptEncoderConfig", {"num_virtual_tokens": 3, "encoder_hidden_size": 10}),
     "p-tuning by lstm": (
         "PromptEncoderConfig",
@@ -101,7 +102,8 @@ class Case(NamedTuple):
         return (WRITERS if writes else HERE)[self.base][0].make()
 
     def batch(self) -> Any:
-        return HERE[self.base][0].inputs()
+        batch = HERE[self.base][0].inputs()
+        return {**batch, "task_ids": torch.tensor([2, 0, 1])} if self.method == "multitask" else batch
 
     def theirs(self, size: float = 0.1, *, writes: bool = False) -> Any:
         """A peft model with noise in all that it trains."""
@@ -111,7 +113,13 @@ class Case(NamedTuple):
         return model
 
 
-CASES = [Case(base, method) for base in HERE for method in CONFIGS if method != "adaption prompt" or base in ADAPTED]
+SOME = {"adaption prompt": ADAPTED, "multitask": ()}
+"""Methods that are held against peft on some bases alone."""
+
+CASES = [Case(base, method) for base in HERE for method in CONFIGS if base in SOME.get(method, HERE)]
+OF_TASKS = [Case("llama", "multitask"), Case("bert", "multitask")]
+"""Those whose batches say of which task a row is."""
+
 if oracle.IS_OLD:  # it reads a cache of encoder and decoder by attributes that transformers 4.57 has no more
     CASES = [case for case in CASES if case.base != "t5" or "prefix" not in case.method]
 if decoding.cache_name(transformers.BertModel) == "cache":  # peft 0.21.2 says that BERT takes none (transformers 5.24)

@@ -97,6 +97,14 @@ def last_is_feedforward(targets: Sequence[str]) -> Options:
     return {"feedforward_modules": list(targets[-1:])}
 
 
+def first_of_blocks(targets: Sequence[str]) -> Options:
+    """BD-LoRA cuts A of the first layer, and B of the others."""
+    named = {"target_modules_bd_a": list(targets[:1]), "target_modules_bd_b": list(targets[1:])}
+    return {"use_bdlora": {**named, "nblocks": 2}}
+
+
+BLOCKS: Options = {"target_modules_bd_a": ["0"], "target_modules_bd_b": ["2"], "nblocks": 2}
+BLOCKS_OF_ONE: Options = {"target_modules_bd_b": ["0"], "nblocks": 4, "match_strict": False}
 LORA: Options = {"r": 4, "lora_alpha": 6}
 TUCKER: Options = {"use_effective_conv2d": True, "r": 1}
 LOHA_TUCKER: Options = {"use_effective_conv2d": True, "alpha": 200}
@@ -462,6 +470,42 @@ METHODS = [
         packed=False,  # the packed models have no biases to merge into
     ),
     Method(
+        "bdlora",
+        "BD-LoRA",
+        "LoraConfig",
+        {**LORA, "use_bdlora": {"target_modules_bd_b": ["_proj", "query", "value", "c_attn"], "nblocks": 2}},
+        first_of_blocks,
+        kinds=("linear-even", "transposed-square"),
+        models={"llama": {}},
+        start=None,
+        peft=[
+            AgainstPeft("A, then B", "linear", {"use_bdlora": BLOCKS}, in_old=False),
+            AgainstPeft("B, then none", "linear", {"use_bdlora": BLOCKS_OF_ONE}, in_old=False),
+        ],
+        packed=False,  # it never reads the weight
+    ),
+    Method(
+        "kasa",
+        "KaSA",
+        "LoraConfig",
+        {"r": 2, "lora_alpha": 6, "kasa_config": {}},  # against peft in a file of its own: it decomposes in float32
+        kinds=("linear", "transposed-square"),
+        models={"llama": {}},
+        exceptions={"identity": "the base without its smallest singular parts is where it starts"},
+        start=None,
+        packed=False,  # it reads the weight when it starts
+    ),
+    Method(
+        "velora",
+        "VeLoRA",
+        "LoraConfig",
+        {**LORA, "velora_config": {"num_groups": 3}},  # its gradient in training is in a file of its own
+        kinds=("linear",),
+        models={},
+        start=None,
+        packed=False,  # it never reads the weight
+    ),
+    Method(
         "beft",
         "BEFT",
         "BeftConfig",
@@ -539,6 +583,8 @@ METHODS = [
     Method("trainable-tokens", "trainable tokens", "TrainableTokensConfig", {"token_indices": [1, 3]}),
     # Prompts act on the call: their cases of the laws are in cases.py.
     Method("prompt", "prompt tuning", "PromptTuningConfig", TOKENS),
+    Method("cpt", "CPT", "CPTConfig", {"cpt_token_ids": [3, 7, 5], "cpt_tokens_type_mask": [1, 2, 4]}),
+    Method("multitask", "multitask prompt tuning", "MultitaskPromptTuningConfig", TOKENS),
     Method(
         "p-tuning",
         "P-tuning",
@@ -553,6 +599,7 @@ METHODS = [
         TOKENS,
         variants={"prefix tuning": {}, "prefix tuning, projected": {"prefix_projection": True}},
     ),
+    Method("cartridge", "cartridge", "CartridgeConfig", TOKENS),
     Method("adaption", "LLaMA-Adapter", "AdaptionPromptConfig", {"adapter_len": 3, "adapter_layers": 2}),
 ]
 BY_NAME = {method.name: method for method in METHODS}

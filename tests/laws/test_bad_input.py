@@ -74,7 +74,9 @@ Table = dict[str, Callable[[World], Any]]
 
 CONFIGS: Table = {
     "TypeError: LoraConfig has no field 'lora_alfa'. Did you mean lora_alpha": lambda w: config(lora_alfa=2),
-    "ValueError: LoraConfig(use_qalora=True): ... does not support it yet": lambda w: config(use_qalora=True),
+    "ValueError: LoraConfig(monteclora_config={'num_samples': 4}): ... does not support it yet": lambda w: config(
+        monteclora_config={"num_samples": 4}
+    ),
     "ValueError: r=0; expected a positive integer": lambda w: config(r=0),
     "ValueError: r=-1; expected a positive integer": lambda w: config(rank_pattern={"lin0": -1}),
     "TypeError: LoraConfig(r='8'): expected int": lambda w: config(r="8"),

@@ -161,7 +161,7 @@ def test_a_model_or_a_config_that_does_not_fit_is_one_clear_error(said: str) -> 
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "num_virtual_tokens=0): expected a positive integer": lambda: pf.PromptTuningConfig(num_virtual_tokens=0),
-    "prompt_tuning_init='WORDS'; expected 'RANDOM'": lambda: pf.PromptTuningConfig(prompt_tuning_init="WORDS"),
+    "prompt_tuning_init='WORDS'; expected one of 'RANDOM'": lambda: pf.PromptTuningConfig(prompt_tuning_init="WORDS"),
     "prompt_tuning_init='TEXT' needs tokenizer_name_or_path": lambda: pf.PromptTuningConfig(prompt_tuning_init="TEXT"),
     "tokenizer_kwargs are for prompt_tuning_init='TEXT'": lambda: pf.PromptTuningConfig(tokenizer_kwargs={"a": 1}),
     "encoder_reparameterization_type='GRU'; expected 'MLP' or 'LSTM'": lambda: pf.PromptEncoderConfig(

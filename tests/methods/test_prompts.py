@@ -13,7 +13,7 @@ import pytest
 import torch
 from bases import ids, minilm_folder
 from oracle import distance, furthest, quiet_peft
-from prompts import CASES, Case, ours, output, place, saved
+from prompts import CASES, OF_TASKS, Case, ours, output, place, saved
 from safetensors.torch import load_file
 from same import assert_same
 from torch import Tensor
@@ -25,7 +25,7 @@ from peftfn.checkpoints import keys
 ROUNDING = 1e-6
 TRAINING = 1e-5
 
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_case = pytest.mark.parametrize("case", [*CASES, *OF_TASKS], ids=str)
 
 
 def loss(result: Any) -> Tensor:

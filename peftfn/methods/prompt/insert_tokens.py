@@ -64,7 +64,8 @@ def with_tokens(
     beside = _beside(call, place, embeds, task)
     changes = {hf.IDS: None, hf.EMBEDS: place.put(tokens.to(embeds.dtype), embeds), **beside}
     is_guess = hf.POSITIONS in beside and call.given.get(hf.POSITIONS) is None
-    return call.having(**changes)._replace(guessed=call.guessed or is_guess)
+    kept = {name: place.fill(0, one) for name, one in call.beside.items()}
+    return call.having(**changes)._replace(guessed=call.guessed or is_guess, beside=kept)
 
 
 def _beside(call: Call, place: Place, embeds: Tensor, task: str | None) -> dict[str, Any]:

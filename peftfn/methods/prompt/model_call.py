@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from peftfn.methods.prompt.own_arguments import OwnArguments
 from peftfn.models import signatures
 from peftfn.models import transformers_caches as caches
 from peftfn.models import transformers_names as hf
@@ -78,6 +80,9 @@ class Call(NamedTuple):
         prefixes: the same of prefixes, which are in the cache before everything else.
         guessed: whether the position ids were made here: those that the model would have counted in each row alone.
         whole_mask: whether the mask has a number for each place of a static cache, also the empty ones.
+        beside: what a method keeps of each token, (rows, tokens), by name, beside the arguments; tokens that are put
+            before get 0.
+        finishes: `(the call as the model was given it, its output) -> output`, what is done to the output.
     """
 
     given: Mapping[str, Any]
@@ -87,6 +92,8 @@ class Call(NamedTuple):
     prefixes: tuple[Added, ...] = ()
     guessed: bool = False
     whole_mask: bool = False
+    beside: Mapping[str, Tensor] = types.MappingProxyType({})
+    finishes: tuple[Callable[[Call, Any], Any], ...] = ()
 
     @property
     def cache(self) -> Any:
@@ -110,6 +117,7 @@ def run(
     steps: Sequence[Step],
     settle: Step,
     noted: list[int],
+    own: OwnArguments,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
@@ -122,12 +130,13 @@ def run(
             first one's tokens come first.
         settle: what is done to the call after all of them.
         noted: a counter, which each call increases: by it `expecting` sees whether there was one.
+        own: the arguments that are for the adapters alone.
         *args: the call's.
         **kwargs: the call's.
     """
     if not torch.compiler.is_compiling():
         noted[0] += 1
-    named = {**dict(zip(takes.arguments, args, strict=False)), **kwargs}
+    named = {**own.held(), **dict(zip(takes.arguments, args, strict=False)), **kwargs}
     given = {name: value for name, value in named.items() if value is not None}
     cache = takes.cache_in(given)
     call = Call(given, takes, caches.is_empty(cache), whole_mask=takes.whole_mask)
@@ -136,7 +145,10 @@ def run(
     for step in reversed(steps):
         call = step(call)
     required = {name: None for name in takes.required if name in named}  # of BLIP-2 the ids, beside embedded tokens
-    output = forward(**{**required, **_with_first_shown(settle(call)).given})
+    call = _with_first_shown(settle(call))
+    output = forward(**{**required, **{name: one for name, one in call.given.items() if name not in own.names}})
+    for finish in call.finishes:
+        output = finish(call, output)
     # Without use_cache, `generate` would go on from a cache that the caller did not ask for.
     return caches.without_caches(output) if given.get(hf.USE_CACHE) is False and cache is None else output
 

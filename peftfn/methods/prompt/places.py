@@ -88,9 +88,13 @@ class Place(NamedTuple):
             return joined
         return joined.take_along_dim(self.order.view(*self.order.shape, *(1 for _ in old.shape[2:])), 1)
 
-    def fill(self, value: int, old: Tensor, missing: int = 0) -> Tensor:
-        """(rows, n + length): `value` for new tokens, `missing` for places that are not used, and the old values."""
-        new = torch.full((self.added.places,), value, dtype=old.dtype, device=old.device)
+    def fill(self, value: int | Tensor, old: Tensor, missing: int = 0) -> Tensor:
+        """(rows, n + length): `value` for new tokens, `missing` for places that are not used, and the old values.
+
+        A value may be one for each of them, (n,), or (rows, n).
+        """
+        new = value if isinstance(value, Tensor) else torch.full((self.added.places,), value, device=old.device)
+        new = new.to(old)
         if self.added.own is not None:
             new = torch.where(self._is_used(), new, missing)
         return self.put(new, old)

@@ -30,8 +30,7 @@ def resolve(model: nn.Module, config: Config) -> Config:
     config = prompt_config.resolve(model, config)
     heads, width = key_sizes(found, config.num_attention_heads or 1, config.token_dim or 0)
     _refuse_other_keys(model, config.num_layers or 0, Shape(heads, width, width))
-    hidden = config.encoder_hidden_size or heads * width
-    return dataclasses.replace(config, num_attention_heads=heads, token_dim=heads * width, encoder_hidden_size=hidden)
+    return dataclasses.replace(config, num_attention_heads=heads, token_dim=heads * width)
 
 
 def refuse_without_keys(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftfn.core.adapter import Leaf
 from peftfn.methods.action import OnCall
@@ -65,7 +65,13 @@ class PrefixTuningConfig(PromptLearningConfig):
             raise ValueError(f"init_weights={self.init_weights!r}; expected None or 'zero'.")
 
 
-def _width(config: PrefixTuningConfig) -> int:
+def resolve(model: nn.Module, config: PrefixTuningConfig) -> PrefixTuningConfig:
+    """The config with the model's sizes, and the projection's."""
+    found = prefix_keys.resolve(model, config)
+    return dataclasses.replace(found, encoder_hidden_size=config.encoder_hidden_size or found.token_dim)
+
+
+def width(config: PromptLearningConfig) -> int:
     """How many numbers one token has: its keys and values in all layers."""
     return (config.num_layers or 0) * 2 * (config.token_dim or 0)
 
@@ -74,7 +80,7 @@ def init(
     config: PrefixTuningConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None
 ) -> Leaf:
     """The prefix, (tokens, layers * 2 * dim), or what a projection makes it from."""
-    tokens, whole = config.rows // (config.num_transformer_submodules or 1), _width(config)
+    tokens, whole = config.rows // (config.num_transformer_submodules or 1), width(config)
     dim, hidden = (config.token_dim or 0), (config.encoder_hidden_size or 0)
     scale = 0.0 if config.init_weights == "zero" else 1.0
     if config.prefix_projection:
@@ -105,7 +111,7 @@ def encoded(config: PrefixTuningConfig, leaf: Mapping[str, Tensor], site: Site) 
     return {"prompt_embeddings": encode(leaf), **{name: leaf[name] for name in (insert_tokens.LENGTH,) if name in leaf}}
 
 
-def forward(config: PrefixTuningConfig, leaf: Mapping[str, Tensor], site: Site, call: Call) -> Call:
+def forward(config: PromptLearningConfig, leaf: Mapping[str, Tensor], site: Site, call: Call) -> Call:
     """The call with the prefix in its cache."""
     model: Any = site.layer
     prefix = encode(leaf)
@@ -189,7 +195,7 @@ def _counts(model: Any) -> bool:
     return is_decoder and signatures.takes(model.get_submodule(prefix_keys.call_sites(model)[0]), hf.POSITIONS)
 
 
-def _past(prefix: Tensor, config: PrefixTuningConfig, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+def _past(prefix: Tensor, config: PromptLearningConfig, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of each layer, (rows or 1, heads, tokens, width), laid out as PEFT lays them out.
 
     With two submodules PEFT writes the prefix twice in a row and gives each layer four of the pieces, of which the
@@ -204,7 +210,7 @@ def _past(prefix: Tensor, config: PrefixTuningConfig, dtype: torch.dtype) -> lis
 
 
 def _filled(
-    config: PrefixTuningConfig, past: Sequence[tuple[Tensor, Tensor]], model: Any, rows: int, call: Call
+    config: PromptLearningConfig, past: Sequence[tuple[Tensor, Tensor]], model: Any, rows: int, call: Call
 ) -> Any:
     """The call's own empty cache, or a new one, with the prefix in it for each row."""
     cache: Any = call.cache
@@ -254,7 +260,7 @@ METHOD = Method(
     },
     init=init,
     action=OnCall(forward, check, prompt_rows.disabled, prefix_keys.call_sites, encoded),
-    targets=Targets(prefix_keys.resolve, prompt_config.sites),
+    targets=Targets(resolve, prompt_config.sites),
     stacking=prompt_rows.STACKING._replace(trim=_trim),
     files=Files(prompt_config.check_rows, write=to_file),
 )

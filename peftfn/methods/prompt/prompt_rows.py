@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfn.core.adapter import Leaf
+from peftfn.methods import slots
 from peftfn.methods.prompt import prompt_config
 from peftfn.methods.prompt.insert_tokens import LENGTH
 from peftfn.methods.prompt.model_call import Added, Call
@@ -20,8 +20,9 @@ from peftfn.models import signatures
 from peftfn.models import transformers_names as hf
 from peftfn.models import transformers_positions as counted
 
-_PADDED = ("prompt_embeddings", "embedding")
-"""The tensors that have one row per token."""
+_CPT = ("delta_embedding", "cpt_token_ids", "cpt_tokens_type_mask", "cpt_radius")
+_PADDED = {"prompt_embeddings": 0, "embedding": 0, "prefix_task_cols": 1, **dict.fromkeys(_CPT, 0)}
+"""The tensors that have something for each token -> the axis along which they have it."""
 
 
 def pad(configs: Sequence[Config], path: str, leaves: Sequence[Leaf | None]) -> list[Leaf]:
@@ -38,7 +39,7 @@ def pad(configs: Sequence[Config], path: str, leaves: Sequence[Leaf | None]) -> 
         )
     return [
         {
-            **{name: _longer(name, tensor, max(rows)) for name, tensor in leaf.items()},
+            **{name: slots.sized(tensor, _PADDED.get(name), max(rows)) for name, tensor in leaf.items()},
             LENGTH: torch.tensor(own, device=next(iter(leaf.values())).device),
         }
         for leaf, own in zip(found, rows, strict=True)
@@ -48,7 +49,7 @@ def pad(configs: Sequence[Config], path: str, leaves: Sequence[Leaf | None]) -> 
 def trim(leaf: Leaf, rows: int) -> Leaf:
     """The leaf with `rows` rows again, the inverse of `pad`."""
     own = {name: tensor for name, tensor in leaf.items() if name != LENGTH}
-    return {name: tensor[:rows] if name in _PADDED else tensor for name, tensor in own.items()}
+    return {name: slots.sized(tensor, _PADDED.get(name), rows) for name, tensor in own.items()}
 
 
 def trimmed(config: Config, configs: Sequence[Config], path: str, leaf: Leaf) -> Leaf:
@@ -58,10 +59,6 @@ def trimmed(config: Config, configs: Sequence[Config], path: str, leaf: Leaf) ->
 
 def _rows(leaf: Leaf) -> int:
     return next(leaf[name].shape[0] for name in _PADDED if name in leaf)
-
-
-def _longer(name: str, tensor: Tensor, rows: int) -> Tensor:
-    return F.pad(tensor, (0, 0, 0, rows - tensor.shape[0])) if name in _PADDED else tensor
 
 
 def shared(configs: Sequence[Config]) -> Config:

@@ -42,6 +42,7 @@ class PromptTuningConfig(PromptLearningConfig):
     """
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
+    starts: ClassVar[tuple[str, ...]] = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
 
     prompt_tuning_init: str = dataclasses.field(
         default="RANDOM", metadata={"help": "RANDOM, SAMPLE_VOCAB (random tokens) or TEXT."}
@@ -60,8 +61,8 @@ class PromptTuningConfig(PromptLearningConfig):
         init = self.prompt_tuning_init
         object.__setattr__(self, "prompt_tuning_init", str(getattr(init, "value", init)))  # PEFT has an enum
         super().__post_init__()
-        if self.prompt_tuning_init not in ("RANDOM", "SAMPLE_VOCAB", "TEXT"):
-            raise ValueError(f"prompt_tuning_init={init!r}; expected 'RANDOM', 'SAMPLE_VOCAB' or 'TEXT'.")
+        if self.prompt_tuning_init not in self.starts:
+            raise ValueError(f"prompt_tuning_init={init!r}; expected one of {', '.join(map(repr, self.starts))}.")
         if self.prompt_tuning_init == "TEXT":
             for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
                 if not getattr(self, name):
@@ -80,18 +81,19 @@ def init(
         prompt = torch.randn(config.rows, config.token_dim, generator=generator)
     elif config.prompt_tuning_init == "SAMPLE_VOCAB":
         ids = torch.randint(weight.shape[0], (config.rows,), generator=generator)
-        prompt = _rows_of(site.layer, ids)
+        prompt = rows_of(site.layer, ids)
     else:
-        prompt = _rows_of(site.layer, _text_ids(config))
+        prompt = rows_of(site.layer, _text_ids(config))
     return {"prompt_embeddings": like_weight(prompt, weight, dtype)}
 
 
-def _rows_of(model: nn.Module, ids: Tensor) -> Tensor:
+def rows_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """(tokens, dim): the embeddings of these tokens."""
     embedding: Any = prompt_input.embedding(model)
     if embedding.weight.is_meta:
         raise ValueError(
-            "this prompt_tuning_init reads the model's embeddings, and the model is on the meta device; load its "
-            "weights, or use 'RANDOM'."
+            "this start reads the model's embeddings, and the model is on the meta device; load its weights, or, of "
+            "prompt tuning, use 'RANDOM'."
         )
     with torch.no_grad():
         return embedding(ids.to(embedding.weight.device)).clone()

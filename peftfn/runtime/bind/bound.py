@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftfn.core.adapter import Adapter, as_tuple
 from peftfn.models import activation_checkpointing, copies, layers, surgery, write_protection
 from peftfn.models import transformers_names as hf
-from peftfn.runtime import attach, site_adapters
+from peftfn.runtime import attach, attach_call, site_adapters
 from peftfn.runtime.bind import binding, parameters, saving
 from peftfn.runtime.routing import row_index
 from peftfn.weights import codecs, offloaded
@@ -85,7 +85,8 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any =
     )
     write_protection.protect(bound, {id(parameter) for parameter in holder.made.values()})
     activation_checkpointing.suit(bound)
-    _keep_signatures(by_path, dict(layers.named_modules(model, remove_duplicate=False)))
+    more = attach_call.arguments(found.get("", ()))
+    _keep_signatures(by_path, dict(layers.named_modules(model, remove_duplicate=False)), more)
     saving.suit(bound)
     if any(part.method.on_call is not None for here in found.values() for part in here):
         bound.__dict__[hf.GENERATION_MASKS] = hf.mask_as_given
@@ -148,18 +149,26 @@ def _read(name: str, module: nn.Module) -> Tensor:
     return module.__dict__["_peftfn_weights"][name]()
 
 
-def _keep_signatures(by_path: Mapping[str, nn.Module], base: Mapping[str, nn.Module]) -> None:
+def _keep_signatures(by_path: Mapping[str, nn.Module], base: Mapping[str, nn.Module], more: Sequence[str]) -> None:
     """Give the forwards that `bind` set the signature of the base's own, which generate() and Trainer inspect.
 
     A forward that somebody had set on the base (accelerate, a kernel library) was copied with its signature, or is
     still the base's own object where it refers to nothing in the model. Layers without children are left out: no
-    caller inspects them.
+    caller inspects them. `more` are arguments for adapters alone, which the base does not know.
     """
     for path, module in by_path.items():
         forward = module.__dict__.get("forward")
         is_ours = isinstance(forward, (functools.partial, types.FunctionType)) and (not path or bool(module._modules))
         if is_ours and forward is not base[path].__dict__.get("forward"):
-            cast("Any", forward).__signature__ = _signature(base[path])
+            cast("Any", forward).__signature__ = _with(_signature(base[path]), more)
+
+
+def _with(signature: inspect.Signature, names: Sequence[str]) -> inspect.Signature:
+    """The signature with more arguments, which have a default."""
+    own = list(signature.parameters.values())
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+    last = [one for one in own if one.kind is one.VAR_KEYWORD]
+    return signature.replace(parameters=[*(one for one in own if one.kind is not one.VAR_KEYWORD), *more, *last])
 
 
 def _signature(model: nn.Module) -> inspect.Signature:
