@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import re
 import types
 import typing
@@ -78,7 +79,8 @@ def check_types(config: Any) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not _fits(value, hints[field.name]):
-            raise TypeError(f"{type(config).__name__}({field.name}={thaw(value)!r}): expected {field.type}.")
+            finite = ", and finite numbers" if "float" in str(field.type) else ""
+            raise TypeError(f"{type(config).__name__}({field.name}={thaw(value)!r}): expected {field.type}{finite}.")
 
 
 def patterns_of(config: Any) -> dict[str, Mapping[str, Any]]:
@@ -120,6 +122,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, Mapping) and all(
             _fits(item, inner[1]) for item in cast("Mapping[Any, Any]", value).values()
         )
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
     if hint is float or hint is int:
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return hint is Any or isinstance(value, hint)
