@@ -19,25 +19,6 @@ TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS
 ANY = object()
 OFF: tuple[Any, ...] = (None, False, {}, [])
 
-# Left out of files while they have their default: versions of PEFT without such a field warn of it, or refuse the file.
-_LATER = frozenset(
-    [
-        "alora_invocation_tokens",
-        "exclude_modules",
-        "init_weights",
-        "kasa_config",
-        "layer_replication",
-        "peft_version",
-        "qalora_group_size",
-        "target_parameters",
-        "tokenizer_kwargs",
-        "trainable_token_indices",
-        "use_bdlora",
-        "use_qalora",
-        "velora_config",
-    ]
-)
-
 _BY_TYPE: dict[str, type[PeftConfig]] = {}
 """The class of each `peft_type`, put there where the class is defined."""
 
@@ -120,7 +101,7 @@ class PeftConfig:
               "alpha_pattern": {},
         """
         # Fields in PEFT's order, and patterns in their own: the first pattern that matches a path counts.
-        unsaid = {one.name: one.default for one in dataclasses.fields(self) if one.name in _LATER}
+        unsaid = {one.name: one.default for one in dataclasses.fields(self) if one.name in config_values.LATER}
         fields = {n: v for n, v in sorted(self.to_dict().items()) if n not in unsaid or v != unsaid[n]}
         return json.dumps(fields, indent=2) + "\n"
 

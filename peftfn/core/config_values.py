@@ -5,11 +5,21 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
+
+# Left out of files while they have their default: versions of PEFT without such a field warn of it, or refuse the file.
+LATER = frozenset(
+    (
+        *("alora_invocation_tokens", "exclude_modules", "init_weights", "kasa_config", "layer_replication"),
+        *("peft_version", "qalora_group_size", "target_parameters", "tokenizer_kwargs", "trainable_token_indices"),
+        *("use_bdlora", "use_qalora", "velora_config"),
+    )
+)
 
 
 def _refuse_change(*_: Any, **__: Any) -> Any:
@@ -78,7 +88,8 @@ def check_types(config: Any) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not _fits(value, hints[field.name]):
-            raise TypeError(f"{type(config).__name__}({field.name}={thaw(value)!r}): expected {field.type}.")
+            finite = ", and finite numbers" if "float" in str(field.type) else ""
+            raise TypeError(f"{type(config).__name__}({field.name}={thaw(value)!r}): expected {field.type}{finite}.")
 
 
 def patterns_of(config: Any) -> dict[str, Mapping[str, Any]]:
@@ -120,6 +131,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, Mapping) and all(
             _fits(item, inner[1]) for item in cast("Mapping[Any, Any]", value).values()
         )
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
     if hint is float or hint is int:
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return hint is Any or isinstance(value, hint)

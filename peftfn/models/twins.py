@@ -152,9 +152,9 @@ class Twins:
             if twin is None and parameter is not None:
                 twin = self._known(parameter)
                 if twin is None:
-                    # A packed weight (bitsandbytes' Params4bit) would lose its class if it were detached, and never
-                    # requires grad.
-                    twin = self._remember(parameter, parameter.detach() if parameter.requires_grad else parameter)
+                    # A frozen one too: `.to()` in a forward changes it in its place. A packed one would lose its class.
+                    aliased = parameter.requires_grad or (type(parameter) is nn.Parameter and not self._tracing)
+                    twin = self._remember(parameter, parameter.detach() if aliased else parameter)
             made[name] = twin
         return made
 
@@ -167,7 +167,8 @@ class Twins:
             if twin is None and buffer is not None:
                 twin = self._known(buffer)
             if twin is not None:
-                made[name] = twin.clone() if training and id(buffer) not in fixed else twin
+                copied = (training or twin.numel() <= _SMALL_BUFFER) and id(buffer) not in fixed
+                made[name] = twin.clone() if copied else twin
             elif buffer is not None:
                 # A forward may write to a buffer (BatchNorm's statistics, a counter): it gets its own. A large one is
                 # only written in training; in evaluation it is a mask or a table, and copying it would be the cost.

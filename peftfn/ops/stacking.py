@@ -51,7 +51,7 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
         params[path] = {name: tensor for name, tensor in own.items() if name in method.names}
         params[path] |= _stack_rest(method, [adapter.params.get(path) for adapter in adapters], path)
         buffers[path] = {name: tensor for name, tensor in own.items() if method.is_held(name) or name == PRESENT}
-        buffers[path] |= _stack_rest(method, [adapter.buffers.get(path) for adapter in adapters], path, fill=True)
+        buffers[path] |= _stack_rest(method, [adapter.buffers.get(path) for adapter in adapters], path)
     params, buffers = sorted_tree(params), sorted_tree(buffers)
     members = Members(
         configs=tuple(adapter.config for adapter in adapters),
@@ -120,6 +120,9 @@ def _common_method(adapters: Sequence[Adapter]) -> Method:
         raise ValueError(f"stack was given adapters of {kinds}; expected single adapters of one method.")
     method = methods.of(adapters[0].config)
     free = {*(field.name for field in dataclasses.fields(LayeredConfig)), *method.stacking.varies}
+    free.add(
+        "fan_in_fan_out"
+    )  # how layers store their weights is the base's own; peft says it of the first adapter alone
     for field in [field.name for field in dataclasses.fields(method.config) if field.name not in free]:
         values = {getattr(adapter.config, field) for adapter in adapters}
         if len(values) > 1:
@@ -162,21 +165,21 @@ def _own(method: Method, adapter: Adapter, path: str) -> Leaf:
     return {name: tensor for name, tensor in both.items() if name in method.slots}
 
 
-def _stack_rest(method: Method, leaves: Sequence[Leaf | None], path: str, fill: bool = False) -> Leaf:
+def _stack_rest(method: Method, leaves: Sequence[Leaf | None], path: str) -> Leaf:
     """The tensors that replace the base's, stacked."""
     rest = [{n: t for n, t in (leaf or {}).items() if method.replaces(n)} or None for leaf in leaves]
-    return _stack_plain(rest, path, fill) if any(rest) else {}
+    return _stack_plain(rest, path) if any(rest) else {}
 
 
-def _stack_plain(
-    leaves: Sequence[Leaf | None], path: str, fill: bool = False, column_major: frozenset[str] = frozenset()
-) -> Leaf:
+def _stack_plain(leaves: Sequence[Leaf | None], path: str, column_major: frozenset[str] = frozenset()) -> Leaf:
     model = next(leaf for leaf in leaves if leaf is not None)
-    filled: list[Leaf] = []
-    for leaf in leaves:
-        if leaf is None and not fill:
-            raise ValueError(f"stack: only some of the adapters replace {path}; expected all of them, or none.")
-        filled.append({name: torch.zeros_like(tensor) for name, tensor in model.items()} if leaf is None else leaf)
+    filled = [leaf for leaf in leaves if leaf is not None]
+    if len(filled) < len(leaves):
+        raise ValueError(
+            f"stack: only some of the adapters replace {path} ({', '.join(model)}); expected all of them, or none. An "
+            "embedding that PEFT saved beside an adapter and that is the base's own may be left out of its file "
+            "(save_embedding_layers=False)."
+        )
     if any(leaf.keys() != model.keys() for leaf in filled):
         raise ValueError(
             f"stack: the adapters hold different tensors at {path}: {sorted({n for f in filled for n in f})}."

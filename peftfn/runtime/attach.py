@@ -63,7 +63,7 @@ def attach(
         else:
             _refuse_unread(by_path, path, here)
             _leave_fast_path(plan, by_path, path, here)
-            _replace(plan, twin, path, here)
+            _replace(plan, twin, path, here, is_lost=wants_grad is not None and not lasts)
             if not any(part.leaf for part in here):
                 if path:
                     _watch(plan, [path], path, _trained(here), wants_grad)
@@ -197,8 +197,10 @@ def _refuse_unread(by_path: Twins, path: str, here: Sequence[SiteAdapter]) -> No
         )
 
 
-def _replace(plan: Plan, twin: nn.Module, path: str, here: Sequence[SiteAdapter]) -> None:
-    """Put whole tensors (heads, biases) in place of the twin's."""
+def _replace(plan: Plan, twin: nn.Module, path: str, here: Sequence[SiteAdapter], *, is_lost: bool) -> None:
+    """Put whole tensors (heads, biases) in place of the twin's; `is_lost`: it trains, and is gone after the call."""
+    if is_lost:
+        _refuse_statistics(twin, path, here)
     taken: set[str] = set()
     for part in here:
         for name, tensor in part.replaced.items():
@@ -211,6 +213,16 @@ def _replace(plan: Plan, twin: nn.Module, path: str, here: Sequence[SiteAdapter]
                 plan.tensors[path, name] = tensor
         if part.rows is not None and part.replaced:
             plan.then(path, functools.partial(_replaced_by_row, path, part))
+
+
+def _refuse_statistics(twin: nn.Module, path: str, here: Sequence[SiteAdapter]) -> None:
+    """Refuse to train a BatchNorm along in a module that is gone after the call, and its statistics with it."""
+    if twin.training and getattr(twin, "track_running_stats", False) and _trained(here):
+        raise ValueError(
+            f"{path}: the adapter trains this {type(twin).__name__}, whose statistics are gathered in training: apply "
+            "writes to nothing, so they would stay as they are. Train through peftfn.bind, which keeps them "
+            f"(peftfn.unbind gives them back), or hold them: model.get_submodule({path!r}).eval()."
+        )
 
 
 def _replaced_by_row(path: str, part: SiteAdapter, layer: nn.Module, _run: Callable[..., Any]) -> Callable[..., Any]:

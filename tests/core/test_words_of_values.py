@@ -33,3 +33,11 @@ def test_a_config_of_peft_is_refused_with_what_makes_one_of_ours() -> None:
         pf.init(model, theirs)
     ours = pf.PeftConfig.from_dict(theirs.to_dict())
     assert pf.init(model, ours).params["0"]["lora_A"].shape == (3, 4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_a_number_that_is_not_finite_is_refused(value: float) -> None:
+    with pytest.raises(TypeError, match=r"lora_alpha=(nan|inf)\): expected float, and finite numbers"):
+        pf.LoraConfig(lora_alpha=value)
+    with pytest.raises(ValueError, match=r"alpha_pattern=.* expected Mapping.* finite"):
+        pf.LoraConfig.from_dict({"peft_type": "LORA", "alpha_pattern": {"0": value}})

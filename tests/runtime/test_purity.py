@@ -97,10 +97,10 @@ def test_base_and_adapter_are_the_same_when_the_forward_raises(error: BaseExcept
     x = torch.randn(3, 4)
     before = snapshot(model)
     calls: list[Callable[[], Any]] = [
-        lambda: pf.apply(model, adapter, x),
-        lambda: pf.apply(model, adapter, x, params=pf.merge(dict(model.named_parameters()), adapter)),
+        lambda: pf.apply(model, plain, x),
+        lambda: pf.apply(model, plain, x, params=pf.merge(dict(model.named_parameters()), adapter)),
         lambda: pf.apply(model, pf.stack([plain, plain]), x, index=[0, 1, -1]),
-        lambda: grad(lambda p: pf.apply(model, adapter.replace(params=p), x).sum())(adapter.params),
+        lambda: grad(lambda p: pf.apply(model.eval(), adapter.replace(params=p), x).sum())(adapter.params),
         lambda: torch.vmap(lambda row: pf.apply(model.eval(), adapter, row[None]))(x),
         lambda: pf.bind(model, adapter)(x),
     ]
@@ -110,7 +110,7 @@ def test_base_and_adapter_are_the_same_when_the_forward_raises(error: BaseExcept
         assert snapshot(model.train()) == before
     assert all(torch.equal(one, other) for one, other in zip(torch_pytree.tree_leaves(adapter), kept, strict=True))
     model.error = None
-    assert pf.apply(model, adapter, torch.randn(3, 4)).shape == (3, 4), "and the next call works"
+    assert pf.apply(model, plain, torch.randn(3, 4)).shape == (3, 4), "and the next call works"
 
 
 @pytest.mark.parametrize("build", [mlp, llama])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -152,3 +153,23 @@ def test_what_only_some_replace_is_refused() -> None:
     adapters = made(base(), [pf.LoraConfig(r=1, bias="lora_only", target_modules=[one]) for one in ("0", "2")])
     with pytest.raises(ValueError, match="only some of the adapters replace 0"):
         pf.stack(adapters)
+
+
+def test_a_saved_embedding_that_only_some_have_is_refused() -> None:
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 2))
+    both = [pf.init(model, pf.LoraConfig(r=1, target_modules=["0"])) for _ in range(2)]
+    saved = {**both[0].buffers["0"], "weight": torch.ones(6, 4)}
+    with pytest.raises(ValueError, match=r"only some of the adapters replace 0 \(weight\)"):
+        pf.stack([both[0].replace(buffers={"0": saved}), both[1]])
+
+
+def test_how_the_base_stores_its_weights_is_no_difference_of_adapters() -> None:
+    torch.manual_seed(0)
+    model = gpt2(1).double().eval()
+    one, other = made(model, [pf.LoraConfig(r=2, target_modules=["c_attn"])] * 2)
+    unlike = other.replace(config=dataclasses.replace(other.config, fan_in_fan_out=False))
+    stacked, batch = pf.stack([one, unlike]), {"input_ids": torch.arange(10).view(2, 5)}
+    found = pf.apply(model, stacked, batch, index=[0, 1]).logits
+    for row, adapter in enumerate((one, other)):
+        assert (found[row] - pf.apply(model, adapter, batch).logits[row]).abs().max() <= EXACT
+    assert pf.unstack(stacked)[1].config == unlike.config

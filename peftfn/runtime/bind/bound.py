@@ -88,6 +88,7 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any =
     more = attach_call.arguments(found.get("", ()))
     _keep_signatures(by_path, dict(layers.named_modules(model, remove_duplicate=False)), more)
     saving.suit(bound)
+    bound.__dict__["_replicate_for_data_parallel"] = _refuse_replicas
     if any(part.method.on_call is not None for here in found.values() for part in here):
         bound.__dict__[hf.GENERATION_MASKS] = hf.mask_as_given
     return bound
@@ -118,6 +119,15 @@ def unbind(bound: nn.Module) -> Any:
             raise TypeError(f"unbind was given a {type(bound).__name__} that peftfn.bind did not make.")
     made = binding.adapters(inner, dict(binding.named(inner)))
     return made[0] if binding.of(inner).single else made
+
+
+def _refuse_replicas() -> Any:
+    """Say that `nn.DataParallel` cannot copy a bound module: its forwards are those of the module's own objects."""
+    raise NotImplementedError(
+        "nn.DataParallel copies modules object by object, and the copies of a bound module would compute with the "
+        "original's tensors. Use one device (CUDA_VISIBLE_DEVICES=0, before Trainer starts), or "
+        "DistributedDataParallel: torchrun --nproc-per-node=2 ..."
+    )
 
 
 def _hold_weight(module: nn.Module, name: str, compute: Callable[[], Tensor]) -> None:
