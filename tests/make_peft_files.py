@@ -189,6 +189,8 @@ CASES = [
     on_mlp("osf-mlp", "OSFConfig", effective_rank=3),
     on_mlp("peanut-mlp", "PeanutConfig", r=2, depth=1),
     on_mlp("psoft-mlp", "PsoftConfig", r=3),
+    Case("vera-mlp", "mlp", {"r": 3, "target_modules": ["lin0", "lin1"]}, "VeraConfig", versions=ONLY_NEW),
+    on_mlp("vblora-mlp", "VBLoRAConfig", r=2, num_vectors=6, vector_length=5),
     Case("ln-tuning-llama", "llama", CAUSAL_LM, "LNTuningConfig", versions=ONLY_NEW),
     Case(
         "tokens-llama",
@@ -274,9 +276,15 @@ def adapted(case: Case, model: Any, adapter: str, folder: Path, inputs: Tensors)
     output = call(model, inputs)
     output.float().square().mean().backward()
     grads = {name: p.grad for name, p in trained(model, adapter).items() if p.grad is not None}
+    every = model.named_parameters(remove_duplicate=False)  # what all layers share has several names
+    grads |= {name: p.grad for name, p in every if name.startswith("base_model.vblora_") and p.grad is not None}
     if not prompt:
-        named = peft.get_peft_model_state_dict(model, state_dict=grads, adapter_name=adapter)
-        return output, {key: grad for key, grad in named.items() if grad.is_floating_point()}  # SHiRA's has its places
+        buffers = dict(model.named_buffers(remove_duplicate=False))
+        fixed = {name: one for name, one in buffers.items() if name.startswith("base_model.vera_")}  # it asks for them
+        named = peft.get_peft_model_state_dict(model, state_dict=grads | fixed, adapter_name=adapter)
+        # SHiRA's has its places.
+        found = {key: grad for key, grad in named.items() if grad.is_floating_point()}
+        return output, {key: grad for key, grad in found.items() if f"{key}.{adapter}" not in fixed}
     names = {name: name.replace(f".modules_to_save.{adapter}", "") for name in grads}
     return output, {"prompt_embeddings" if "prompt_" in n else names[n]: grad for n, grad in grads.items()}
 

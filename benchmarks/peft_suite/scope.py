@@ -14,26 +14,18 @@ from peft_suite.verdicts import NOT_OFFERED, UNFIT, VALUES, Verdict
 
 METHODS = {  # files, classes and tests that are about one method
     "adamss|asa": "ADAMSS",
-    "cartridge": "CARTRIDGE",
-    "cpt": "CPT",
     "frod": "FROD",
     "lily": "LILY",
-    "multitask_prompt_tuning": "MULTITASK_PROMPT_TUNING",
     "poly": "POLY",
     "pvera": "PVERA",
     "randlora": "RANDLORA",
     "shadow": "SHADOW",
     "tinylora": "TINYLORA",
     "unilora": "UNILORA",
-    "vblora": "VBLORA",
-    "vera": "VERA",
     "xlora": "XLORA",
 }
 FIELDS = {
     "arrow|gks|genknowsub": "arrow_config",
-    "bdlora": "use_bdlora",
-    "kasa": "kasa_config",
-    "velora": "velora_config",
     "monteclora": "monteclora_config",
     "qalora": "use_qalora",
     "mica": "init_lora_weights mica",

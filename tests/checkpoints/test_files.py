@@ -91,7 +91,9 @@ def kind_of(folder: Path) -> str:
     return json.loads((folder / "adapter_config.json").read_text())["peft_type"]
 
 
-KINDS = {method.config.peft_type for method in methods.TABLE}
+# Calls of these have arguments of their own, or labels; their own tests read what peft writes of them.
+ELSEWHERE = {"MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE"}
+KINDS = {method.config.peft_type for method in methods.TABLE} - ELSEWHERE
 CASES = [
     Case(folder, name) for folder in FOLDERS for name in json.loads((folder / "case.json").read_text())["adapters"]
 ]
@@ -100,7 +102,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 def test_every_folder_is_a_case_of_one_of_the_tests_below() -> None:
     assert {kind_of(folder) for folder in FOLDERS} == KINDS
-    assert len(CASES) == 79
+    assert len(CASES) == 81
 
 
 @every_case
@@ -165,7 +167,8 @@ def test_peft_reads_what_we_save_and_computes_the_same(case: Case, tmp_path: Pat
         theirs: Any = peft.PeftModel(model, peft.PeftConfig.from_pretrained(str(tmp_path)))
         found = theirs.load_adapter(str(tmp_path), "default", is_trainable=True)
     assert found.unexpected_keys == []
-    assert [key for key in found.missing_keys if "default" in key] == []
+    # Each layer of peft's has VB-LoRA's one bank under a name of its own.
+    assert [key for key in found.missing_keys if "default" in key and "vector_bank" not in key] == []
     if "attention" in str(case):
         theirs = merged_attention(theirs)
     assert distance(outputs(called(theirs.eval(), batch)), expected["output"]) < case.rounding
