@@ -156,12 +156,13 @@ class PeftConfig:
             >>> pf.IA3Config.is_inactive("runtime_config", {"ephemeral_gpu_offload": False})
             True
         """
+        if any(field.name == name for field in dataclasses.fields(cls)):
+            return False
         for one in cls.__mro__:
             off = vars(one).get("inactive", {}).get(name)
             if off is not None:
                 return off is ANY or value in off
-        is_own = any(field.name == name for field in dataclasses.fields(cls))
-        return not is_own and (value is None or value is False or value in ({}, []))
+        return value is None or value is False or value in ({}, [])
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """The path of `adapter_config.json`, written into `folder`: a kill leaves the old file or the new one.

@@ -78,7 +78,8 @@ SLOTS = {
 
 def resolve(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """The config with the targets that the model decides, its heads, and its repeated layers, filled in."""
-    if config.layer_replication is None and (ranges := replicated_layers.replication_of(model)):
+    ranges = replicated_layers.replication_of(model) if hasattr(config, "layer_replication") else None  # LoRA's alone
+    if ranges and config.layer_replication is None:
         config = dataclasses.replace(config, layer_replication=ranges)
     return targets.resolved(model, config, TARGETS)
 

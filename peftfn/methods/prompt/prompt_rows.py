@@ -73,7 +73,8 @@ def shared(configs: Sequence[Config]) -> Config:
 def disabled(leaf: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
     """The leaf of each row, of no tokens where `keep` is false, and of zeros, for a masked NaN is one all the same."""
     prompt = leaf["prompt_embeddings"]  # (rows, tokens, width)
-    zeros = {name: torch.where(keep.view(-1, 1, 1), leaf[name], 0) for name in _PADDED if name in leaf}
+    held = {name: leaf[name] for name in _PADDED if name in leaf}
+    zeros = {name: torch.where(keep.view(-1, *(1,) * (one.dim() - 1)), one, 0) for name, one in held.items()}
     count = leaf.get(LENGTH, torch.tensor(prompt.shape[-2], device=keep.device))
     return {**leaf, **zeros, LENGTH: torch.where(keep, count, 0)}
 
