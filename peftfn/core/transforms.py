@@ -118,6 +118,11 @@ def requires_any_grad(tensor: Tensor) -> bool:
     return True
 
 
+def is_differentiated(tensor: Tensor) -> bool:
+    """Whether a transform of `torch.func` makes the tensor's gradient; `False` also where torch does not say."""
+    return _is_wrapper is not None and _is_wrapper(tensor) and requires_any_grad(tensor)
+
+
 # --- whether a backward pass may itself be differentiated ------------------------------------------------------------
 
 # `torch.func.grad` records a graph of its backward pass, because a transform around it, or autograd outside, may need

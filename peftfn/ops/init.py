@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftfn import methods
 from peftfn.core.adapter import Adapter, SiteInfo, Tree, sorted_tree
 from peftfn.core.config import PeftConfig
-from peftfn.methods import companions
+from peftfn.methods import Method, companions
 from peftfn.models import layers, layouts, matching, targets, tied_weights
 from peftfn.weights import codecs
 
@@ -52,16 +52,21 @@ def init(
         >>> {path: sorted(leaf) for path, leaf in adapter.params.items()}
         {'0': ['lora_A', 'lora_B'], '2': ['bias', 'weight']}
     """
+    method = methods.of(config)
     targets.check_task(model, config.task_type)
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
-    first = _of_method(model, config, generator, dtype)
-    others = [_of_method(model, other, generator, dtype) for other in methods.companion_configs(first.config)]
+    first = _of_method(model, method, config, generator, dtype)
+    others = [
+        _of_method(model, methods.of(other), other, generator, dtype)
+        for other in methods.companion_configs(first.config)
+    ]
     return companions.united(first, tuple(others))
 
 
-def _of_method(model: nn.Module, config: PeftConfig, generator: torch.Generator, dtype: torch.dtype | None) -> Adapter:
+def _of_method(
+    model: nn.Module, method: Method, config: PeftConfig, generator: torch.Generator, dtype: torch.dtype | None
+) -> Adapter:
     """What a config asks for of its own method, and the modules that it trains whole."""
-    method = methods.of(config)
     heads = matching.HEADS.get(config.task_type or "", ())
     resolved = method.targets.resolve(model, config)
     params: Tree = {}

@@ -101,7 +101,9 @@ FILES: dict[str, Spoil] = {
     "ValueError: has peft_type='LORRA', which this version of peftfn does not read: ADALORA, ": fields(
         peft_type="LORRA"
     ),
-    "ValueError: has peft_type='BOFT', which this version of peftfn does not read: ADALORA, ": fields(peft_type="BOFT"),
+    "ValueError: has peft_type='XLORA', which this version of peftfn does not read: ADALORA, ": fields(
+        peft_type="XLORA"
+    ),
     "ValueError: IA3Config has no field": fields(peft_type="IA3"),
     "ValueError: has no field 'lora_alfa'. Did you mean lora_alpha": fields(lora_alfa=3),
     "ValueError: (megatron_config={'a': 1}): peft has this field, peftfn does not support it yet": fields(

@@ -39,7 +39,6 @@ SAME: dict[str, dict[str, Any]] = {
     "LoftQ": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "MiCA": {"init_lora_weights": "mica"},
-    "VeLoRA": {"velora_config": {"num_groups": 2}},
     "no targets": {"target_modules": None},
     **{f"a later field, {json.dumps(value)}": {"some_new_option": value} for value in NOTHING},
 }

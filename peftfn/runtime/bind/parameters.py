@@ -136,7 +136,7 @@ def _register(holder: Holder, module: nn.Module, name: str, tensor: Tensor, trai
 
 
 def _parameter(holder: Holder, tensor: Tensor, trained: bool) -> nn.Parameter:
-    if trained and (tensor.grad_fn is not None or _is_differentiated(tensor)):
+    if trained and (tensor.grad_fn is not None or transforms.is_differentiated(tensor)):
         raise ValueError(
             f"bind was given a tensor {tuple(tensor.shape)} of an adapter that was computed (it has a gradient of its "
             "own): as a parameter of the bound module it would be cut from what made it. Use peftfn.apply, through "
@@ -148,8 +148,3 @@ def _parameter(holder: Holder, tensor: Tensor, trained: bool) -> nn.Parameter:
     if made is None:
         made = holder.made[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=True)
     return made
-
-
-def _is_differentiated(tensor: Tensor) -> bool:
-    """Whether a transform of `torch.func` is to make its gradient, which would end at a parameter."""
-    return transforms.is_wrapped(tensor) and transforms.requires_any_grad(tensor)
