@@ -11,10 +11,13 @@ import contextlib
 import importlib
 import inspect
 from collections.abc import Callable, Generator, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+"""torch's, for what no name tells."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -169,6 +172,31 @@ def unviewed(tensor: Tensor) -> Tensor:
     return tensor.clone() if _unsafe_view is None else _unsafe_view(tensor, tensor.shape)
 
 
+_VIEWS_MAPPED = VERSION >= (2, 13)  # older ones have no rule for a view as another dtype under `torch.vmap`
+_BYTE, _BYTES = 8, 8  # bits of a byte, bytes of an int64
+
+
+def as_bytes(words: Tensor) -> Tensor:
+    """(..., n) int64 as (..., 8 n) int8, the lowest bits first: `words.view(torch.int8)`."""
+    if _VIEWS_MAPPED or not is_mapped(words):
+        return words.view(torch.int8)
+    shifts = torch.arange(0, _BYTE * _BYTES, _BYTE, device=words.device)
+    return (words.unsqueeze(-1) >> shifts).to(torch.int8).flatten(-2)
+
+
+def as_uint8(octets: Tensor) -> Tensor:
+    """A tensor of bytes, or of truth values, as uint8: `octets.view(torch.uint8)`."""
+    return octets.view(torch.uint8) if _VIEWS_MAPPED or not is_mapped(octets) else octets.to(torch.uint8)
+
+
+def as_words(octets: Tensor) -> Tensor:
+    """The inverse of `as_bytes`."""
+    if _VIEWS_MAPPED or not is_mapped(octets):
+        return octets.view(torch.int64)
+    shifts = torch.arange(0, _BYTE * _BYTES, _BYTE, device=octets.device)
+    return ((octets.long() & 255).unflatten(-1, (-1, _BYTES)) << shifts).sum(-1)
+
+
 @contextlib.contextmanager
 def without_numbers() -> Generator[None]:
     """A context in which new tensors have a shape, a dtype and a device, but no storage.
@@ -183,6 +211,18 @@ def without_numbers() -> Generator[None]:
     else:
         with fake(), torch.device("cpu"):  # whatever the default device is
             yield
+
+
+TRACES_WHOLE = VERSION >= (2, 12)
+"""Whether Dynamo follows how a module object is made from another one's `__dict__`: older ones raise half-way."""
+
+
+def traced_whole(function: F) -> F:
+    """The function, which an older Dynamo calls as it is, between two graphs, and a newer one makes a part of a graph.
+
+    Asked for one graph (`fullgraph=True`), the older one raises an error of its own that names the function.
+    """
+    return function if TRACES_WHOLE else cast("F", torch.compiler.disable(function))
 
 
 def constant_result(function: F) -> F:

@@ -112,7 +112,7 @@ class Twins:
         if self._given:
             self._put_dense(module, own, prefix)
         own["_buffers"] = self._buffers(module, prefix) if own["_buffers"] else {}
-        own["_non_persistent_buffers_set"] = set(own["_non_persistent_buffers_set"])
+        own["_non_persistent_buffers_set"] = {*own["_non_persistent_buffers_set"]}
         if own["_modules"]:
             own["_modules"] = {k: v if v is None else self._make(v, prefix + k) for k, v in own["_modules"].items()}
         else:

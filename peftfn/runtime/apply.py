@@ -15,6 +15,7 @@ from peftfn.runtime import attach, remembered_checks, site_adapters
 from peftfn.runtime.routing import row_index
 
 
+@transforms.traced_whole
 def apply(
     model: nn.Module,
     adapter: Adapter | Iterable[Adapter],

@@ -11,11 +11,14 @@ import pytest
 import torch
 import torch.utils._pytree as torch_pytree
 from cases import CASES, DEEP, Case, gpt2, llama, lora, loss, mlp, output, tokens, trained
+from compiled import one_graph
 from torch import Tensor, nn
 from torch.func import grad, grad_and_value, vmap
 from transformers import BertConfig, BertModel
 
 import peftfn as pf
+
+pytestmark = one_graph
 
 
 def bert() -> nn.Module:

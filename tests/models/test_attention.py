@@ -21,11 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import FalconConfig, FalconForCausalLM, ViTConfig, ViTForImageClassification
 
 import peftfn as pf
+from peftfn.core import transforms
 from peftfn.models import attention
 
 MAPPED, ROWS, HEADS, QUERIES, KEYS, WIDTH = 3, 2, 4, 5, 7, 8
 ROUNDING = 1e-6  # float32 sums in another order, relative to the largest value
 Run = Callable[..., Any]
+
+
+UNSEEN = None if transforms.TRACES_WHOLE else 0
+"""The count with a torch older than 2.12, whose modes do not see what runs in a `Function` under `torch.vmap`."""
 
 
 class Kernels(TorchDispatchMode):
@@ -89,7 +94,7 @@ def test_mapped_attention_is_that_of_each_slice(mask: str, heads: int, dtype: to
         how = {"is_causal": shape is None and dtype == torch.bool, "enable_gqa": heads < HEADS, "scale": 0.3}
         with Kernels() as kernels:
             found = vmap(with_gradients(attention.attention, **how), in_dims=dims)(*given)
-        assert kernels.count == 2  # one forward, one backward
+        assert kernels.count in (2, UNSEEN)  # one forward, one backward
         for one, other in zip(found, one_by_one(with_gradients(F.scaled_dot_product_attention, **how), dims, given)):  # noqa: B905  # four each
             assert float((one - other).abs().max()) <= ROUNDING * float(other.abs().max())
 
@@ -110,7 +115,7 @@ def test_the_order_of_axes_in_memory_does_not_matter(turned: tuple[int, ...], di
 
     with Kernels() as kernels:
         found = vmap(back(attention.attention), in_dims=dim)(*given)
-    assert kernels.count == 2
+    assert kernels.count in (2, UNSEEN)
     for one, other in zip(
         found, one_by_one(back(F.scaled_dot_product_attention), (dim,) * 3, tuple(given)), strict=True
     ):
@@ -121,7 +126,7 @@ def test_two_maps_are_one_call() -> None:
     given = torch.randn(3, 4, 2, 2, 5, 8)
     with Kernels() as kernels:
         found = vmap(vmap(lambda x: attention.attention(x, x, x), in_dims=1, out_dims=1))(given.transpose(1, 2))
-    assert kernels.count == 1
+    assert kernels.count in (1, UNSEEN)
     flat = given.flatten(0, 2)
     torch.testing.assert_close(found.transpose(1, 2).flatten(0, 2), F.scaled_dot_product_attention(flat, flat, flat))
 
@@ -133,7 +138,7 @@ def test_where_torch_would_not_run_the_kernel_torch_does_what_it_does() -> None:
         dropped = vmap(of, in_dims=(0, None, None), randomness="same")(x[:1].expand(3, *x.shape[1:]), None, 0.5)
         with sdpa_kernel(SDPBackend.MATH):
             torch.func.jvp(lambda x: vmap(of, in_dims=(0, None))(x, None), (x,), (x,))
-    assert kernels.count == 0
+    assert kernels.count in (0, UNSEEN)
     assert torch.equal(dropped[0], dropped[1])
     with pytest.raises(NotImplementedError, match="no second derivative"):
         vmap(grad(lambda x: grad(lambda x: of(x, None).square().sum())(x).square().sum()))(x)
@@ -197,7 +202,7 @@ def test_adapters_that_are_mapped_run_each_attention_once(name: str) -> None:
     before, kind = snapshot(model), model.config._attn_implementation
     with Kernels() as kernels:
         found = vmap(lambda adapter: output(pf.apply(model, adapter, batch)))(pf.stack(adapters))
-    assert kernels.count == 2  # of two layers
+    assert kernels.count in (2, UNSEEN)  # of two layers
     assert (snapshot(model), model.config._attn_implementation) == (before, kind)
     for one, adapter in zip(found, adapters, strict=True):
         alone = output(pf.apply(model, adapter, batch))
@@ -216,7 +221,7 @@ def test_gradients_of_rows_that_are_mapped_run_each_attention_once_each_way(name
     )
     with Kernels() as kernels:
         together = vmap(one, in_dims=(None, 0))(adapter.params, batch)
-    assert kernels.count == 4  # of two layers
+    assert kernels.count in (4, UNSEEN)  # of two layers
     for number in range(4):
         expected = one(adapter.params, {name: tensor[number] for name, tensor in batch.items()})
         for path, leaf in expected.items():
@@ -229,7 +234,7 @@ def test_torch_alone_takes_slice_after_slice() -> None:
     x = torch.randn(3, 2, 2, 5, 8)
     with Kernels() as kernels, pytest.warns(UserWarning, match="batching rule"):
         vmap(lambda x: F.scaled_dot_product_attention(x, x, x))(x)
-    assert kernels.count == 3
+    assert kernels.count in (3, UNSEEN)
 
 
 @pytest.mark.skipif(IS_OLD, reason="the Falcon of transformers 4 writes to its mask in place, which vmap refuses")

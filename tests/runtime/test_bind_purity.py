@@ -14,6 +14,7 @@ import torch
 import torch.distributed
 from bases import BASES, ids
 from binding import ATTENTION, LLAMA, ROWS, adapter_for, flat, output, trained_names
+from compiled import one_graph
 from oracle import called
 from snapshot import snapshot
 from torch import nn
@@ -208,6 +209,7 @@ def test_ddp_gives_the_same_gradients_and_does_not_write_to_the_base(one_process
     assert all(map(torch.equal, flat(pf.unbind(wrapped)), flat(adapter)))
 
 
+@one_graph
 def test_a_bound_model_compiles_to_one_graph() -> None:
     model, batch = LLAMA.make().double(), {"input_ids": ids(2, 5)}
     bound = pf.bind(model, adapter_for(model, ATTENTION | {"lora_dropout": 0.0}))

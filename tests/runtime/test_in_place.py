@@ -12,6 +12,7 @@ import pytest
 import quantized
 import torch
 from cases import trained
+from compiled import one_graph
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from transformers.pytorch_utils import Conv1D
@@ -208,6 +209,7 @@ def test_forward_mode_is_the_same(layer: str) -> None:
     equal(*(jvp(value(model, adapter, x), (adapter.params,), (along,)) for model in (base, copying)))
 
 
+@one_graph
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13's compiler does so
 @pytest.mark.parametrize("layer", ["linear, three axes", "long conv1d", "embedding", "nf4"])
 def test_compiled_whole_it_is_the_same(layer: str) -> None:

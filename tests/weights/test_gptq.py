@@ -16,6 +16,7 @@ import transformers
 from bases import llama
 from binding import check_bound
 from cases import trained
+from compiled import one_graph
 from oracle import distance, file_of, furthest, gradients, loaded, loss, quiet_peft
 from snapshot import snapshot
 from torch import Tensor, nn
@@ -161,6 +162,7 @@ def test_weights_are_unpacked_in_blocks(kind: dict[str, Any], monkeypatch: pytes
     assert codecs.of(layer).read(layer, "weight").equal(weight)
 
 
+@one_graph
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13's compiler does so
 @some_kinds
 def test_compiled_whole(kind: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.utils._pytree as torch_pytree
 from cases import trained
+from compiled import one_graph
 from quantized import OPAQUE, ROUNDING, check_checkpointing, eight_bit, four_bit, parts_of, products
 from torch import Tensor, nn
 from torch.func import grad, jacrev, jvp, vjp, vmap
@@ -156,6 +157,7 @@ def test_activation_checkpointing(kind: str, reentrant: bool) -> None:
     check_checkpointing(kind, reentrant)
 
 
+@one_graph
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13's compiler does so
 @pytest.mark.parametrize(
     "kind", [kind for kind in KINDS if kind != "torchao"]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftfn.core.transforms import is_transforming
+from peftfn.core import transforms
 
 ROWS = 8  # tokens whose bits share a byte
 _PLANES = 7  # random bits that decide about a value
@@ -46,10 +46,10 @@ def draw(tokens: int, n: int, p: float, device: torch.device) -> Kept:
     *planes, coins = _words(_PLANES + 1, -(-groups * n // 8), device)
     # A coin from -64 to 63 for each 8 values: where it is below the threshold, the shift by 7 makes a byte of ones, and
     # those of the 8 whose number equals `whole` are dropped too.
-    less = (((coins.view(torch.int8) >> 1) - (dropped - whole * _STEPS - _STEPS // 2)) >> 7).view(torch.int64)
+    less = transforms.as_words(((transforms.as_bytes(coins) >> 1) - (dropped - whole * _STEPS - _STEPS // 2)) >> 7)
     for place, plane in enumerate(planes):  # planes hold the random bits inverted
         less = less | plane if whole >> place & 1 else less & plane
-    bits = (~less).view(torch.uint8)[: groups * n].view(groups, n)
+    bits = transforms.as_uint8(transforms.as_bytes(~less))[: groups * n].view(groups, n)
     kept = _STEPS * _STEPS - dropped
     return Kept(bits, _STEPS * _STEPS / kept if kept else 0.0)
 
@@ -57,13 +57,13 @@ def draw(tokens: int, n: int, p: float, device: torch.device) -> Kept:
 def mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
     """uint8, of the shape (..., n) that the bits are for: 1 where a value stays and 0 where not."""
     stays = (bits.unsqueeze(1) & _places(bits.device)).bool()
-    return stays.view(torch.uint8).reshape(-1, bits.shape[1])[: math.prod(shape[:-1])].view(shape)
+    return transforms.as_uint8(stays).reshape(-1, bits.shape[1])[: math.prod(shape[:-1])].view(shape)
 
 
 def _words(rows: int, count: int, device: torch.device) -> Tensor:
     """Random bits, (rows, count), int64."""
     size, low = (rows, count), -(2**63)
-    if not is_transforming():
+    if not transforms.is_transforming():
         return torch.empty(size, dtype=torch.int64, device=device).random_(low, None)
     # In place `vmap` draws for its slices only where they differ already. The bits are the same, with the upper one
     # turned back: `randint` adds `low`.
