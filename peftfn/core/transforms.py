@@ -196,7 +196,7 @@ def as_words(octets: Tensor) -> Tensor:
     if _VIEWS_MAPPED or not is_mapped(octets):
         return octets.view(torch.int64)
     shifts = torch.arange(0, _BYTE * _BYTES, _BYTE, device=octets.device)
-    return ((octets.long() & 255).unflatten(-1, (-1, _BYTES)) << shifts).sum(-1)
+    return (cast("Any", octets.long() & 255).unflatten(-1, (-1, _BYTES)) << shifts).sum(-1)
 
 
 @contextlib.contextmanager
@@ -229,7 +229,7 @@ def traced_whole(function: F) -> F:
 
 def _untraced(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     # A program that compiles nothing does not load the compiler for this: 70 MB.
-    run = torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+    run: Any = cast("Any", torch.compiler).disable(function) if "torch._dynamo" in sys.modules else function
     return run(*args, **kwargs)
 
 
