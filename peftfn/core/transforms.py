@@ -8,8 +8,10 @@ there. So a name that is gone costs time, never a wrong number, and `import peft
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar, cast
 
@@ -205,7 +207,7 @@ def as_words(octets: Tensor) -> Tensor:
     if _VIEWS_MAPPED or not is_mapped(octets):
         return octets.view(torch.int64)
     shifts = torch.arange(0, _BYTE * _BYTES, _BYTE, device=octets.device)
-    return ((octets.long() & 255).unflatten(-1, (-1, _BYTES)) << shifts).sum(-1)
+    return (cast("Any", octets.long() & 255).unflatten(-1, (-1, _BYTES)) << shifts).sum(-1)
 
 
 @contextlib.contextmanager
@@ -233,7 +235,13 @@ def traced_whole(function: F) -> F:
 
     Asked for one graph (`fullgraph=True`), the older one raises an error of its own that names the function.
     """
-    return function if TRACES_WHOLE else cast("F", torch.compiler.disable(function))
+    return function if TRACES_WHOLE else cast("F", functools.wraps(function)(functools.partial(_untraced, function)))
+
+
+def _untraced(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # A program that compiles nothing does not load the compiler for this: 70 MB.
+    run: Any = cast("Any", torch.compiler).disable(function) if "torch._dynamo" in sys.modules else function
+    return run(*args, **kwargs)
 
 
 def constant_result(function: F) -> F:

@@ -118,6 +118,9 @@ class Hub(BaseHTTPRequestHandler):
         self.answer(200, json.dumps(answer).encode())
 
     def do_GET(self) -> None:
+        if self.path.endswith("?expand=xetEnabled"):  # older clients ask how a repository is stored
+            self.answer(200, json.dumps({"id": "me/adapter", "xetEnabled": False}).encode())
+            return
         *_, branch, path = self.path.split("/")
         files_there = self.branches.get("v2" if branch == NEW else branch, {})
         if "/resolve/" not in self.path or path not in files_there:
