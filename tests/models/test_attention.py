@@ -138,7 +138,7 @@ def test_where_torch_would_not_run_the_kernel_torch_does_what_it_does() -> None:
         dropped = vmap(of, in_dims=(0, None, None), randomness="same")(x[:1].expand(3, *x.shape[1:]), None, 0.5)
         with sdpa_kernel(SDPBackend.MATH):
             torch.func.jvp(lambda x: vmap(of, in_dims=(0, None))(x, None), (x,), (x,))
-    assert kernels.count in (0, UNSEEN)
+    assert kernels.count == 0
     assert torch.equal(dropped[0], dropped[1])
     with pytest.raises(NotImplementedError, match="no second derivative"):
         vmap(grad(lambda x: grad(lambda x: of(x, None).square().sum())(x).square().sum()))(x)
