@@ -217,7 +217,8 @@ def _replace(plan: Plan, twin: nn.Module, path: str, here: Sequence[SiteAdapter]
 
 def _refuse_statistics(twin: nn.Module, path: str, here: Sequence[SiteAdapter]) -> None:
     """Refuse to train a BatchNorm along in a module that is gone after the call, and its statistics with it."""
-    if twin.training and getattr(twin, "track_running_stats", False) and _trained(here):
+    is_whole = any("running_mean" in part.replaced for part in here)  # not its bias alone
+    if twin.training and is_whole and _trained(here):
         raise ValueError(
             f"{path}: the adapter trains this {type(twin).__name__}, whose statistics are gathered in training: apply "
             "writes to nothing, so they would stay as they are. Train through peftfn.bind, which keeps them "

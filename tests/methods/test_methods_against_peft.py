@@ -126,7 +126,7 @@ def test_outputs_and_gradients_are_pefts(case: Case, tmp_path: Path) -> None:
     model, x, adapter, other = made(case, tmp_path)
     expected = other(x)
     assert off(pf.apply(model, adapter, x), expected) < within(case)
-    assert ((expected - model(x)).abs().max() > 1e-2) == case.held.is_felt
+    assert ((expected - model(x)).abs().max() > 1e-3 * expected.abs().max()) == case.held.is_felt
     if not case.held.is_felt or "gradients" in case.held.wrong:
         return
     loss(expected).backward()

@@ -31,6 +31,9 @@ def test_bind_refuses_tensors_that_were_computed() -> None:
     with pytest.raises(ValueError, match=r"of an adapter that was computed"):
         torch.func.grad(lambda f: pf.bind(model, times(adapter, f))(torch.ones(2, 4)).sum())(torch.ones(()))
     pf.bind(model, times(adapter, factor.detach()))
+    computed = times(adapter, factor)
+    with torch.no_grad():  # nobody asks for gradients: to generate with a stack of trained adapters
+        pf.bind(model, computed)
     pf.leaves(adapter)
     pf.bind(model, adapter)
 

@@ -20,6 +20,7 @@ from peftfn.methods.low_rank import mixed_precision
 from peftfn.methods.low_rank.matmul import added, scaled
 from peftfn.models import layers
 from peftfn.models.layers import Site
+from peftfn.weights import codecs
 
 
 class LowRank(NamedTuple):
@@ -123,8 +124,8 @@ def _embedding_add(site: Site, a: Tensor, b: Tensor, scaling: Tensor, x: Tensor,
         scale_grad_by_freq=bool(getattr(layer, "scale_grad_by_freq", False)),
     )  # (..., r)
     delta = F.linear(scaled(h, scaling), b)
-    embed_scale = getattr(layer, "embed_scale", None)  # some layers multiply what they look up (Gemma)
-    return y + (delta if embed_scale is None else delta * embed_scale)
+    scale = codecs.lookup_scale(layer)
+    return y + (delta if scale is None else delta * scale)
 
 
 def _embedding_delta(a: Tensor, b: Tensor, weight: torch.Size) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from peftfn.core import transforms
@@ -136,11 +137,12 @@ def _register(holder: Holder, module: nn.Module, name: str, tensor: Tensor, trai
 
 
 def _parameter(holder: Holder, tensor: Tensor, trained: bool) -> nn.Parameter:
-    if trained and (tensor.grad_fn is not None or transforms.is_differentiated(tensor)):
+    is_graph = tensor.grad_fn is not None and torch.is_grad_enabled()
+    if trained and (is_graph or transforms.is_differentiated(tensor)):
         raise ValueError(
             f"bind was given a tensor {tuple(tensor.shape)} of an adapter that was computed (it has a gradient of its "
             "own): as a parameter of the bound module it would be cut from what made it. Use peftfn.apply, through "
-            "which gradients flow, or give tensor.detach() to train from its values."
+            "which gradients flow; or call bind under torch.no_grad(), to run it or to train from its values."
         )
     if not trained:
         return nn.Parameter(tensor.detach(), requires_grad=False)

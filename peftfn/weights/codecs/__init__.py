@@ -69,7 +69,24 @@ def has_own_forward(module: nn.Module) -> bool:
 def _computes_its_own(cls: type[nn.Module]) -> bool:
     home = next(one for one in cls.__mro__ if "forward" in vars(one))
     is_conv1d = home.__name__ == "Conv1D" and home.__module__.startswith("transformers.")
-    return cls.forward not in _FORWARDS and cls.forward is not nn.Embedding.forward and not is_conv1d
+    is_known = cls.forward in _FORWARDS or cls.forward is nn.Embedding.forward or is_conv1d
+    return not is_known and not _multiplies_what_it_looks_up(cls)
+
+
+# All that the forward of transformers' scaled embeddings names: `super().forward(ids) * self.embed_scale`.
+_SCALED = frozenset(("super", "forward", "embed_scale", "to", "weight", "dtype"))
+
+
+@transforms.constant_result
+def _multiplies_what_it_looks_up(cls: type[nn.Module]) -> bool:
+    home: Any = next(one for one in cls.__mro__ if "forward" in vars(one))
+    is_named = home.__name__.endswith("ScaledWordEmbedding") and home.__module__.startswith("transformers.")
+    return is_named and issubclass(cls, nn.Embedding) and {*home.forward.__code__.co_names} <= _SCALED
+
+
+def lookup_scale(module: nn.Module) -> Any:
+    """What an embedding multiplies its rows by after looking them up (Gemma's does), or `None`."""
+    return cast("Any", module).embed_scale if _multiplies_what_it_looks_up(type(module)) else None
 
 
 def compute(module: nn.Module, weight: Tensor | None, bias: Tensor | None, input: Tensor) -> Tensor:  # noqa: A002
@@ -77,7 +94,8 @@ def compute(module: nn.Module, weight: Tensor | None, bias: Tensor | None, input
     assert weight is not None, "a layer has a weight"
     if isinstance(module, nn.Embedding):
         ways = module.padding_idx, None, module.norm_type, module.scale_grad_by_freq, module.sparse
-        return F.embedding(input, weight, *ways)
+        found, scale = F.embedding(input, weight, *ways), lookup_scale(module)
+        return found if scale is None else found * (scale.to(weight.dtype) if isinstance(scale, Tensor) else scale)
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return cast("Any", module)._conv_forward(input, weight, bias)  # noqa: SLF001  # all of its forward but the names
     if isinstance(module, nn.Linear):
