@@ -23,7 +23,7 @@ CASES = {"lora": {}, "ia3": {}} | {
     for one in NAMED
     for more, options in {"": {}, **{k: o for k, (kind, o) in one.others.items() if kind != "embedding"}}.items()
 }
-# A bias, or a whole module, that only some have, is refused (test_what_only_some_replace_is_refused); and so are configs of
+# A bias, or a whole module, that only some have, is refused (test_what_only_some_replace_is_refused); so are configs of
 # BD-LoRA that name unlike layers.
 APART = ("ln-tuning", "bdlora")
 CASES = {name: options for name, options in CASES.items() if options.get("bias") is None and name not in APART}
