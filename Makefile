@@ -130,14 +130,19 @@ test-python: $(OTHER)/dev.stamp  ## the tests with another Python and the pinned
 test-gpu: $(VENV)/dev.stamp  ## laws, dropout, bitsandbytes, autocast and compile on a GPU; skipped where torch sees none
 	$(PY) -m pytest -n 0 tests/laws/test_gpu.py $(ARGS)
 
-# What no transformers changes is left out, since it takes minutes: torch's compiler, devices, dtypes.
 test-transformers4: $(TF4)/dev.stamp  ## the tests with transformers 4.57 and peft 0.17
-	$(TF4)/bin/python $(PYTEST) --deselect tests/laws/test_compile.py::test_every_kind_of_layer_compiles_whole \
-	--ignore tests/laws/test_devices.py --ignore tests/laws/test_dtypes.py $(ARGS)
+	$(TF4)/bin/python $(call RECORD,transformers4)
 
-# Not in CI, where each method but LoRA takes its turn with one format: 2,000 tests more.
-test-every-base: $(VENV)/dev.stamp  ## the laws of every method on every packed format
-	PEFTFN_EVERY_BASE=1 $(PY) $(PYTEST) tests/laws/test_laws.py $(ARGS)
+# Of those what a transformers or a peft could change: not layers alone, devices, dtypes, formats, training and torch's compiler.
+SAME_WITH_ANY := $(addprefix --ignore=tests/,core training weights laws/test_laws.py laws/test_compile.py \
+	laws/test_devices.py laws/test_dtypes.py)
+
+test-transformers4-part: $(TF4)/dev.stamp  ## of those the part that an old transformers or peft is likely to break
+	$(TF4)/bin/python $(PYTEST) $(SAME_WITH_ANY) $(ARGS)
+
+# Not in CI, where each method but LoRA takes its turn with one format, and compiles on one kind of layer: 2,000 tests more.
+test-every-base: $(VENV)/dev.stamp  ## the laws of every method on every packed format, and compiled on every kind of layer
+	PEFTFN_EVERY_BASE=1 $(PY) $(PYTEST) tests/laws/test_laws.py tests/laws/test_compile.py $(ARGS)
 
 # Not in CI: its torch is a newer one than the others', of several gigabytes.
 test-gptqmodel: $(GPTQMODEL)/dev.stamp  ## bases of GPTQModel's layers against themselves and peft

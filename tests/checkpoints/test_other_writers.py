@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import oracle
 import peft
 import pytest
 import torch
@@ -52,6 +53,7 @@ def test_a_file_that_is_lora_is_read_as_lora(more: dict[str, Any], tmp_path: Pat
     assert set(adapter.config.target_modules or ()) == {"0", "2"}
 
 
+@oracle.by_new_peft
 def test_peft_reads_the_same_of_a_file_that_names_an_init(tmp_path: Path) -> None:
     base, x, expected = written(tmp_path, SAME["MiCA"])
     with warnings.catch_warnings():

@@ -34,6 +34,7 @@ def gptq(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qalora.gptq, "matches", lambda module: isinstance(module, nn.Linear))
 
 
+@oracle.by_new_peft
 @pytest.mark.usefixtures("gptq")
 def test_outputs_are_pefts_and_merge() -> None:
     model, x = model_and_batch()

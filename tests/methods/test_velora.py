@@ -29,6 +29,7 @@ def config(**more: Any) -> pf.LoraConfig:
     return pf.LoraConfig(r=3, lora_alpha=5, target_modules=["0", "2"], velora_config=said)
 
 
+@oracle.by_new_peft
 @pytest.mark.parametrize("start", ["batch_average", "random"])
 def test_gradients_in_training_are_pefts(start: str, tmp_path: Path) -> None:
     model, x = model_and_batch()

@@ -43,6 +43,7 @@ def test_a_family_takes_apart_what_it_puts_together(family: str) -> None:
     assert off(columns @ columns.T, torch.eye(4).double()) < 1e-10, "as far as the tables have digits"
 
 
+@oracle.by_new_peft
 @pytest.mark.parametrize(("family", "inputs", "outputs"), SIZES)
 def test_odd_sizes_and_long_filters_are_pefts(family: str, inputs: int, outputs: int, tmp_path: Path) -> None:
     base, x = model(inputs, outputs), torch.randn(3, inputs).double()
@@ -51,6 +52,7 @@ def test_odd_sizes_and_long_filters_are_pefts(family: str, inputs: int, outputs:
     assert off(pf.apply(base, adapter, x) - base(x), theirs(x) - base(x)) < EXACT
 
 
+@oracle.by_new_peft
 def test_it_is_one_level_of_the_transform_that_peft_has() -> None:
     quarters = torch.randn(4, 5, 6).double()
     spectrum = torch.cat([torch.cat([*quarters[:2]], 1), torch.cat([*quarters[2:]], 1)])
@@ -58,6 +60,7 @@ def test_it_is_one_level_of_the_transform_that_peft_has() -> None:
     assert off(waveft.inverse(spectrum, LOW_PASS["db1"]), expected) < EXACT
 
 
+@oracle.by_new_peft
 def test_proportional_numbers_are_pefts_and_stand_in_the_pattern(tmp_path: Path) -> None:
     base = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 4), nn.Linear(4, 2)).double()
     options: Any = {"n_frequency": 8, "proportional_parameters": True, "target_modules": ["0", "1", "2"]}
