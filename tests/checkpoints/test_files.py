@@ -166,7 +166,8 @@ def test_peft_reads_what_we_save_and_computes_the_same(case: Case, tmp_path: Pat
     with quiet_peft():
         theirs: Any = peft.PeftModel(model, peft.PeftConfig.from_pretrained(str(tmp_path)))
         found = theirs.load_adapter(str(tmp_path), "default", is_trainable=True)
-    assert found.unexpected_keys == []
+    # An old peft reads VeRA's two, of which each layer has the same, and calls them unexpected.
+    assert [key for key in found.unexpected_keys if not (IS_OLD and ".vera_" in key)] == []
     # Each layer of peft's has VB-LoRA's one bank under a name of its own.
     assert [key for key in found.missing_keys if "default" in key and "vector_bank" not in key] == []
     if "attention" in str(case):

@@ -168,9 +168,8 @@ def test_transforms_compile_whole(graphs: Graphs) -> None:
 
 # Their encoders and their models compile in other cases.
 BOTH_KNOWN = ("p-tuning-lstm-t5", "p-tuning-mlp-llama")
-# What a layer or a model asks of Dynamo is the same whatever the method, and LoRA and LoHa have every kind of them: of the
-# other methods each compiles on its first kind and with each of its options, here and in docs/transforms.md.
-# `make test-every-base` has all of them.
+# What a layer or a model asks of Dynamo is the same whatever the method, and LoRA and LoHa have every kind of them. Of
+# the other methods each compiles on its first kind and with each of its options; `make test-every-base` has all kinds.
 OTHERS = [method for method in registry.METHODS if method.kinds and method.name != "loha"]
 FIRST = {f"{method.name}-{what}" for method in OTHERS for what in (method.kinds[0], *method.others)}
 REST = {case.name for case in CASES if case.name.startswith(tuple(f"{method.name}-" for method in OTHERS))} - FIRST

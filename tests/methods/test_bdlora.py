@@ -36,6 +36,7 @@ def test_it_is_lora_with_blocks_on_a_factors_diagonal() -> None:
     assert off(pf.apply(model, adapter, x), pf.apply(model, plain.replace(params=leaves), x)) < EXACT
 
 
+@oracle.by_new_peft
 def test_pefts_own_config_is_read() -> None:
     blocks = peft.tuners.lora.config.BdLoraConfig(target_modules_bd_a=["0"], target_modules_bd_b=["2"], nblocks=2)
     assert pf.LoraConfig(r=4, target_modules=["0", "2"], use_bdlora=blocks) == config()

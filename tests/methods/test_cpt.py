@@ -54,6 +54,7 @@ def ours(model: Any, **more: Any) -> pf.Adapter:
     return pf.init(BASES["llama"].make(), config(pf, **more)).replace(params={"": {"delta_embedding": delta}})
 
 
+@oracle.by_new_peft
 @pytest.mark.parametrize("options", [{}, SLOW], ids=["plain", "decay"])
 @pytest.mark.parametrize("has_types", [False, True], ids=["all answers", "typed"])
 def test_outputs_losses_and_gradients_are_pefts(options: dict[str, Any], has_types: bool) -> None:
@@ -98,6 +99,7 @@ def test_a_prompt_that_ends_with_no_answer_leaves_the_texts_labels_alone() -> No
         assert theirs(types=None)(**given).loss.isnan()  # peft has no label left
 
 
+@oracle.by_new_peft
 def test_steps_with_a_projection_after_each_are_pefts() -> None:
     model, given, base = theirs(), batch(), BASES["llama"].make()
     adapter = ours(model)

@@ -35,6 +35,7 @@ def theirs(model: nn.Module, folder: Path) -> Any:
     )
 
 
+@oracle.by_new_peft
 def test_outputs_gradients_merges_and_files_are_pefts(tmp_path: Path) -> None:
     model, x = model_and_batch()
     before = copy.deepcopy(dict(model.state_dict()))
