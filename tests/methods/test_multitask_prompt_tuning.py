@@ -56,8 +56,7 @@ def test_generate_is_told_the_tasks(case: Case) -> None:
     adapter = oracle.randomised(pf.init(model, case.config(pf)))
     bound = pf.bind(model, adapter).eval()
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": 40}
-    if case is LLAMA:
-        options["attention_mask"] = torch.ones_like(batch["input_ids"])
+    options["attention_mask"] = torch.ones_like(batch["input_ids"])
     written = bound.generate(**batch, **options)
     again = pickle.loads(pickle.dumps(bound))
     assert written.equal(again.generate(**batch, **options))
