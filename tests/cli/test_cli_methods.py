@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,26 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "adaption-prompt": ("--adapter-len", "4", "--adapter-layers", "2", "--lr", "0.05"),
 }
 """What each method is trained with here."""
+# The others, on the same way through the command: that they learn, tests/methods and the laws say.
+BRIEF: dict[str, tuple[str, ...]] = {
+    "beft": (),
+    "loha": ("--r", "2"),
+    "fourierft": ("--n-frequency", "8"),
+    "c3a": ("--block-size", "4"),
+    "gralora": ("--r", "4", "--gralora-k", "2"),
+    "shira": ("--r", "2"),
+    "supertuning": (),
+    "waveft": ("--n-frequency", "8"),
+    "ln-tuning": (),
+    "osf": (),
+    "peanut": ("--r", "2"),
+    "psoft": ("--r", "2"),
+    "trainable-tokens": ("--token-indices", "1,2"),
+    "vera": ("--r", "4"),
+    "vblora": ("--r", "2", "--num-vectors", "8", "--vector-length", "8"),
+    "cpt": ("--cpt-token-ids", "1,2,3,4", "--cpt-tokens-type-mask", "1,2,3,4"),
+    "cartridge": ("--num-virtual-tokens", "4"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +121,24 @@ def trained(place: Path, output: Path, method: str, model: str, data: str, count
 def test_each_method_learns_a_text(place: Path, tmp_path: Path, method: str) -> None:
     adapter = trained(place, tmp_path / "out", method, "llama", "texts.jsonl")
     assert adapter.config.task_type == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("method", BRIEF)
+def test_each_other_method_trains_and_is_read(place: Path, tmp_path: Path, method: str) -> None:
+    given = ("--model", place / "llama", "--data", place / "texts.jsonl", "--output", tmp_path / "out", "--threads", 1)
+    call("train", "--method", method, *given, "--max-steps", 2, "--batch-size", 8, "--max-length", 16, *BRIEF[method])
+    adapter = pf.load(tmp_path / "out", transformers.AutoModelForCausalLM.from_pretrained(place / "llama"))
+    assert type(adapter.config) is METHODS[method]
+    assert adapter.config.task_type == "CAUSAL_LM"
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "out"))
+
+
+def test_a_method_that_needs_what_a_table_lacks_says_so_and_no_other_is_left_out(place: Path, tmp_path: Path) -> None:
+    assert METHODS.keys() - OPTIONS.keys() - BRIEF.keys() == {"multitask-prompt-tuning"}
+    given = ("--model", place / "llama", "--data", place / "texts.jsonl", "--output", tmp_path / "out")
+    more = ("--num-virtual-tokens", "4", "--num-tasks", "2", "--max-steps", 2)
+    printed = call("train", "--method", "multitask-prompt-tuning", *given, *more, code=2)
+    assert "expected task_ids too, the number of each row's task" in " ".join(printed.split())
 
 
 @pytest.mark.parametrize("method", OPTIONS)

@@ -97,7 +97,7 @@ def _refuse_labels(table: tables.Table, columns: Columns) -> None:
 def completed(config: pf.PeftConfig, base: Base, name: str, task: str) -> pf.PeftConfig:
     """The config with what the command knows: base, task, and modules that are new and so must be trained."""
     known: dict[str, Any] = {"task_type": task.upper(), "base_model_name_or_path": name}
-    if not hasattr(config, "modules_to_save"):
+    if "modules_to_save" not in {field.name for field in dataclasses.fields(config)}:
         if base.new:
             raise UserError(
                 f"{', '.join(base.new)}: --model {name} lacks these weights, and {config.peft_type} trains no whole "

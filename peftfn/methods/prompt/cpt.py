@@ -99,6 +99,8 @@ class CPTConfig(PromptLearningConfig):
         super().__post_init__()
         if self.opt_weighted_loss_type not in ("none", "decay"):
             raise ValueError(f"opt_weighted_loss_type={self.opt_weighted_loss_type!r}; expected 'none' or 'decay'.")
+        if self.task_type is None:
+            object.__setattr__(self, "task_type", "CAUSAL_LM")  # there is no other
         if self.task_type != "CAUSAL_LM":
             raise ValueError(f"CPTConfig with task_type={self.task_type!r}; expected 'CAUSAL_LM'.")
         sizes = {name: len(getattr(self, name)) for name in (_IDS, "cpt_mask", TYPES)}
