@@ -133,7 +133,7 @@ def put_before(twin: nn.Module, full_name: str, compute: Callable[[], Tensor]) -
     if torch.compiler.is_compiling():
         twin.__dict__[name] = _traced(compute)
     else:
-        plain = functools.partial(codecs.of(twin).read, twin, name)
+        plain = functools.partial(codecs.DENSE.read, twin, name)  # others are not read so
         twin.__dict__[name] = AdaptedWeight(plain, compute, full_name)
 
 

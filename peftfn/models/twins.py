@@ -120,7 +120,8 @@ class Twins:
             self._put_dense(module, own, prefix)
         own["_buffers"] = self._buffers(module, prefix) if own["_buffers"] else {}
         own["_non_persistent_buffers_set"] = {*own["_non_persistent_buffers_set"]}
-        own["_modules"] = {k: v if v is None else self._make(v, prefix + k) for k, v in own["_modules"].items()}
+        inside = own["_modules"]
+        own["_modules"] = {k: v if v is None else self._make(v, prefix + k) for k, v in inside.items()} if inside else {}
         _own_hooks(own)
         if "_hf_hook" in own:
             own["_hf_hook"] = offloaded.own(own["_hf_hook"])
@@ -254,7 +255,8 @@ class Twins:
             return {key: self._mapped(item) for key, item in cast("dict[Any, Any]", value).items()}
         if isinstance(value, set):
             return set(cast("set[Any]", value))
-        return type(value)(self._mapped(item) for item in value)
+        items = [self._mapped(item) for item in value]
+        return items if type(value) is list else type(value)(items)
 
 
 def _is_packed(model: nn.Module, name: str) -> bool:

@@ -32,14 +32,17 @@ def runs_its_own(layer: nn.Module, place: Place) -> bool:
 
 def adapt_reads(plan: Plan, layer: nn.Module, place: Place, path: str, here: Sequence[SiteAdapter]) -> None:
     """Let whoever reads the layer's weight past its forward find the adapted one."""
-    if not place.weight or codecs.of(layer) is not codecs.DENSE or place.weight not in layer._parameters:
+    held = layer._parameters
+    if not place.weight or place.weight not in held or codecs.of(layer) is not codecs.DENSE:
         return  # a hook or a property makes it, each time
     if twins.has_set_forward(layer):
         return  # it reads the module itself
     acting = [part for part in here if part.leaf]
-    names = {"weight"}.union(*(part.method.on_weights.reads for part in acting if part.method.on_weights))
+    names = {"weight"}
+    for part in acting:
+        names.update(part.method.on_weights.reads if part.method.on_weights else ())
     for name in names:
-        if layer._parameters.get(name) is not None:
+        if held.get(name) is not None:
             plan.reads[place.owner, name] = functools.partial(_read, layer, place, path, acting, name)
 
 

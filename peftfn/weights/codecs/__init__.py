@@ -62,14 +62,15 @@ def _is_dense(module: nn.Module) -> bool:
 
 def has_own_forward(module: nn.Module) -> bool:
     """Whether a dense layer's class computes something else than its kind: then it is adapted through its weight."""
-    return of(module) is DENSE and _computes_its_own(type(module))
+    cls = type(module)
+    return cls.forward not in _FORWARDS and _computes_its_own(cls, cls.forward) and of(module) is DENSE
 
 
 @transforms.constant_result
-def _computes_its_own(cls: type[nn.Module]) -> bool:
+def _computes_its_own(cls: type[nn.Module], forward: Any) -> bool:
     home = next(one for one in cls.__mro__ if "forward" in vars(one))
     is_conv1d = home.__name__ == "Conv1D" and home.__module__.startswith("transformers.")
-    is_known = cls.forward in _FORWARDS or cls.forward is nn.Embedding.forward or is_conv1d
+    is_known = forward is nn.Embedding.forward or is_conv1d
     return not is_known and not _multiplies_what_it_looks_up(cls)
 
 
