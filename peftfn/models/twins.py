@@ -121,7 +121,9 @@ class Twins:
         own["_buffers"] = self._buffers(module, prefix) if own["_buffers"] else {}
         own["_non_persistent_buffers_set"] = {*own["_non_persistent_buffers_set"]}
         inside = own["_modules"]
-        own["_modules"] = {k: v if v is None else self._make(v, prefix + k) for k, v in inside.items()} if inside else {}
+        own["_modules"] = (
+            {k: v if v is None else self._make(v, prefix + k) for k, v in inside.items()} if inside else {}
+        )
         _own_hooks(own)
         if "_hf_hook" in own:
             own["_hf_hook"] = offloaded.own(own["_hf_hook"])
