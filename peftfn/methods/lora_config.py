@@ -115,7 +115,6 @@ class LoraConfig(LowRankConfig):
     """
 
     peft_type: ClassVar[str] = "LORA"
-    inactive: ClassVar[Mapping[str, Any]] = {"qalora_group_size": ()}  # AdaLoRA's it stays
 
     rank_pattern: Mapping[str, int] | None = dataclasses.field(
         default_factory=dict[str, int], metadata=described("Other ranks, by module name or regex.")

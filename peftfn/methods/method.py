@@ -94,7 +94,7 @@ class Method:
     @property
     def called(self) -> str:
         """What its config is called in messages."""
-        return self.config.__name__ + (f"({self.variant}=True)" if self.variant else "")
+        return self.config.__name__ + (f" with {self.variant}" if self.variant else "")
 
     @functools.cached_property
     def names(self) -> dict[str, str]:

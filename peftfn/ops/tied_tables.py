@@ -1,4 +1,7 @@
-"""Which names of a model's parameters go along when the table of an embedding changes."""
+"""Which other names of parameters follow when trained tokens (`OnWeights.of_tables`) change an embedding.
+
+Nothing follows any other method: a LoRA on a tied embedding leaves the output layer as it is.
+"""
 
 from __future__ import annotations
 

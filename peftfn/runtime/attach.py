@@ -268,7 +268,7 @@ def _refuse_unfit(twin: nn.Module, place: Place, path: str, here: Sequence[SiteA
     for part in here:
         if part.leaf and part.invocations and place.kind not in token_gate.KINDS:
             raise token_gate.other_kind(path, place.kind)
-        if part.leaf and (check or part.method.on_weights is None):  # the others are few, and never remembered
+        if part.leaf and (check or part.method.on_weights is None):  # methods on whole modules are checked at each call
             one = part.leaf if part.rows is None else {name: tensor[0] for name, tensor in part.leaf.items()}
             validate.refuse_leaf(part.method, part.config, one, layers.site_of(twin, place, path, part.info))
 
