@@ -1,4 +1,4 @@
-"""The laws of the design, one function each, for every row of the table in cases.py (against peft: test_against_peft.py)."""
+"""The laws of the design, one function each, for every row of the table in cases.py (PEFT: test_against_peft.py)."""
 
 from __future__ import annotations
 
