@@ -6,15 +6,15 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import oracle
 import pytest
 import torch
+from bases import BASES
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import peftfn as pf
 from peftfn import LoraConfig
-from tests.helpers import oracle
-from tests.helpers.bases import BASES
 
 EXACT = 1e-12  # float64, and the same product either way
 IDS = torch.tensor([[3, 5, 7, 9]])
