@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn import methods
-from peftfn.checkpoints import keys, prompt_encoder, renamed_keys, site_notes
+from peftfn.checkpoints import keys, model_card, prompt_encoder, renamed_keys, site_notes
 from peftfn.core import files, hub, reading
 from peftfn.core.adapter import Adapter
 from peftfn.core.config import PeftConfig
@@ -90,7 +89,7 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
             files.CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
         }
         if not (folder / files.CARD).exists():
-            writes[files.CARD] = lambda path: path.write_text(card(adapter), encoding="utf-8")
+            writes[files.CARD] = lambda path: path.write_text(model_card.card(adapter), encoding="utf-8")
         files.write_together(folder, writes)
         (folder / files.PICKLE).unlink(
             missing_ok=True
@@ -204,9 +203,14 @@ def read(origin: reading.Origin, device: torch.device, *, mmap: bool = False) ->
         text = beside.read_bytes() if beside else None  # before the weights: see _config
         origin = reading.pinned(origin, beside)
         tensors, metadata, source = _read_weights(origin, text is None, device, mmap)
-        if beside is None or not beside.is_file() or beside.read_bytes() == text:  # else it was saved more than once
-            break
+        if beside is None or text is None or _goes_with(metadata, text) or beside.read_bytes() == text:
+            break  # else it was saved more than once meanwhile
     return Read(tensors, metadata, source, _config(origin, beside, text, metadata))
+
+
+def _goes_with(metadata: Mapping[str, str], text: bytes) -> bool:
+    """Whether a config is the one that the weights were saved with, or the one that they replace."""
+    return text == metadata.get(_CONFIG_KEY, "").encode() or _digest(text) == metadata.get(_REPLACES_KEY)
 
 
 def _check_types(folder: object, model: object) -> None:
@@ -275,26 +279,3 @@ def push_to_hub(
         'https://huggingface.co/user/name/commit/...'
     """
     return hub.push(repo_id, lambda folder: save(adapter, folder), token=token, private=private, revision=revision)
-
-
-def card(adapter: Adapter) -> str:
-    """A model card: what the adapter is, what it goes with, and how to use it."""
-    config: Any = adapter.config
-    base = config.base_model_name_or_path
-    hub_id = base if base and re.fullmatch(r"[\w.\-]+/[\w.\-]+", base) else None
-    head = ["---", "library_name: peft", *([f"base_model: {hub_id}"] if hub_id else []), "tags:", "- peftfn", "---"]
-    trained = sum(tensor.numel() for leaf in adapter.params.values() for tensor in leaf.values())
-    facts = [f"Method: {config.peft_type}", f"sites: {len(adapter.params)}", f"trained parameters: {trained:,}"]
-    if base:
-        facts.append(f"base: `{base}`")
-    use = [
-        "```python",
-        "import peftfn as pf",
-        "",
-        'adapter = pf.load("path/or/hub-id")',
-        "output = pf.apply(model, adapter, batch)",
-        "```",
-        "",
-        "It is in PEFT's format: `peft.PeftModel.from_pretrained(model, ...)` reads it too.",
-    ]
-    return "\n".join([*head, "", "# Adapter", "", "; ".join(facts) + ".", "", *use, ""])
