@@ -196,16 +196,16 @@ class Read(NamedTuple):
     config: PeftConfig
 
 
-def read(origin: reading.Origin, device: torch.device, *, mmap: bool = False) -> Read:
+def read(origin: reading.Origin, device: torch.device, *, mmap: bool = False, tries: int = _TRIES) -> Read:
     """Both files of an adapter, as they are; with `mmap`, tensors that are the file in memory."""
-    for _ in range(_TRIES):
-        beside = reading.try_find(origin, files.CONFIG)
-        text = beside.read_bytes() if beside else None  # before the weights: see _config
-        origin = reading.pinned(origin, beside)
-        tensors, metadata, source = _read_weights(origin, text is None, device, mmap)
-        if beside is None or text is None or _goes_with(metadata, text) or beside.read_bytes() == text:
-            break  # else it was saved more than once meanwhile
-    return Read(tensors, metadata, source, _config(origin, beside, text, metadata))
+    beside = reading.try_find(origin, files.CONFIG)
+    text = beside.read_bytes() if beside else None  # before the weights: see _config
+    pinned = reading.pinned(origin, beside)
+    tensors, metadata, source = _read_weights(pinned, text is None, device, mmap)
+    is_other = beside is not None and text is not None and not _goes_with(metadata, text)
+    if is_other and tries and beside is not None and beside.read_bytes() != text:  # saved more than once meanwhile
+        return read(origin, device, mmap=mmap, tries=tries - 1)
+    return Read(tensors, metadata, source, _config(pinned, beside, text, metadata))
 
 
 def _goes_with(metadata: Mapping[str, str], text: bytes) -> bool:

@@ -73,7 +73,8 @@ def _info(source: str, path: Any, given: Any) -> SiteInfo:
     one = cast("dict[str, Any]", given)
     if "transposed" in one:  # as earlier versions wrote it
         one = {**one, "kind": layers.TRANSPOSED if one["transposed"] else layers.LINEAR}
-    kind, outputs, rows = one.get("kind", ""), one.get("outputs", 0), freeze(one.get("rows"))
+    kind, rows = one.get("kind", ""), freeze(one.get("rows"))
+    outputs: Any = one.get("outputs", 0)
     is_right = kind in _KINDS and type(outputs) is int and outputs >= 0
     if not is_right or (rows is not None and not _are_runs(rows, outputs)):
         raise _wrong(source, f"{path!r} is {str(one)[:80]}")

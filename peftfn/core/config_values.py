@@ -106,8 +106,9 @@ def check_patterns(config: Any) -> None:
     inside = ("layers_pattern", "modules_to_save", *patterns_of(config))  # PEFT's matching puts more around it
     for field in (*alone, *inside):
         value: Any = getattr(config, field, None)
-        several = [*value] if isinstance(value, Mapping) or (field in inside and isinstance(value, tuple)) else []
-        patterns: list[str] = [value] if isinstance(value, str) else several
+        is_several = isinstance(value, Mapping) or (field in inside and isinstance(value, tuple))
+        several = cast("list[str]", [*value] if is_several else [])
+        patterns = [value] if isinstance(value, str) else several
         for pattern in patterns:
             try:
                 re.compile(rf"(.*\.)?({pattern})$" if field in inside else pattern)

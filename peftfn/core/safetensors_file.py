@@ -90,7 +90,7 @@ def described(file: FileIO, path: Path) -> tuple[dict[str, str], dict[str, Entry
     if not isinstance(header, dict):
         raise broken(path, "its header is no JSON object")
     named = cast("dict[str, Any]", header)
-    metadata = named.pop("__metadata__", {}) or {}
+    metadata: Any = named.pop("__metadata__", {}) or {}
     if not _is_text(metadata):
         raise broken(path, "its metadata are not texts by name")
     entries = {name: _entry(path, name, one, 8 + length) for name, one in named.items()}
@@ -170,11 +170,13 @@ def mapped(file: FileIO, path: Path) -> torch.UntypedStorage:
     """The file in memory; what is written there does not reach it."""
     own = Path(f"/proc/self/fd/{file.fileno()}")  # by the path, it may be another file by now
     size = os.fstat(file.fileno()).st_size
-    return torch.UntypedStorage.from_file(str(own if own.exists() else path), False, size)
+    storage: Any = torch.UntypedStorage
+    return storage.from_file(str(own if own.exists() else path), False, size)
 
 
 def within(held: torch.UntypedStorage, path: Path, entry: Entry) -> Tensor:
     """The tensor where it is in a file in memory; a copy of it, where it does not lie as its dtype needs it."""
     dtype = _dtype(path, entry)
-    raw = torch.empty(0, dtype=torch.uint8).set_(cast("Any", held), entry.start, (entry.end - entry.start,))
+    empty: Any = torch.empty(0, dtype=torch.uint8, device="cpu")
+    raw: Tensor = empty.set_(held, entry.start, (entry.end - entry.start,))
     return (raw if entry.start % dtype.itemsize == 0 else raw.clone()).view(dtype).view(entry.shape)

@@ -92,7 +92,7 @@ def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     is_before = torch.compiler.is_compiling() or "weight" in module.__dict__
     if not is_before or has_own_forward(module) or module._parameters.get("weight") is None:
         return type(module).forward(module, *args, **kwargs)
-    weight = module._parameters["weight"]
+    weight = cast("Tensor", module._parameters["weight"])
     return compute(module, weight, _beside(weight, module._parameters.get("bias")), *args, **kwargs)
 
 
