@@ -63,8 +63,8 @@ def _parts_named(config: Any) -> set[str]:
     return found
 
 
-def refuse_dtype(method: Method, name: str, tensor: Tensor, key: str, source: str) -> None:
-    """Refuse a trained tensor that is not in one of the dtypes that layers compute in."""
+def refuse_other_tensor(method: Method, name: str, tensor: Tensor, key: str, source: str) -> None:
+    """Refuse a trained tensor that is not in one of the dtypes that layers compute in, or one number for a matrix."""
     slot = method.slots.get(name)
     is_number = tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype.itemsize > 1)
     if slot is not None and slot.trained and not is_number:
@@ -72,6 +72,8 @@ def refuse_dtype(method: Method, name: str, tensor: Tensor, key: str, source: st
             f"{source} has {key!r} in {str(tensor.dtype).removeprefix('torch.')}; expected float16, bfloat16, float32 "
             "or float64: convert the file."
         )
+    if slot is not None and not tensor.dim() and (slot.rank, slot.outputs, slot.inputs) != (None, None, None):
+        raise ValueError(f"{source} has one number as {key!r}; expected a tensor with the sizes of its layer.")
 
 
 def paths(config: Any, own: Mapping[str, Leaf], source: str, ordered: bool) -> dict[str, str]:

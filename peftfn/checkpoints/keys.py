@@ -184,7 +184,7 @@ def _from_keys(
         site, name = key_paths.split(method, config, key, PREFIX, source)
         site, is_copy = companion_keys.without_mark(method, site) if method.files.copies else (site, False)
         if name in names:
-            key_paths.refuse_dtype(method, name, tensor, key, source)
+            key_paths.refuse_other_tensor(method, name, tensor, key, source)
             keyed.setdefault(site, {})[name] = tensor
         else:
             path = key_paths.owner(config, site)

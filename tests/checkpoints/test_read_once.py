@@ -170,6 +170,9 @@ def test_factors_that_are_no_numbers_to_compute_with_are_refused(tmp_path: Path)
         save_file({name: one.to(dtype) for name, one in tensors.items()}, path)
         with pytest.raises(ValueError, match=r"lora_A.weight' in (int64|float8_e4m3fn); expected float16"):
             pf.load(tmp_path)
+    save_file({**tensors, "base_model.model.0.lora_A.weight": torch.zeros(())}, path)
+    with pytest.raises(ValueError, match=r"has one number as 'base_model\.model\.0\.lora_A\.weight'"):
+        pf.load(tmp_path)
     with pytest.raises(FileNotFoundError):
         pf.load("/" + "a" * 5000)
 
@@ -208,3 +211,34 @@ def test_a_module_may_be_called_as_peft_calls_something_of_its_own(name: str, tm
         assert {path: [*leaf] for path, leaf in again.params.items()} == {
             path: [*leaf] for path, leaf in adapter.params.items()
         }
+
+
+def sharded(folder: Path, parts: list[dict[str, torch.Tensor]], more: dict[str, str]) -> Path:
+    folder.mkdir()
+    where: dict[str, str] = {}
+    for number, part in enumerate(parts):
+        save_file(part, folder / f"{number}.safetensors")
+        where |= dict.fromkeys(part, f"{number}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {**where, **more}}))
+    return folder
+
+
+def test_an_index_names_files_of_its_own_folder_and_each_tensor_once(tmp_path: Path) -> None:
+    one, adapter = {"0.weight": torch.ones(8, 8)}, made(8)
+    save_file({"private": torch.ones(3)}, tmp_path / "secret.safetensors")
+    refused = {
+        r"index\.json names '\.\./secret\.safetensors'": sharded(
+            tmp_path / "a", [one], {"private": "../secret.safetensors"}
+        ),
+        r"'0\.weight' is in .*0\.safetensors and in 1\.safetensors too": sharded(
+            tmp_path / "b", [{**one, "x": torch.ones(1)}, one], {}
+        ),
+    }
+    for said, folder in refused.items():
+        with pytest.raises(ValueError, match=said):
+            pf.merge_folder(folder, adapter, tmp_path / "out", progress=False)
+    folder = sharded(tmp_path / "c", [{f"{name}.weight": torch.ones(8, 8) for name in NAMES}], {})
+    spoilt(folder / "0.safetensors", "0.weight", lambda one: {**one, "data_offsets": [-256, 0]})
+    with pytest.raises(ValueError, match=r"0\.safetensors is not a whole safetensors file"):
+        pf.merge_folder(folder, adapter, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
