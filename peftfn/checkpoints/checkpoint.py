@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -24,11 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from peftfn import methods
-from peftfn.checkpoints import keys, prompt_encoder, renamed_keys, site_notes
+from peftfn.checkpoints import keys, model_card, prompt_encoder, renamed_keys, site_notes
 from peftfn.core import files, hub, reading
-from peftfn.core.adapter import Adapter, SiteInfo
+from peftfn.core.adapter import Adapter
 from peftfn.core.config import PeftConfig
-from peftfn.core.config_values import freeze
 from peftfn.core.transforms import is_traced
 from peftfn.models import fused_projections, layers
 from peftfn.ops import validate
@@ -38,6 +36,7 @@ _CONFIG_KEY = "peftfn.config"
 _REPLACES_KEY = "peftfn.replaces"
 _PARTS_KEY = "peftfn.parts"
 _BUFFERS_KEY = "peftfn.buffers"
+_TRIES = 100  # of reading a folder that somebody writes all the time
 
 
 def save(adapter: Adapter, folder: str | Path) -> Path:
@@ -69,26 +68,33 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
     plain = {key: _plain(key, tensor) for key, tensor in keys.to_keys(adapter).items()}
     config = methods.of(adapter.config).files.config(adapter)
     text = fused_projections.whole_config(adapter.replace(config=config)).to_json()
-    old = folder / files.CONFIG
-    metadata = {
-        "format": "pt",
-        _CONFIG_KEY: text,
-        _REPLACES_KEY: _digest(old.read_bytes()) if old.is_file() else "",
-        _PARTS_KEY: site_notes.written(adapter),
-    }
-    if fixed := [] if methods.of(adapter.config).whole else [key for key in keys.fixed_keys(adapter) if key in plain]:
-        metadata[_BUFFERS_KEY] = json.dumps(fixed)
-    encoder = prompt_encoder.writes(adapter, plain, _plain)
-    writes: dict[str, files.Write] = {
-        **encoder,
-        files.WEIGHTS: lambda path: safetensors.torch.save_file(plain, path, metadata),
-        files.CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
-    }
-    if not (folder / files.CARD).exists():
-        writes[files.CARD] = lambda path: path.write_text(card(adapter), encoding="utf-8")
-    files.write_together(folder, writes)
-    (folder / files.PICKLE).unlink(missing_ok=True)  # an older file of the same adapter, which readers would find too
-    prompt_encoder.remove_others(folder, encoder)
+    with files.locked(folder):  # two writers at once would leave the weights of the one with the config of the other
+        old = folder / files.CONFIG
+        metadata = {
+            "format": "pt",
+            _CONFIG_KEY: text,
+            _REPLACES_KEY: _digest(old.read_bytes()) if old.is_file() else "",
+            _PARTS_KEY: site_notes.written(adapter),
+        }
+        if (
+            fixed := []
+            if methods.of(adapter.config).whole
+            else [key for key in keys.fixed_keys(adapter) if key in plain]
+        ):
+            metadata[_BUFFERS_KEY] = json.dumps(fixed)
+        encoder = prompt_encoder.writes(adapter, plain, _plain)
+        writes: dict[str, files.Write] = {
+            **encoder,
+            files.WEIGHTS: lambda path: safetensors.torch.save_file(plain, path, metadata),
+            files.CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
+        }
+        if not (folder / files.CARD).exists():
+            writes[files.CARD] = lambda path: path.write_text(model_card.card(adapter), encoding="utf-8")
+        files.write_together(folder, writes)
+        (folder / files.PICKLE).unlink(
+            missing_ok=True
+        )  # an older file of the same adapter, which readers would find too
+        prompt_encoder.remove_others(folder, encoder)
     return folder
 
 
@@ -156,20 +162,19 @@ def load(
     _check_types(folder_or_hub_id, model)
     device = torch.device(device)
     where = "/".join(part for part in (subfolder, adapter_name) if part and part != "default") or None
-    origin = reading.Origin(str(folder_or_hub_id), where, revision, token, cache_dir)
+    origin = reading.settled(reading.Origin(str(folder_or_hub_id), where, revision, token, cache_dir))
     tensors, metadata, source, config = read(origin, device, mmap=mmap)
     if model is not None and not _has_modules_of(tensors, model):
         tensors, config = renamed_keys.in_present_names(tensors, config, model, str(source))
-    note = _note(metadata)
-    noted = {path: SiteInfo.from_dict(one) for path, one in note["sites"].items()}
-    fixed = frozenset(json.loads(metadata.get(_BUFFERS_KEY, "[]")))
+    noted, named = site_notes.read(metadata.get(_PARTS_KEY, ""), str(source))
+    fixed = site_notes.names(metadata.get(_BUFFERS_KEY, ""), str(source))
     ours = _CONFIG_KEY in metadata
     adapter = keys.from_keys(tensors, config, str(source), ordered=ours, model=model, noted=noted, fixed=fixed)
     if methods.of(config).on_call is not None:
         adapter = prompt_encoder.restored(adapter, origin, device)
     adapter = site_notes.with_targets(adapter)
-    if note["sites"] and freeze(note["named"]) != cast("Any", adapter.config).target_modules:
-        adapter = adapter.replace(config=site_notes.named_config(adapter, note["named"]))
+    if noted and named != cast("Any", adapter.config).target_modules:
+        adapter = adapter.replace(config=site_notes.named_config(adapter, named))
     if model is not None:
         validate.against(adapter, model, str(source))
     return adapter
@@ -182,12 +187,6 @@ def _has_modules_of(tensors: Mapping[str, Tensor], model: nn.Module) -> bool:
     return all(owner in present or owner.rpartition(".")[0] in present for owner in owners)
 
 
-def _note(metadata: Mapping[str, str]) -> Mapping[str, Any]:
-    text = metadata.get(_PARTS_KEY) or '{"sites": {}}'
-    note: dict[str, Any] = json.loads(text)
-    return site_notes.in_present_form(note) if '"transposed":' in text else note
-
-
 class Read(NamedTuple):
     """What an adapter's files hold: tensors by key, the notes beside them, the weights file, and the config."""
 
@@ -197,13 +196,21 @@ class Read(NamedTuple):
     config: PeftConfig
 
 
-def read(origin: reading.Origin, device: torch.device, *, mmap: bool = False) -> Read:
+def read(origin: reading.Origin, device: torch.device, *, mmap: bool = False, tries: int = _TRIES) -> Read:
     """Both files of an adapter, as they are; with `mmap`, tensors that are the file in memory."""
     beside = reading.try_find(origin, files.CONFIG)
     text = beside.read_bytes() if beside else None  # before the weights: see _config
-    origin = reading.pinned(origin, beside)
-    tensors, metadata, source = _read_weights(origin, text is None, device, mmap)
-    return Read(tensors, metadata, source, _config(origin, beside, text, metadata))
+    pinned = reading.pinned(origin, beside)
+    tensors, metadata, source = _read_weights(pinned, text is None, device, mmap)
+    is_other = beside is not None and text is not None and not _goes_with(metadata, text)
+    if is_other and tries and beside is not None and beside.read_bytes() != text:  # saved more than once meanwhile
+        return read(origin, device, mmap=mmap, tries=tries - 1)
+    return Read(tensors, metadata, source, _config(pinned, beside, text, metadata))
+
+
+def _goes_with(metadata: Mapping[str, str], text: bytes) -> bool:
+    """Whether a config is the one that the weights were saved with, or the one that they replace."""
+    return text == metadata.get(_CONFIG_KEY, "").encode() or _digest(text) == metadata.get(_REPLACES_KEY)
 
 
 def _check_types(folder: object, model: object) -> None:
@@ -272,26 +279,3 @@ def push_to_hub(
         'https://huggingface.co/user/name/commit/...'
     """
     return hub.push(repo_id, lambda folder: save(adapter, folder), token=token, private=private, revision=revision)
-
-
-def card(adapter: Adapter) -> str:
-    """A model card: what the adapter is, what it goes with, and how to use it."""
-    config: Any = adapter.config
-    base = config.base_model_name_or_path
-    hub_id = base if base and re.fullmatch(r"[\w.\-]+/[\w.\-]+", base) else None
-    head = ["---", "library_name: peft", *([f"base_model: {hub_id}"] if hub_id else []), "tags:", "- peftfn", "---"]
-    trained = sum(tensor.numel() for leaf in adapter.params.values() for tensor in leaf.values())
-    facts = [f"Method: {config.peft_type}", f"sites: {len(adapter.params)}", f"trained parameters: {trained:,}"]
-    if base:
-        facts.append(f"base: `{base}`")
-    use = [
-        "```python",
-        "import peftfn as pf",
-        "",
-        'adapter = pf.load("path/or/hub-id")',
-        "output = pf.apply(model, adapter, batch)",
-        "```",
-        "",
-        "It is in PEFT's format: `peft.PeftModel.from_pretrained(model, ...)` reads it too.",
-    ]
-    return "\n".join([*head, "", "# Adapter", "", "; ".join(facts) + ".", "", *use, ""])

@@ -19,15 +19,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
 from peftfn import methods
-from peftfn.checkpoints import companion_keys, prompt_keys, shared_keys
-from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, Sites, Tree, site_paths, sorted_tree
+from peftfn.checkpoints import companion_keys, key_paths, prompt_keys, shared_keys, site_notes
+from peftfn.core.adapter import UNKNOWN, Adapter, SiteInfo, Sites, Tree, site_paths, sorted_tree
 from peftfn.core.config import PeftConfig
-from peftfn.methods import Method, companions
+from peftfn.methods import companions
 from peftfn.models import layers, matching, targets
 from peftfn.models.layers import Site
 from peftfn.ops import common_sites
@@ -35,12 +35,6 @@ from peftfn.weights import codecs
 
 PREFIX = "base_model.model."
 _BASE = ".base_layer"
-_METHODS = (
-    *("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "fourierft_", "c3a_", "gralora_", "shira_", "waveft_"),
-    *("supertuning_", "modules_to_save", "original_module"),
-    *("boft_", "deft_", "delora_", "glora_", "hira_", "hra_", "miss_", "road_"),
-    *("ln_tuning_", "trainable_tokens_", "beft_", "psoft_", "peanut_", "osf_"),
-)
 
 
 def to_keys(adapter: Adapter) -> dict[str, Tensor]:
@@ -118,17 +112,13 @@ def _site_key(adapter: Adapter, path: str) -> str:
     return parent + _BASE * (len(siblings) - 1 - siblings.index(path))
 
 
-def _names(config: PeftConfig) -> Sequence[str]:
-    return cast("Sequence[str]", getattr(config, "target_parameters", None) or ())
-
-
 def _is_parameter(config: Any, path: str) -> bool:
-    return matching.ends_with(path, _names(config)) and not matching.is_target(config, path)
+    return matching.ends_with(path, key_paths.parameter_names(config)) and not matching.is_target(config, path)
 
 
 def _ordered(config: PeftConfig, paths: Sequence[str]) -> list[str]:
     # `init` and `load` keep target_parameters in the order in which the modules hold the parameters.
-    names = _names(config)
+    names = key_paths.parameter_names(config)
     found = [path for path in paths if _is_parameter(config, path)]
     return sorted(found, key=lambda path: next(i for i, name in enumerate(names) if matching.ends_with(path, [name])))
 
@@ -181,38 +171,40 @@ def _from_keys(
         config = dataclasses.replace(config, modules_to_save=matching.with_heads(config))
     if method.on_call is not None:
         return prompt_keys.from_keys(method, tensors, config, source)
-    if model is not None and _names(config):
-        config = dataclasses.replace(config, target_parameters=targets.in_model_order(model, _names(config)))
+    if model is not None and key_paths.parameter_names(config):
+        config = dataclasses.replace(
+            config, target_parameters=targets.in_model_order(model, key_paths.parameter_names(config))
+        )
     keyed: Tree = {}
     params: Tree = {}
     buffers: Tree = {}
     sites: dict[str, SiteInfo] = {}
     names = method.in_files(config)
     for key, tensor in _without_copies(tensors).items():
-        site, name = _split(method, names, key, source)
+        site, name = key_paths.split(method, config, key, PREFIX, source)
         site, is_copy = companion_keys.without_mark(method, site) if method.files.copies else (site, False)
         if name in names:
+            key_paths.refuse_other_tensor(method, name, tensor, key, source)
             keyed.setdefault(site, {})[name] = tensor
         else:
-            path = _owner(site)
+            path = key_paths.owner(config, site)
             is_buffer = key in fixed or not tensor.is_floating_point() or _is_buffer(model, path, name)
             is_trained = (is_copy and name not in prompt_keys.STATISTICS) or _is_trained(config, path, name, site)
-            home = params if is_trained and not is_buffer else buffers
-            home.setdefault(path, {})[name] = tensor
+            (params if is_trained and not is_buffer else buffers).setdefault(path, {})[name] = tensor
     tied = companion_keys.taken_copies(config, keyed) if method.of_tables else {}
     on_inputs = method.targets.input_side
-    paths = _paths(config, keyed, source, ordered or model is not None)
+    paths = key_paths.paths(config, keyed, source, ordered or model is not None)
     for site, leaf in keyed.items():
         at = layers.pattern_path(paths[site], set(paths.values()))
         try:
             method.files.check(config, at, leaf)
         except (KeyError, ValueError) as error:
             raise type(error)(f"{source} has {error.args[0]} for {paths[site]!r}; expected a whole adapter.") from None
-        known = (noted or {}).get(paths[site], UNKNOWN)
         side = on_inputs is not None and on_inputs(config, at)
-        info = known._replace(input_side=side, tied=tied.get(site, ()))
+        info = (noted or {}).get(paths[site], UNKNOWN)._replace(input_side=side, tied=tied.get(site, ()))
         sites[paths[site]] = info
         whole = method.files.read(config, leaf)
+        info = site_notes.fitting(info, whole, paths[site], source)
         own = dict(whole) if info.rows is None else common_sites.on_own_rows(method, whole, info)
         if method.files.derived is not None:
             own |= method.files.derived(config, at, own, _site(model, paths[site], info))
@@ -235,22 +227,6 @@ def _site(model: nn.Module | None, path: str, info: SiteInfo) -> Site | None:
     return layers.site_of(model.get_submodule(place.owner), place, path, info)
 
 
-def _split(method: Method, names: Mapping[str, str], key: str, source: str) -> tuple[str, str]:
-    if not key.startswith(PREFIX):
-        raise KeyError(f"{source} has the key {key!r}; expected keys that start with {PREFIX!r}, as PEFT writes them.")
-    rest = key.removeprefix(PREFIX).removeprefix("_orig_mod.")
-    for name, ending in names.items():
-        if rest.endswith(f".{ending}"):
-            return rest.removesuffix(f".{ending}"), name
-    site, _, name = rest.rpartition(".")
-    if any(part.startswith(_METHODS) and part != method.files.copies for part in rest.split(".")[-3:]):
-        raise KeyError(
-            f"{source} has the key {key!r}, which {method.config.__name__} does not know: the file is another "
-            "config's, or was not written by save_pretrained."
-        )
-    return site, name
-
-
 def _is_trained(config: Any, path: str, name: str, site: str) -> bool:
     if name in prompt_keys.STATISTICS:
         return False
@@ -259,41 +235,3 @@ def _is_trained(config: Any, path: str, name: str, site: str) -> bool:
     return not site.endswith(_BASE) and any(
         path.endswith(head) or f"{head}." in path for head in getattr(config, "modules_to_save", None) or ()
     )
-
-
-def _paths(config: Any, own: Mapping[str, Leaf], source: str, ordered: bool) -> dict[str, str]:
-    """The site path of each key: attention's output projection and bare parameters are nested in PEFT's keys."""
-    paths: dict[str, str] = {}
-    together: dict[str, list[str]] = {}
-    for site in own:
-        together.setdefault(_owner(site), []).append(site)
-    for site in own:
-        if site.endswith(f"{_BASE}.out_proj"):
-            paths[site] = _owner(site)
-            continue
-        owner = _owner(site)
-        nested = sorted(together[owner], key=len, reverse=True)  # in the module's order
-        names = [name for name in _names(config) if _owns(name, owner)]
-        if nested == [owner] and (not names or matching.is_target(config, owner)):
-            paths[site] = owner
-        elif len(names) != len(nested) or (len(nested) > 1 and not ordered):
-            raise ValueError(
-                f"{source}: {owner!r} has {len(nested)} adapted parameters of {names or 'unknown names'}, and PEFT's "
-                "keys do not say which is which without the model; pass it: peftfn.load(folder, model=model)."
-            )
-        else:
-            paths[site] = f"{owner}.{names[nested.index(site)].rpartition('.')[2]}"
-    return paths
-
-
-def _owner(site: str) -> str:
-    """The module of a key, without the wrappers that PEFT puts around it."""
-    while site.endswith(_BASE):
-        site = site.removesuffix(_BASE)
-    attention = site.removesuffix(f"{_BASE}.out_proj")
-    return site if attention == site else f"{attention}.out_proj"
-
-
-def _owns(name: str, owner: str) -> bool:
-    suffix = name.rpartition(".")[0]
-    return not suffix or matching.ends_with(owner, [suffix])

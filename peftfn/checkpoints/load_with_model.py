@@ -90,7 +90,7 @@ def load_with_model(
         torch.Size([1, 3, 8])
     """
     where = "/".join(part for part in (subfolder, adapter_name) if part and part != "default") or None
-    origin = reading.Origin(str(folder_or_hub_id), where, revision, token, cache_dir)
+    origin = reading.settled(reading.Origin(str(folder_or_hub_id), where, revision, token, cache_dir))
     tensors, _, source, config = checkpoint.read(origin, torch.device("cpu"))
     origin = reading.pinned(origin, source)
     name = _base_name(config, base, source)

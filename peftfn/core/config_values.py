@@ -7,6 +7,7 @@ import difflib
 import functools
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -101,13 +102,16 @@ def patterns_of(config: Any) -> dict[str, Mapping[str, Any]]:
 
 def check_patterns(config: Any) -> None:
     """Refuse a pattern that `re` cannot compile, where it is written and not where it is first matched."""
-    regexes = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
-    for field in (*regexes, *patterns_of(config)):
+    alone = ("target_modules", "exclude_modules", "feedforward_modules")  # a list there holds names
+    inside = ("layers_pattern", "modules_to_save", *patterns_of(config))  # PEFT's matching puts more around it
+    for field in (*alone, *inside):
         value: Any = getattr(config, field, None)
-        patterns: list[str] = [value] if isinstance(value, str) else [*value] if isinstance(value, Mapping) else []
+        is_several = isinstance(value, Mapping) or (field in inside and isinstance(value, tuple))
+        several = cast("list[str]", [*value] if is_several else [])
+        patterns = [value] if isinstance(value, str) else several
         for pattern in patterns:
             try:
-                re.compile(pattern)
+                re.compile(rf"(.*\.)?({pattern})$" if field in inside else pattern)
             except re.error as error:
                 raise ValueError(
                     f"{type(config).__name__}({field}={thaw(value)!r}): {pattern!r} is no regex ({error}). "
@@ -134,5 +138,6 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(value, float) and not math.isfinite(value):
         return False
     if hint is float or hint is int:
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+        largest = sys.float_info.max if hint is float else sys.maxsize
+        return isinstance(value, (int, hint)) and not isinstance(value, bool) and abs(value) <= largest
     return hint is Any or isinstance(value, hint)

@@ -58,6 +58,27 @@ def _no_room(error: BaseException | None) -> int | None:
     return None
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Generator[None]:
+    """A context in which nobody else who asks for it writes into the folder; the system ends it with the process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    if folder.exists() and not folder.is_dir():
+        yield  # what writes says so
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # not every file system has locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def write_together(folder: Path, writes: Mapping[str, Write]) -> None:
     """Put files into a folder (made if missing), each of them whole.
 

@@ -8,11 +8,10 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import safetensors
 import torch
 from torch import Tensor
 
-from peftfn.core import files, hub
+from peftfn.core import files, hub, safetensors_file
 
 
 class Origin(NamedTuple):
@@ -45,7 +44,7 @@ def find(origin: Origin, filename: str) -> Path:
 
 def missing(origin: Origin, filename: str) -> FileNotFoundError:
     """The error that says that a file was not found, and where it may be."""
-    if not Path(origin.name).exists():
+    if not exists(origin.name):
         where = f"the hub repository {origin.name!r}" + (f", folder {origin.subfolder!r}" if origin.subfolder else "")
         return FileNotFoundError(f"no {filename} in {where}; expected a repository that holds a PEFT adapter.")
     if Path(origin.name).is_file():
@@ -55,9 +54,25 @@ def missing(origin: Origin, filename: str) -> FileNotFoundError:
     return FileNotFoundError(f"no {filename} in {origin.folder}; expected a folder that holds a PEFT adapter.{hint}")
 
 
+def settled(origin: Origin) -> Origin:
+    """The origin with the folder that links lead to, so that all files come from that one, if a link is changed."""
+    if not exists(origin.name):
+        return origin
+    real = origin.folder.resolve()
+    return origin if real == origin.folder.absolute() else origin._replace(name=str(real), subfolder=None)
+
+
+def exists(name: str) -> bool:
+    """Whether there is a file or folder of that name; no system has one whose name is too long."""
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):
+        return False
+
+
 def try_find(origin: Origin, filename: str) -> Path | None:
     """As `find`, but `None` where the folder or repository has no such file."""
-    if Path(origin.name).exists():
+    if exists(origin.name):
         path = origin.folder / filename
         return path if path.is_file() else None
     return hub.download(
@@ -73,7 +88,7 @@ def try_find(origin: Origin, filename: str) -> Path | None:
 
 def pinned(origin: Origin, found: Path | None) -> Origin:
     """The origin with the commit that the file `found` came from, so that the next file is read from it too."""
-    if found is None or Path(origin.name).exists():
+    if found is None or exists(origin.name):
         return origin
     snapshot = found.parents[len(Path(origin.subfolder or "").parts)]  # <cache>/models--<name>/snapshots/<commit>
     return origin._replace(commit=snapshot.name)
@@ -88,7 +103,7 @@ def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
     """The JSON object in a text, or a `ValueError` that names its source."""
     try:
         data = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number of more digits than Python reads is no JSONDecodeError
         raise ValueError(
             f"{source} is not valid JSON ({error}); it may be truncated: write or fetch it again."
         ) from error
@@ -100,26 +115,19 @@ def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
 def safetensors_of(path: Path, device: torch.device, mmap: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file; with `mmap`, tensors that are the file in memory.
 
+    All of it comes from one opening of the file: another one may be put in its place meanwhile.
+
     Raises:
         ValueError: the file is truncated or corrupt.
     """
-    try:
-        opened: Any = safetensors.safe_open(path, framework="pt", device=str(device))
-        with opened:
-            names: list[str] = opened.keys()
-            found: dict[str, Tensor] = {name: opened.get_tensor(name) for name in names}
-            # A copy: on CPU what safetensors returns is the file itself in memory, and changes when it does.
-            if device.type == "cpu" and not mmap:
-                found = {name: tensor.clone() for name, tensor in found.items()}
-            return found, opened.metadata() or {}
-    except (safetensors.SafetensorError, OSError) as error:
-        with path.open("rb") as file:
-            pointer = file.read(len(files.POINTER)) == files.POINTER
-        raise ValueError(
-            f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` there."
-            if pointer
-            else f"{path} is not a whole safetensors file ({error}); it is truncated or corrupt: fetch it again."
-        ) from error
+    with path.open("rb", buffering=0) as file:
+        metadata, entries = safetensors_file.described(file, path)
+        held = safetensors_file.mapped(file, path) if mmap else None
+        found = {
+            name: safetensors_file.tensor(file, path, one) if held is None else safetensors_file.within(held, path, one)
+            for name, one in entries.items()
+        }
+    return {name: tensor.to(device) for name, tensor in found.items()}, metadata
 
 
 def pickled(path: Path, device: torch.device) -> dict[str, Tensor]:

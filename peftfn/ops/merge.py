@@ -12,10 +12,10 @@ from peftfn import methods
 from peftfn.core.adapter import UNKNOWN, Adapter, Leaf, SiteInfo, as_tuple, leaf_of, site_paths
 from peftfn.core.config import PeftConfig
 from peftfn.core.transforms import is_traced
-from peftfn.methods import Method, companions
+from peftfn.methods import Method, companions, leaf_dtypes
 from peftfn.models import layers, layouts
 from peftfn.models.layers import Place
-from peftfn.ops import tied_tables, validate
+from peftfn.ops import tied_names, tied_tables, validate
 from peftfn.weights import codecs, offloaded
 from peftfn.weights.codecs.state_dict_entry import Entry
 
@@ -38,16 +38,18 @@ def merge(
     takes them, and so does a model of plain layers. With `requantize` they are quantized again, in the same format with
     the same settings and under the same names: what is lost is the format's own rounding, of the sum.
 
-    Weights that the model ties come apart where the adapter changes only one of them: give every name, as
-    `model.state_dict()` does, and call with `functional_call(..., tie_weights=False)`.
+    Weights that the model ties come apart where the adapter changes only one of them. With `model=` both names are in
+    the result, the other one with the weight as it was: run it with `apply(model, (), batch, params=merged)` or
+    `functional_call(..., tie_weights=False)`. Loaded into a model that ties them, one would overwrite the other:
+    `bind(model, a).save_pretrained(folder, merge=True)` and `merge_folder` write a model that does not tie.
 
     Args:
         params: base parameters by name, `dict(model.named_parameters())` or a state dict. Give biases too: a method may
             change them with their weights.
         adapter: one adapter or several, merged in order.
-        model: needed only where shapes do not tell how a square weight is stored (transposed experts; a mix of
-            `nn.Linear` and transformers' `Conv1D`), and for packed weights that cannot be read without their module;
-            the error says so.
+        model: says what it ties, and is needed where shapes do not tell how a square weight is stored (transposed
+            experts; a mix of `nn.Linear` and transformers' `Conv1D`), and for packed weights that cannot be read
+            without their module; the error says so.
         requantize: whether packed weights are packed again.
 
     Raises:
@@ -55,7 +57,7 @@ def merge(
             one.
         KeyError: `params` lacks a weight that the adapter changes.
         ValueError: a tensor does not fit, the adapter or a packed weight holds NaN or infinity, or what a packed weight
-            is read by does not fit it.
+            is read by does not fit it; or, without `model`, names of one tensor come apart.
 
     Example:
         >>> import torch, peftfn as pf
@@ -66,7 +68,8 @@ def merge(
         (False, True)
     """
     validate.refuse_other_than_mapping(params)
-    merged = dict(params) if model is None else offloaded.filled(model, params)
+    given = frozenset(params)
+    merged = dict(params) if model is None else tied_names.every(offloaded.filled(model, params), model)
     params = dict(merged)
     packed: dict[str, Entry] = {}
     adapters = as_tuple(adapter)
@@ -91,20 +94,11 @@ def merge(
             if name not in again:  # what is packed has names of its own
                 del merged[name]
             merged.update(again)
-    if model is not None:
-        _follow_shared_modules(merged, params, model)
+    if model is None:
+        tied_names.refuse_apart(merged, params)
+    else:
+        tied_names.settle(merged, params, given, model)
     return merged
-
-
-def _follow_shared_modules(merged: dict[str, Tensor], params: Mapping[str, Tensor], model: nn.Module) -> None:
-    """A module at several paths has one weight under several names: they change together."""
-    first: dict[int, str] = {}
-    for path, module in layers.named_modules(model, remove_duplicate=False):
-        home = first.setdefault(id(module), path)
-        for name in (*module._parameters, *module._buffers) if home != path else ():
-            here, there = (f"{at}.{name}" if at else name for at in (path, home))
-            if here in merged and there in merged and merged[there] is not params[there]:
-                merged[here] = merged[there]
 
 
 def _unpack(
@@ -212,7 +206,10 @@ def _without_weights(config: PeftConfig) -> ValueError:
 
 def changed(one: Change, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that a change makes, by name, from those of `params` that it reads."""
-    found = dict(one.replaced)
+    found = {
+        name: leaf_dtypes.in_place_of(params[name], tensor, one.method) if name in params else tensor
+        for name, tensor in one.replaced.items()
+    }
     if one.place is None:
         return found
     if params[one.place.name].is_meta and not all(tensor.is_meta for tensor in one.leaf.values() if tensor.dim()):
@@ -226,7 +223,8 @@ def changed(one: Change, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         action = one.method.on_weights
         assert action is not None, "change has refused others"
         shape = layouts.of_tensor(one.place.kind, params[one.place.name], one.info)
-        made = action.merge(one.adapter.config, one.leaf, shape, given)
+        leaf = leaf_dtypes.widened(one.leaf, params[one.place.name].dtype)
+        made = action.merge(one.adapter.config, leaf, shape, given)
     except (RuntimeError, ValueError) as error:
         shapes = {name: tuple(tensor.shape) for name, tensor in one.leaf.items() if tensor.dim()}
         raise ValueError(

@@ -13,6 +13,7 @@ from peftfn.core.adapter import Adapter, as_tuple
 from peftfn.models import attention_masks, surgery, twins
 from peftfn.runtime import attach, remembered_checks, site_adapters
 from peftfn.runtime.routing import row_index
+from peftfn.weights import packed_params
 
 
 @transforms.traced_whole
@@ -62,6 +63,7 @@ def apply(
     which = row_index.of_adapters(adapters, index) if stacks or index is not None else None
     if which is not None:
         row_index.refuse_other_batch(which, (*arguments, *keywords.values()))
+    params = packed_params.settled(model, params) if params else params
     made = twins.Twins(model, params)
     tracing = torch.compiler.is_compiling()
     surgery.run_packed(made.by_path.values(), apart=not tracing)

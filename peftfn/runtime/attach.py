@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfn.methods import leaf_dtypes
 from peftfn.methods.prompt import insert_tokens
 from peftfn.models import activation_checkpointing, layers, surgery
 from peftfn.models import transformers_names as hf
@@ -211,6 +212,9 @@ def _replace(plan: Plan, twin: nn.Module, path: str, here: Sequence[SiteAdapter]
             validate.refuse_replacement(twin, path, name, shape, name in part.fixed)
             if part.rows is None:
                 plan.tensors[path, name] = tensor
+                own = twin._parameters.get(name)
+                if own is not None and leaf_dtypes.in_place_of(own, tensor, part.method) is not tensor:
+                    plan.computed[path, name] = functools.partial(leaf_dtypes.held_as, twin, name, own.dtype)
         if part.rows is not None and part.replaced:
             plan.then(path, functools.partial(_replaced_by_row, path, part))
 
@@ -228,7 +232,7 @@ def _refuse_statistics(twin: nn.Module, path: str, here: Sequence[SiteAdapter]) 
 
 def _replaced_by_row(path: str, part: SiteAdapter, layer: nn.Module, _run: Callable[..., Any]) -> Callable[..., Any]:
     assert part.rows is not None, "of a routed adapter"
-    return routed_sites.replaced(layer, path, part.replaced, part.rows)
+    return routed_sites.replaced(layer, path, part.replaced, part.rows, part.method)
 
 
 def _adapted(
@@ -259,6 +263,19 @@ def _adapted(
 
 def _acting(part: SiteAdapter, site: Site, run: Callable[..., Any]) -> Callable[..., Any]:
     """A site's forward with one method around what it runs."""
+    if part.method.on_weights is not None and leaf_dtypes.is_narrower(part.leaf, site.stored.dtype):
+        return functools.partial(_acting_wide, part, site, run)
+    return _method_around(part, site, run)
+
+
+def _acting_wide(part: SiteAdapter, site: Site, run: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same, of a leaf in half precision where the layer computes in more: products are taken in the wider dtype."""
+    seen = x.dtype if isinstance(x, Tensor) and x.is_floating_point() else site.stored.dtype
+    wide = part._replace(leaf=leaf_dtypes.widened(part.leaf, seen))
+    return _method_around(wide, site, run)(x, *args, **kwargs)
+
+
+def _method_around(part: SiteAdapter, site: Site, run: Callable[..., Any]) -> Callable[..., Any]:
     if part.rows is not None:
         return routed_sites.step(part.method, part.config, part.leaf, part.rows, run, site, replaced=part.replaced)
     return functools.partial(part.method.action.forward, part.config, part.leaf, site.running(run))

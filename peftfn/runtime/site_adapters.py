@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peftfn import methods
 from peftfn.core.adapter import PRESENT, UNKNOWN, Adapter, SiteInfo, is_shared, leaf_of
 from peftfn.core.config import PeftConfig
-from peftfn.methods import Method, companions
+from peftfn.methods import Method, companions, leaf_dtypes
 from peftfn.models import layers, layouts, tied_weights
 from peftfn.runtime.routing.row_index import Rows
 
@@ -133,4 +133,5 @@ def merged(
     action = part.method.on_weights
     assert action is not None, "methods that act on whole modules have no site with a weight"
     shape = layouts.of_tensor(kind, tensors["weight"], part.info)
+    leaf = leaf_dtypes.widened(leaf, tensors["weight"].dtype)
     return action.merge(part.config, leaf, shape, {name: tensors[name] for name in action.reads if name in tensors})

@@ -113,10 +113,10 @@ FILES: dict[str, Spoil] = {
     "ValueError: init_lora_weights='pissa_niter_4' goes with a base": fields(init_lora_weights="pissa_niter_4"),
     "ValueError: has rank 2, and the config says 4 for '0'; expected a whole adapter": fields(r=4),
     "ValueError: has rank 2, and the config says 1 for '0'; expected a whole adapter": fields(r=1),
-    "ValueError: is not a whole safetensors file (Error while deserializing header: header": cut(WEIGHTS, 0),
-    "ValueError: is not a whole safetensors file (Error while deserializing header: invalid header": cut(WEIGHTS, 40),
-    "ValueError: is not a whole safetensors file (Error while deserializing header: incomplete": cut(WEIGHTS, 2000),
-    "ValueError: is not a whole safetensors file (Error while deserializing header: invalid UTF": flip,
+    "ValueError: is not a whole safetensors file (header too small": cut(WEIGHTS, 0),
+    "ValueError: is not a whole safetensors file (incomplete: its header has": cut(WEIGHTS, 40),
+    "ValueError: is not a whole safetensors file (incomplete: its": cut(WEIGHTS, 2000),
+    "ValueError: is not a whole safetensors file (its header is no JSON: 'utf-8' codec": flip,
     "ValueError: is a git-lfs pointer, not the file itself": write(
         WEIGHTS, b"version https://git-lfs.github.com/spec/v1\n"
     ),

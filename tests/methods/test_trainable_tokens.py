@@ -74,7 +74,10 @@ def test_outputs_gradients_merges_and_files_are_pefts(case: Any, tmp_path: Path)
         for given in (dict(model.named_parameters(remove_duplicate=False)), model.state_dict()):
             merged = pf.merge(given, adapter, model=model)
             assert off(functional_call(model, merged, (ids,), tie_weights=False).logits, expected) < EXACT
-        if "unlike" not in str(case) and adapter.sites:
+        if case is CASES["beside LoRA, tied and unlike"]:
+            with pytest.raises(ValueError, match=r"'model\.embed_tokens\.weight' otherwise than 'lm_head\.weight'"):
+                pf.merge(model.state_dict(), adapter)
+        elif adapter.sites:
             merged = pf.merge(model.state_dict(), adapter)
             assert off(functional_call(model, merged, (ids,), tie_weights=False).logits, expected) < EXACT
         with oracle.quiet_peft():

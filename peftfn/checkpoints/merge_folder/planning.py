@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from peftfn.checkpoints.merge_folder import shards
-from peftfn.checkpoints.merge_folder.shards import Entry, Item, Shard
+from peftfn.checkpoints.merge_folder.shards import Item, Shard
 from peftfn.checkpoints.merge_folder.tensor_names import Group, Names, Tensors
 from peftfn.core.adapter import Adapter, site_paths
+from peftfn.core.safetensors_file import CODES, Entry
 from peftfn.methods import companions
 from peftfn.ops import tied_tables
 from peftfn.ops.merge import Change, change, changed, of_rows
@@ -99,7 +100,7 @@ def make(folder: Sequence[Shard], adapters: Sequence[Adapter], names: Names, dty
 
 def meta(entry: Entry) -> Tensor:
     """A tensor on the meta device, of the entry's shape and, where torch has it, dtype."""
-    return torch.empty(entry.shape, dtype=shards.CODES.get(entry.code, torch.uint8), device="meta")
+    return torch.empty(entry.shape, dtype=CODES.get(entry.code, torch.uint8), device="meta")
 
 
 def _known(folder: Sequence[Shard], adapters: Sequence[Adapter], names: Names, dtype: torch.dtype | None) -> Known:
@@ -273,7 +274,7 @@ def _files(
 
 def _kept(known: Known, name: str, key: str, entry: Entry, units: dict[str, Unit]) -> Item:
     """An item for a tensor that no adapter touches: its bytes, or, in another dtype, a unit of its own."""
-    if known.dtype is None or not shards.is_floating(entry.code) or shards.CODES[entry.code] == known.dtype:
+    if known.dtype is None or not shards.is_floating(entry.code) or CODES[entry.code] == known.dtype:
         return Item(name, entry.code, entry.shape, entry)
     units[name] = Unit((key,), _recast(name, key, known.dtype), by_rows=len(entry.shape) > 0)
     return Item(name, shards.NAMES[known.dtype], entry.shape, None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -18,46 +18,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from peftfn.core import files, reading
+from peftfn.core import reading, safetensors_file
+from peftfn.core.safetensors_file import CODES, Entry
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-CODES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""The dtypes of tensors that can be read; a tensor of another one can still be copied."""
-
 NAMES = {dtype: code for code, dtype in CODES.items()}
-_LONGEST_HEADER = 100_000_000  # as the format's own reader has it
 _CHUNK = 1 << 26  # bytes between two steps of a progress bar
-
-
-class Entry(NamedTuple):
-    """Where a tensor is: its dtype's code, its shape, the file, and its bytes there."""
-
-    code: str
-    shape: tuple[int, ...]
-    path: Path
-    start: int
-    end: int
-
-    def of_rows(self, rows: slice) -> Entry:
-        """Where those rows of it are."""
-        each = (self.end - self.start) // max(1, self.shape[0])
-        shape = (rows.stop - rows.start, *self.shape[1:])
-        return self._replace(shape=shape, start=self.start + rows.start * each, end=self.start + rows.stop * each)
 
 
 class Shard(NamedTuple):
@@ -77,36 +45,14 @@ def read_shard(path: Path) -> Shard:
     """The header of a file.
 
     Raises:
+        FileNotFoundError: it is no file.
         ValueError: it is not a whole safetensors file.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-            raise _broken(path)
-        header = reading.parse_json(file.read(length), f"the header of {path}")
-    metadata = header.pop("__metadata__", {})
-    try:
-        entries = {name: _entry(path, one, 8 + length) for name, one in header.items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise _broken(path) from error
-    if any(entry.end > size for entry in entries.values()):
-        raise _broken(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file; expected weights in safetensors' format: fetch it again.")
+    with FileIO(path) as file:
+        metadata, entries = safetensors_file.described(file, path)
     return Shard(path, metadata, entries)
-
-
-def _entry(path: Path, one: Mapping[str, Any], begin: int) -> Entry:
-    code, shape, (start, end) = str(one["dtype"]), tuple(map(int, one["shape"])), map(int, one["data_offsets"])
-    if code in CODES and end - start != math.prod(shape) * CODES[code].itemsize:
-        raise ValueError(f"{shape} in {end - start} bytes")
-    return Entry(code, shape, path, begin + start, begin + end)
-
-
-def _broken(path: Path) -> ValueError:
-    with path.open("rb") as file:
-        pointer = file.read(len(files.POINTER)) == files.POINTER
-    why = "is a git-lfs pointer: run `git lfs pull` there" if pointer else "is truncated or corrupt: fetch it again"
-    return ValueError(f"{path} is not a whole safetensors file; it {why}.")
 
 
 def find(folder: Path) -> list[Shard]:
@@ -129,7 +75,13 @@ def find(folder: Path) -> list[Shard]:
     if not isinstance(where, dict) or not where:
         raise ValueError(f"{folder / INDEX} has no weight_map; it may be truncated: fetch it again.")
     names: dict[str, str] = {str(key): str(name) for key, name in where.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    elsewhere = [name for name in names.values() if Path(name).name != name or name in (".", "..", "")]
+    if elsewhere:
+        raise ValueError(
+            f"{folder / INDEX} names {elsewhere[0]!r}; expected files of its own folder alone: fetch it again."
+        )
     shards = [read_shard(folder / name) for name in sorted(set(names.values()))]
+    _refuse_twice(shards)
     for shard in shards:
         lost = [key for key, name in names.items() if name == shard.path.name and key not in shard.entries]
         if lost:
@@ -137,25 +89,21 @@ def find(folder: Path) -> list[Shard]:
     return shards
 
 
-def read(file: FileIO, entry: Entry, room: Tensor | None = None) -> Tensor:
-    """The tensor, in memory of its own or at the start of `room`, which are bytes.
+def _refuse_twice(shards: Sequence[Shard]) -> None:
+    seen: dict[str, Path] = {}
+    for shard in shards:
+        for key in shard.entries:
+            if key in seen:
+                raise ValueError(
+                    f"{key!r} is in {seen[key]} and in {shard.path.name} too, and which of the two a model gets "
+                    "depends on who loads it; write the folder again: from_pretrained(...).save_pretrained(...)."
+                )
+            seen[key] = shard.path
 
-    Raises:
-        ValueError: its dtype is not one that torch can compute with.
-    """
-    if entry.code not in CODES:
-        raise ValueError(f"{file.name} has a tensor of dtype {entry.code}, which cannot be read here.")
-    dtype, size = CODES[entry.code], entry.end - entry.start
-    room = torch.empty(size, dtype=torch.uint8, device="cpu") if room is None else room[:size]
-    made = room.view(dtype).view(entry.shape)
-    view, done = as_bytes(made), 0
-    file.seek(entry.start)
-    while done < len(view):
-        count = file.readinto(view[done:])
-        if not count:
-            raise ValueError(f"{file.name} ends before its tensors do; it was changed while it was read.")
-        done += count
-    return made
+
+def read(file: FileIO, entry: Entry, room: Tensor | None = None) -> Tensor:
+    """The tensor, in memory of its own or at the start of `room`, which are bytes (`safetensors_file.tensor`)."""
+    return safetensors_file.tensor(file, entry.path, entry, room)
 
 
 def write(file: FileIO, offset: int, tensor: Tensor) -> None:

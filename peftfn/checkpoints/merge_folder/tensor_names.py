@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peftfn.checkpoints import load_with_model
 from peftfn.core.adapter import Adapter
-from peftfn.models import layers
+from peftfn.models import tied_weights
 
 Tensors = Mapping[str, Tensor]
 
@@ -87,20 +87,11 @@ def of_model(model: nn.Module, shapes: Tensors) -> Names:
     for (name, _), members in together.items():
         made = _group(model, name, members)
         groups.update(dict.fromkeys(made.to_model({key: shapes[key] for key in made.keys}), made))
-    tied = _tied(model)
+    tied = tied_weights.names(model)
     found = {*keys, *groups}
     found |= {name for names in tied if found & set(names) for name in names}
     missing = [name for name, _ in model.named_parameters() if name not in found]
     return Names(keys, groups, written, tied, missing, model)
-
-
-def _tied(model: nn.Module) -> tuple[tuple[str, ...], ...]:
-    found: dict[int, list[str]] = {}
-    for path, module in layers.named_modules(model):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                found.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
-    return tuple(tuple(names) for names in found.values() if len(names) > 1)
 
 
 Rename = Callable[[str], tuple[str, str | None, str]]

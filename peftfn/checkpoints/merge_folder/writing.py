@@ -17,8 +17,9 @@ from torch import Tensor
 from peftfn.checkpoints.merge_folder import shards
 from peftfn.checkpoints.merge_folder.flushing import Flushing
 from peftfn.checkpoints.merge_folder.planning import Unit
-from peftfn.checkpoints.merge_folder.shards import Entry, Item
+from peftfn.checkpoints.merge_folder.shards import Item
 from peftfn.core import row_blocks
+from peftfn.core.safetensors_file import CODES, Entry
 
 _PIECE = 1 << 20  # values: a few MB stay in a processor's caches while one thread reads, one computes and one writes
 _FREED = 1 << 24  # bytes
@@ -217,7 +218,7 @@ def _largest(pieces: Sequence[Piece], units: Mapping[str, Unit], entries: Mappin
 def _checked(piece: Piece, tensor: Tensor, safe: bool) -> Tensor:
     item, rows = piece.items[0], piece.rows
     shape = item.shape if rows is None else (rows.stop - rows.start, *item.shape[1:])
-    tensor = tensor.to(shards.CODES[item.code])
+    tensor = tensor.to(CODES[item.code])
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{item.name}: the adapter makes it {tuple(tensor.shape)}; its layer has {shape}.")
     if safe and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftfn.core import stack_slices
 from peftfn.core.config import PeftConfig
-from peftfn.methods import Method
+from peftfn.methods import Method, leaf_dtypes
 from peftfn.methods.prompt import model_call
 from peftfn.models.layers import Site
 from peftfn.runtime.routing import row_index, segments
@@ -192,7 +192,9 @@ def of_call(
     )
 
 
-def replaced(twin: nn.Module, path: str, tensors: Mapping[str, Tensor], which: Rows) -> Callable[..., Any]:
+def replaced(
+    twin: nn.Module, path: str, tensors: Mapping[str, Tensor], which: Rows, method: Method
+) -> Callable[..., Any]:
     """A forward of the twin in which row n is computed with the slice `which[n]` of each tensor."""
     codec = codecs.of(twin)
 
@@ -201,8 +203,9 @@ def replaced(twin: nn.Module, path: str, tensors: Mapping[str, Tensor], which: R
         picked, keep = _pick(tensors, row_index.of_input(given, which, path))
         for name, tensor in picked.items():
             own = _own(twin, name)
+            picked[name] = placed = leaf_dtypes.in_place_of(own, tensor, method)
             if keep is not None:
-                picked[name] = torch.where(keep.view(-1, *(1 for _ in own.shape)), tensor, own)
+                picked[name] = torch.where(keep.view(-1, *(1 for _ in own.shape)), placed, own)
 
         def one(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
             return codec.run(_twin(twin, tensors), x.unsqueeze(0), *args, **kwargs).squeeze(0)

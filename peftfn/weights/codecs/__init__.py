@@ -111,14 +111,20 @@ def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     is_before = torch.compiler.is_compiling() or "weight" in module.__dict__
     if not is_before or has_own_forward(module) or module._parameters.get("weight") is None:
         return type(module).forward(module, *args, **kwargs)
-    return compute(module, module._parameters["weight"], module._parameters.get("bias"), *args, **kwargs)
+    weight = cast("Tensor", module._parameters["weight"])
+    return compute(module, weight, _beside(weight, module._parameters.get("bias")), *args, **kwargs)
+
+
+def _beside(weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The bias in the weight's dtype: one that an adapter has put in place of a half-precision one may be wider."""
+    return bias if bias is None or bias.dtype == weight.dtype else bias.to(weight.dtype)
 
 
 def _product(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     if type(module).forward not in _FORWARDS:
         return None
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    return None if weight is None or type(weight) not in _PLAIN else (weight, bias)
+    return None if weight is None or type(weight) not in _PLAIN else (weight, _beside(weight, bias))
 
 
 def _shape(module: nn.Module, name: str) -> torch.Size:
