@@ -10,8 +10,12 @@ from torch import Tensor
 
 from peftfn.core.adapter import Adapter
 from peftfn.core.transforms import is_traced
+from peftfn.core.unlike_rows import UnlikeRowsError
 from peftfn.ops import stacking
 from peftfn.runtime.routing import segments
+
+MODEL = "the model"
+"""What the call of the model itself is called in place of a path."""
 
 
 class Rows(NamedTuple):
@@ -23,6 +27,7 @@ class Rows(NamedTuple):
         in_order: whether it is known that row n uses adapter n, and every adapter has its row: then nothing is copied.
         tokens: the index's shape (rows of the batch, tokens), if it has a number for each token.
         ways: how the rows can be sorted by adapter, where the index has values that can be read.
+        known: the modules whose input is known to have the rows on its first axis; `None` where that was not found out.
     """
 
     numbers: Tensor
@@ -30,6 +35,7 @@ class Rows(NamedTuple):
     in_order: bool
     tokens: torch.Size | None = None
     ways: tuple[segments.Segments, ...] = ()
+    known: frozenset[str] | None = None
 
     @property
     def size(self) -> int:
@@ -104,15 +110,20 @@ def of_input(x: Tensor, rows: Rows, path: str) -> Rows:
 
     So some blocks flatten (rows, tokens, features) or cut a row into windows, and generate() repeats rows for beams.
     """
+    _refuse_other_input(x, rows, path)
     if x.shape[0] == rows.size:
         return rows
-    _refuse_other_input(x, rows, path)
     each = x.shape[0] // rows.size
     keep = None if rows.keep is None else rows.keep.repeat_interleave(each)
-    return Rows(rows.numbers.repeat_interleave(each), keep, in_order=False, tokens=rows.tokens)
+    return Rows(rows.numbers.repeat_interleave(each), keep, in_order=False, tokens=rows.tokens, known=rows.known)
 
 
 def _refuse_other_input(x: Tensor, rows: Rows, path: str) -> None:
+    if rows.known is not None and path not in rows.known:
+        raise UnlikeRowsError(
+            f"{path}: it is not known where the rows of the batch are in what this layer is given: the bare base did "
+            "not run it on this batch (an expert that no token chose). Apply the adapters one at a time."
+        )
     if not rows.size or x.shape[0] % rows.size:
         raise ValueError(
             f"{path}: index has {rows.size} rows and the input here has shape {tuple(x.shape)}; expected one index "
@@ -125,6 +136,8 @@ def flat(x: Tensor, rows: Rows, path: str) -> Tensor:
     if rows.tokens is None:
         _refuse_other_input(x, rows, path)
         return x
+    if rows.known is not None and path not in rows.known:
+        raise UnlikeRowsError(f"{path}: it is not known where the tokens of the batch are in what this layer is given.")
     if x.shape[0] == rows.size and x.shape[:2] != rows.tokens:
         return x
     if x.shape[:2] == rows.tokens:
