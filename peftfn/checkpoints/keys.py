@@ -201,7 +201,7 @@ def _from_keys(
             home.setdefault(path, {})[name] = tensor
     tied = companion_keys.taken_copies(config, keyed) if method.of_tables else {}
     on_inputs = method.targets.input_side
-    paths = _paths(config, keyed, source, ordered or model is not None)
+    paths = _paths(config, keyed, source, ordered, model)
     for site, leaf in keyed.items():
         at = layers.pattern_path(paths[site], set(paths.values()))
         try:
@@ -261,7 +261,7 @@ def _is_trained(config: Any, path: str, name: str, site: str) -> bool:
     )
 
 
-def _paths(config: Any, own: Mapping[str, Leaf], source: str, ordered: bool) -> dict[str, str]:
+def _paths(config: Any, own: Mapping[str, Leaf], source: str, ordered: bool, model: nn.Module | None) -> dict[str, str]:
     """The site path of each key: attention's output projection and bare parameters are nested in PEFT's keys."""
     paths: dict[str, str] = {}
     together: dict[str, list[str]] = {}
@@ -273,10 +273,10 @@ def _paths(config: Any, own: Mapping[str, Leaf], source: str, ordered: bool) -> 
             continue
         owner = _owner(site)
         nested = sorted(together[owner], key=len, reverse=True)  # in the module's order
-        names = [name for name in _names(config) if _owns(name, owner)]
+        names = [name for name in _names(config) if layers.may_own(model, owner, name)]
         if nested == [owner] and (not names or matching.is_target(config, owner)):
             paths[site] = owner
-        elif len(names) != len(nested) or (len(nested) > 1 and not ordered):
+        elif len(names) != len(nested) or (len(nested) > 1 and not ordered and model is None):
             raise ValueError(
                 f"{source}: {owner!r} has {len(nested)} adapted parameters of {names or 'unknown names'}, and PEFT's "
                 "keys do not say which is which without the model; pass it: peftfn.load(folder, model=model)."
@@ -292,8 +292,3 @@ def _owner(site: str) -> str:
         site = site.removesuffix(_BASE)
     attention = site.removesuffix(f"{_BASE}.out_proj")
     return site if attention == site else f"{attention}.out_proj"
-
-
-def _owns(name: str, owner: str) -> bool:
-    suffix = name.rpartition(".")[0]
-    return not suffix or matching.ends_with(owner, [suffix])
