@@ -10,7 +10,7 @@ import oracle
 import peft
 import pytest
 import torch
-from cases import mixtral
+from bases import mixtral
 
 import peftfn as pf
 

@@ -99,7 +99,7 @@ class Gru(nn.Module):
 
 
 def pair(model: nn.Module, **options: Any) -> list[pf.Adapter]:
-    config = pf.LoraConfig(r=2, target_modules=r"layer(\.\d)?", **options)
+    config = pf.LoraConfig(r=2, target_modules=r"layer\.\d" if isinstance(model, Experts) else "layer", **options)
     return [oracle.randomised(pf.init(model, config, dtype=torch.float64), seed) for seed in (1, 2)]
 
 
@@ -107,11 +107,12 @@ def alone(model: nn.Module, adapters: Sequence[pf.Adapter], x: Tensor) -> Tensor
     return torch.stack([pf.apply(model, adapters[n] if n >= 0 else (), x)[row] for row, n in enumerate(INDEX)])
 
 
-@pytest.mark.parametrize("kind", [TokensFirst, Windows, TwoViews, Flat, Experts, Mixing])
-@pytest.mark.parametrize("tokens", [6, 3, 8])
+@pytest.mark.parametrize("kind", [TokensFirst, Windows, TwoViews, Flat, Experts])
+@pytest.mark.parametrize("tokens", [6, 4, 8])
 def test_rows_are_found_wherever_they_are(kind: Callable[[], nn.Module], tokens: int) -> None:
     torch.manual_seed(tokens)
     model, x = kind().double(), torch.randn(3, tokens, 4, dtype=torch.float64)
+    x = x[:, :3] if kind is TokensFirst and tokens == 4 else x  # as many tokens as rows
     adapters = pair(model)
     before = torch.get_rng_state()
     for batch in (x, x.flip(1)):  # the second time it is known
@@ -167,6 +168,12 @@ class Loss(TokensFirst):
 def test_a_loss_of_rows_that_ran_apart_is_refused() -> None:
     model = Loss().double()
     with pytest.raises(ValueError, match=r"part 1 of its output \(shape \(\)\) is not made of rows, as a loss of all"):
+        pf.apply(model, pf.stack(pair(model)), torch.randn(3, 6, 4, dtype=torch.float64), index=INDEX)
+
+
+def test_rows_that_the_model_itself_mixes_are_refused() -> None:
+    model = Mixing().double()
+    with pytest.raises(ValueError, match=r"part 0 of its output .* is not made of rows"):
         pf.apply(model, pf.stack(pair(model)), torch.randn(3, 6, 4, dtype=torch.float64), index=INDEX)
 
 

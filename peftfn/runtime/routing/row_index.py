@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ class Rows(NamedTuple):
         in_order: whether it is known that row n uses adapter n, and every adapter has its row: then nothing is copied.
         tokens: the index's shape (rows of the batch, tokens), if it has a number for each token.
         ways: how the rows can be sorted by adapter, where the index has values that can be read.
+        values: the index as it was given, where it has values that can be read.
         known: the modules whose input is known to have the rows on its first axis; `None` where that was not found out.
     """
 
@@ -35,6 +37,7 @@ class Rows(NamedTuple):
     in_order: bool
     tokens: torch.Size | None = None
     ways: tuple[segments.Segments, ...] = ()
+    values: tuple[int, ...] = ()
     known: frozenset[str] | None = None
 
     @property
@@ -83,7 +86,9 @@ def of_index(index: Any, adapters: int) -> Rows:
     tokens = given.shape if given.dim() == 2 else None
     rows = given.flatten() if tokens else given
     if is_traced(rows) or not rows.shape[0]:
-        return Rows(rows.clamp(min=0), rows >= 0, in_order=False, tokens=tokens)
+        is_list = not isinstance(index, Tensor) and not torch.compiler.is_compiling()  # a transform wraps what it makes
+        said = tuple(cast("list[int]", np.asarray(index).ravel().tolist())) if is_list else ()
+        return Rows(rows.clamp(min=0), rows >= 0, in_order=False, tokens=tokens, values=said)
     values = _values(rows)
     low, high = min(values), max(values)
     if not -1 <= low <= high < adapters:
@@ -94,7 +99,8 @@ def of_index(index: Any, adapters: int) -> Rows:
     keep, known = None if low >= 0 else rows >= 0, rows.device.type == "cpu"
     in_order = known and values == list(range(adapters))
     ways = segments.plans(values, adapters) if known and not in_order else ()
-    return Rows(rows.clamp(min=0), keep, in_order, tokens, ways)  # a copy: the caller may write to its index
+    copied = rows.clamp(min=0)  # the caller may write to its index
+    return Rows(copied, keep, in_order, tokens, ways, tuple(values))
 
 
 def _values(rows: Tensor) -> list[int]:

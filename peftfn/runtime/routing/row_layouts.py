@@ -81,12 +81,10 @@ def of(call: Call, adapters: Sequence[Adapter], which: Rows) -> Layouts | None:
     if key in known:
         return known[key]
     paths = _modules(call.model, [path for path, here in _acting(call, adapters, which) if here])
-    axes = [0, 1] if any(rows in one.shape[1:2] for one in changed_rows.tensors(call.keywords, call.arguments)) else [0]
-    several = [found for axis in axes if (found := _found(call, paths, rows, axis)) is not None]
-    best = next((one for one in several if all(one.sites.values())), next(iter(several), None))
-    if best is not None and any(axis is not None for axis in best.outputs):
-        known[key] = best
-    return best
+    found = _found(call, paths, rows, int(any(_axis_of_rows(call.model.get_submodule(path)) for path in paths)))
+    if found is not None and any(axis is not None for axis in found.outputs):
+        known[key] = found
+    return found
 
 
 def _acting(call: Call, adapters: Sequence[Adapter], which: Rows) -> Iterable[tuple[str, bool]]:

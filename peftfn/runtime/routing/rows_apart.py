@@ -14,7 +14,6 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
 from peftfn.core.adapter import Adapter
-from peftfn.core.transforms import is_traced
 from peftfn.core.unlike_rows import UnlikeRowsError
 from peftfn.models import transformers_caches as caches
 from peftfn.models import transformers_names as hf
@@ -54,7 +53,7 @@ def run(once: Once, call: Call, adapters: Sequence[Adapter], which: Rows) -> Any
         )
     found = row_layouts.of(call, adapters, which)
     asks = call.keywords.get(hf.USE_CACHE)  # a cache for each pass is of no use; where nobody asked, it is left out
-    if found is None or which.tokens is not None or is_traced(which.numbers) or asks:
+    if found is None or which.tokens is not None or not which.values or asks:
         raise why
     return _apart(once, call, adapters, which, found, why)
 
@@ -67,7 +66,7 @@ def _mixes(layer: nn.Module) -> bool:
 def _apart(
     once: Once, call: Call, adapters: Sequence[Adapter], which: Rows, found: Layouts, why: UnlikeRowsError
 ) -> Any:
-    numbers = [int(one) for one in torch.where(_keep(which), which.numbers, -1).cpu()]
+    numbers = which.values
     stack = next(one for one in adapters if one.members is not None)
     own = {-1: None, **dict(enumerate(stacking.unstack(stack)))}
     outputs: list[list[Any]] = []
@@ -90,10 +89,6 @@ def _apart(
 
 def _shapes(leaves: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(one.shape if isinstance(one, Tensor) else None for one in leaves)
-
-
-def _keep(which: Rows) -> Tensor:
-    return torch.ones_like(which.numbers, dtype=torch.bool) if which.keep is None else which.keep
 
 
 def _picked(leaves: list[Any], axis: int | None, places: Sequence[int], number: int) -> Any:
