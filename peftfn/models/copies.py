@@ -145,10 +145,11 @@ def refilled(value: Any, led: Callable[[Any], Any], memo: Memo) -> Any:
         return set(cast("set[Any]", value))
     if isinstance(value, tuple):
         return tuple(led(one) for one in cast("tuple[Any, ...]", value))
-    if id(value) in memo:
-        return memo[id(value)]
+    key = id(cast("Any", value))
+    if key in memo:
+        return memo[key]
     made: Any = {} if isinstance(value, dict) else []
-    memo[id(value)] = made
+    memo[key] = made
     if isinstance(value, dict):
         made.update({key: led(one) for key, one in cast("dict[Any, Any]", value).items()})
     else:
@@ -160,8 +161,9 @@ def _holds_itself(value: Any, around: frozenset[int]) -> bool:
     """Whether a container leads to itself by containers."""
     if type(value) not in (list, tuple, dict, OrderedDict):
         return False
-    inside: Any = value.values() if isinstance(value, dict) else value
-    return id(value) in around or any(_holds_itself(one, around | {id(value)}) for one in inside)
+    key = id(value)
+    inside = list(cast("dict[Any, Any]", value).values()) if isinstance(value, dict) else list(value)
+    return key in around or any(_holds_itself(one, around | {key}) for one in inside)
 
 
 def _parts(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:

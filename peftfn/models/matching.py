@@ -84,8 +84,8 @@ def refuse_lost_layers(config: TargetedConfig, paths: Sequence[str]) -> None:
     lost = [one for one in ([wanted] if isinstance(wanted, int) else wanted) if one not in there]
     if lost and numbers:
         raise ValueError(
-            f"layers_to_transform has {lost}, and target_modules={list(names)} are in the layers {numbers[0]} to "
-            f"{numbers[-1]}."
+            f"layers_to_transform={wanted}: {lost} are not there; target_modules={list(names)} are in the layers "
+            f"{numbers[0]} to {numbers[-1]}."
         )
 
 

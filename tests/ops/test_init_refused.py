@@ -16,7 +16,7 @@ import peftfn as pf
 
 
 def test_layers_that_are_not_there_are_named() -> None:
-    with pytest.raises(ValueError, match=r"layers_to_transform has \[31\], .* are in the layers 0 to \d"):
+    with pytest.raises(ValueError, match=r"\[31\] are not there; .* are in the layers 0 to \d"):
         pf.init(llama(), pf.LoraConfig(target_modules=["q_proj"], layers_to_transform=[1, 31]))
     with pytest.raises(ValueError, match=r"modules of these names are there, .* say layers_pattern=\['layers'\]"):
         pf.init(llama().model, pf.LoraConfig(target_modules=["q_proj"], layers_to_transform=[0]))

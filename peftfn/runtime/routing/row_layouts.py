@@ -129,7 +129,7 @@ def _structure(call: Call, paths: Sequence[str], rows: int) -> Hashable:
 
 
 def _said(value: Any) -> Hashable:
-    return value if isinstance(value, (bool, int, str)) else type(value)
+    return value if isinstance(value, (bool, int, str)) else cast("type[object]", type(value))
 
 
 def _found(call: Call, paths: Sequence[str], rows: int, axis: int) -> Layouts | None:

@@ -108,5 +108,5 @@ def _picked(leaves: list[Any], axis: int | None, places: Sequence[int], number: 
             )
         return first
     rows = len(places)
-    split = [cast("Tensor", one).movedim(axis, 0).unflatten(0, (rows, -1)) for one in leaves]
+    split: list[Tensor] = [cast("Any", one).movedim(axis, 0).unflatten(0, (rows, -1)) for one in leaves]
     return torch.stack([split[place][row] for row, place in enumerate(places)]).flatten(0, 1).movedim(0, axis)
