@@ -141,11 +141,11 @@ def _deep_copied(value: Any, memo: Memo) -> Any:
 
 def refilled(value: Any, led: Callable[[Any], Any], memo: Memo) -> Any:
     """A list, dict or tuple with `led(one)` for each of its values, or the same set; a list or dict may hold itself."""
+    key = id(value)
     if isinstance(value, set):
         return set(cast("set[Any]", value))
     if isinstance(value, tuple):
         return tuple(led(one) for one in cast("tuple[Any, ...]", value))
-    key = id(cast("Any", value))
     if key in memo:
         return memo[key]
     made: Any = {} if isinstance(value, dict) else []

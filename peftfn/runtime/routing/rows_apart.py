@@ -7,7 +7,7 @@ the model does with its rows: axes in another order, tokens that choose experts,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.utils._pytree as torch_pytree
@@ -108,5 +108,5 @@ def _picked(leaves: list[Any], axis: int | None, places: Sequence[int], number: 
             )
         return first
     rows = len(places)
-    split: list[Tensor] = [cast("Any", one).movedim(axis, 0).unflatten(0, (rows, -1)) for one in leaves]
+    split: list[Tensor] = [one.movedim(axis, 0).unflatten(0, (rows, -1)) for one in leaves]
     return torch.stack([split[place][row] for row, place in enumerate(places)]).flatten(0, 1).movedim(0, axis)
