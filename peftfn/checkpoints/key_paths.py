@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftfn.core.adapter import Leaf
 from peftfn.core.config import PeftConfig
 from peftfn.methods import Method
-from peftfn.models import matching
+from peftfn.models import layers, matching
 
 _BASE = ".base_layer"
 _WRAPPERS = ("modules_to_save", "original_module")
@@ -76,7 +76,7 @@ def refuse_other_tensor(method: Method, name: str, tensor: Tensor, key: str, sou
         raise ValueError(f"{source} has one number as {key!r}; expected a tensor with the sizes of its layer.")
 
 
-def paths(config: Any, own: Mapping[str, Leaf], source: str, ordered: bool) -> dict[str, str]:
+def paths(config: Any, own: Mapping[str, Leaf], source: str, ordered: bool, model: nn.Module | None) -> dict[str, str]:
     """The site path of each key: attention's output projection and bare parameters are nested in PEFT's keys."""
     found: dict[str, str] = {}
     together: dict[str, list[str]] = {}
@@ -88,10 +88,10 @@ def paths(config: Any, own: Mapping[str, Leaf], source: str, ordered: bool) -> d
             continue
         home = owner(config, site)
         nested = sorted(together[home], key=len, reverse=True)  # in the module's order
-        names = [name for name in parameter_names(config) if _owns(name, home)]
+        names = [name for name in parameter_names(config) if layers.may_own(model, home, name)]
         if nested == [home] and (not names or matching.is_target(config, home)):
             found[site] = home
-        elif len(names) != len(nested) or (len(nested) > 1 and not ordered):
+        elif len(names) != len(nested) or (len(nested) > 1 and not ordered and model is None):
             raise ValueError(
                 f"{source}: {home!r} has {len(nested)} adapted parameters of {names or 'unknown names'}, and PEFT's "
                 "keys do not say which is which without the model; pass it: peftfn.load(folder, model=model)."
@@ -111,7 +111,3 @@ def owner(config: Any, site: str) -> str:
     attention = site.removesuffix(f"{_BASE}.out_proj")
     return site if attention == site else f"{attention}.out_proj"
 
-
-def _owns(name: str, owner: str) -> bool:
-    suffix = name.rpartition(".")[0]
-    return not suffix or matching.ends_with(owner, [suffix])

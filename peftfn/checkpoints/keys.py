@@ -193,7 +193,7 @@ def _from_keys(
             (params if is_trained and not is_buffer else buffers).setdefault(path, {})[name] = tensor
     tied = companion_keys.taken_copies(config, keyed) if method.of_tables else {}
     on_inputs = method.targets.input_side
-    paths = key_paths.paths(config, keyed, source, ordered or model is not None)
+    paths = key_paths.paths(config, keyed, source, ordered, model)
     for site, leaf in keyed.items():
         at = layers.pattern_path(paths[site], set(paths.values()))
         try:

@@ -63,6 +63,16 @@ def needs_base(name: str) -> ValueError:
     )
 
 
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def _wide(leaf: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The leaf with float32 in place of half precision, which torch decomposes and solves nothing in."""
+    if not any(one.dtype in _HALVES for one in leaf.values()):
+        return leaf
+    return {name: one.float() if one.dtype in _HALVES else one for name, one in leaf.items()}
+
+
 # What the builders give are partials of functions of this file, and no closures: a bound module can be pickled.
 
 
@@ -78,7 +88,7 @@ def reweighted(
         kinds: the kinds of layer that it acts on.
     """
     merge = functools.partial(_reweighted, weight, bias)
-    run = functools.partial(_run_merged, merge) if forward is None else forward
+    run = functools.partial(_run_merged, merge) if forward is None else functools.partial(_run_wide, forward)
     return OnWeights(kinds, run, merge, ("weight",) if bias is None else ("weight", "bias"))
 
 
@@ -90,11 +100,17 @@ def _reweighted(
     shape: WeightShape,
     tensors: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    old, kind = tensors["weight"], shape.kind
+    old, kind, leaf = tensors["weight"], shape.kind, _wide(leaf)
     changed = {"weight": layouts.stored(kind, weight(config, leaf, shape, layouts.seen(kind, old))).to(old.dtype)}
     if bias is not None and "bias" in tensors:
         changed["bias"] = bias(config, leaf, shape, tensors["bias"]).to(tensors["bias"].dtype)
     return changed
+
+
+def _run_wide(
+    forward: Forward, config: Any, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    return forward(config, _wide(leaf), site, x, *args, **kwargs)
 
 
 def _run_merged(
@@ -113,7 +129,7 @@ def additive(delta: Delta, *, forward: Forward | None = None, kinds: Sequence[st
         forward: as in `reweighted`; by default the layer's output plus that of the layer with ΔW and no bias.
         kinds: the kinds of layer that it acts on.
     """
-    run = functools.partial(_run_added, delta) if forward is None else forward
+    run = functools.partial(_run_wide, functools.partial(_run_added, delta) if forward is None else forward)
     return OnWeights(kinds, run, functools.partial(_merged_sum, delta), ("weight",))
 
 
@@ -121,7 +137,7 @@ def _merged_sum(
     delta: Delta, config: Any, leaf: Mapping[str, Tensor], shape: WeightShape, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     old = tensors["weight"]
-    return {"weight": (old + layouts.stored(shape.kind, delta(config, leaf, shape))).to(old.dtype)}
+    return {"weight": (old + layouts.stored(shape.kind, delta(config, _wide(leaf), shape))).to(old.dtype)}
 
 
 def _run_added(

@@ -16,7 +16,6 @@ has linear layers and `nn.Conv2d` without groups; transformers' `Conv1D`, other 
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
@@ -41,7 +40,7 @@ class HRAConfig(LayeredConfig):
 
     Attributes:
         r: how many reflections a layer has, each of one vector as long as its inputs. An even number starts as the
-            identity; an odd one does not, and `peftfn.init` warns of it.
+            identity; an odd one does not, for its vectors are all random, as in PEFT.
         apply_GS: whether the vectors are made orthogonal to each other first (Gram-Schmidt);
             needs `init_weights=False`.
         init_weights: `True` (equal reflections in pairs, which undo each other), or `False` (random: not the identity).
@@ -92,15 +91,13 @@ def _rank(config: HRAConfig, path: str) -> int:
 
 
 def init(config: HRAConfig, path: str, site: Site, generator: torch.Generator, dtype: torch.dtype | None) -> Leaf:
-    """Vectors uniform as torch's layers, equal ones in pairs unless they are to be random."""
+    """Vectors uniform as torch's layers, equal ones in pairs unless they are to be random, or their number is odd."""
     size, r = layouts.of_site(site).fan_in, config.r
     if config.init_weights and config.apply_GS:
         raise ValueError(
             f"{site.path}: apply_GS has no start that changes nothing: reflections along orthogonal vectors always "
             "do something. Give init_weights=False for a random one."
         )
-    if config.init_weights and r % 2:
-        warnings.warn(f"{site.path}: r={r} is odd, so that not all reflections have one that undoes it.", stacklevel=2)
     drawn = r if r % 2 or not config.init_weights else r // 2
     vectors = (2 * torch.rand(size, drawn, generator=generator) - 1) / drawn**0.5
     return {"hra_u": like_weight(vectors.repeat_interleave(r // drawn, 1), site.stored, dtype)}

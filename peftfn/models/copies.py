@@ -11,6 +11,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from peftfn.core import transforms
+
 Memo = dict[int, Any]
 """What stands in the copy for an object of the model, by the object's id; as in `copy.deepcopy`."""
 
@@ -38,7 +40,25 @@ def shared(model: nn.Module, same: Iterable[Any] = ()) -> Any:
             _copied(values[name], memo)  # hooks, before the handles that refer to them
     for module in modules:
         memo[id(module)].__dict__.update({name: _copied(value, memo) for name, value in module.__dict__.items()})
+    for module in modules:
+        give_slots(memo[id(module)], module, functools.partial(_copied, memo=memo))
     return copy.deepcopy(model, memo)
+
+
+def give_slots(other: nn.Module, module: nn.Module, led: Callable[[Any], Any] | None = None) -> None:
+    """Give another object of a module's class what the module holds outside of its `__dict__`."""
+    for name in _slots_of(type(module)):
+        if hasattr(module, name):
+            value = getattr(module, name)
+            object.__setattr__(other, name, value if led is None else led(value))
+
+
+@transforms.constant_result
+def _slots_of(cls: type[object]) -> tuple[str, ...]:
+    """The attributes of a class's objects that are not in their `__dict__`."""
+    every = [vars(one).get("__slots__", ()) for one in cls.__mro__]
+    found = [name for names in every for name in ((names,) if isinstance(names, str) else names)]
+    return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
 
 
 def hooks(module: nn.Module) -> list[Any]:
@@ -63,6 +83,8 @@ def _copied(value: Any, memo: Memo, deep: bool = True) -> Any:
         return memo[id(value)]
     if isinstance(value, types.FunctionType):
         return reclosed(value, functools.partial(_copied, memo=memo, deep=False), memo)
+    if type(value) in (list, dict, OrderedDict) and _holds_itself(value, frozenset()):
+        return copy.deepcopy(value, memo) if deep else value
     parts = _parts(value)
     if parts is None:
         made = _copied_callable(value, memo) if _is_callable_object(value) else value
@@ -115,6 +137,33 @@ def _deep_copied(value: Any, memo: Memo) -> Any:
         return copy.deepcopy(value, memo)
     except (TypeError, RuntimeError, NotImplementedError):
         return value
+
+
+def refilled(value: Any, led: Callable[[Any], Any], memo: Memo) -> Any:
+    """A list, dict or tuple with `led(one)` for each of its values, or the same set; a list or dict may hold itself."""
+    key = id(value)
+    if isinstance(value, set):
+        return set(cast("set[Any]", value))
+    if isinstance(value, tuple):
+        return tuple(led(one) for one in cast("tuple[Any, ...]", value))
+    if key in memo:
+        return memo[key]
+    made: Any = {} if isinstance(value, dict) else []
+    memo[key] = made
+    if isinstance(value, dict):
+        made.update({key: led(one) for key, one in cast("dict[Any, Any]", value).items()})
+    else:
+        made.extend(led(one) for one in value)
+    return made
+
+
+def _holds_itself(value: Any, around: frozenset[int]) -> bool:
+    """Whether a container leads to itself by containers."""
+    if type(value) not in (list, tuple, dict, OrderedDict):
+        return False
+    key = id(value)
+    inside = list(cast("dict[Any, Any]", value).values()) if isinstance(value, dict) else list(value)
+    return key in around or any(_holds_itself(one, around | {key}) for one in inside)
 
 
 def _parts(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:

@@ -252,6 +252,14 @@ def place_of_parameter(model: nn.Module, name: str) -> Place:
     return Place(owner, weight, EXPERTS_TRANSPOSED if transposed else PARAMETER)
 
 
+def may_own(model: nn.Module | None, path: str, name: str) -> bool:
+    """Whether the module at a path can own the parameter that a config calls so; without a model, by its path alone."""
+    suffix, _, own = name.rpartition(".")
+    module = None if model is None else module_at(model, path)
+    is_there = module is None or own in module._parameters
+    return is_there and (not suffix or path == suffix or path.endswith(f".{suffix}"))
+
+
 def pattern_path(path: str, paths: Container[str]) -> str:
     """The path that rank and alpha patterns see: PEFT gives an attention's `out_proj` those of the attention."""
     parent, _, name = path.rpartition(".")

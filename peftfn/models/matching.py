@@ -57,6 +57,12 @@ def in_layers(config: TargetedConfig, path: str) -> bool:
     wanted: Sequence[int] | int | None = getattr(config, "layers_to_transform", None)
     if wanted is None or (not isinstance(wanted, int) and len(wanted) == 0):
         return True
+    index = layer_of(config, path)
+    return index is not None and (index == wanted if isinstance(wanted, int) else index in wanted)
+
+
+def layer_of(config: TargetedConfig, path: str) -> int | None:
+    """The number of the layer that a path lies in, by `layers_pattern`; `None` where it lies in none."""
     patterns: Sequence[str] | str | None = getattr(config, "layers_pattern", None)
     if not patterns:
         found = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", path)
@@ -64,10 +70,23 @@ def in_layers(config: TargetedConfig, path: str) -> bool:
         named = [patterns] if isinstance(patterns, str) else patterns
         tries = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", path) for pattern in named)
         found = next((match for match in tries if match), None)
-    if found is None:
-        return False
-    index = int(found["index"])
-    return index == wanted if isinstance(wanted, int) else index in wanted
+    return None if found is None else int(found["index"])
+
+
+def refuse_lost_layers(config: TargetedConfig, paths: Sequence[str]) -> None:
+    """A `ValueError` if `layers_to_transform` names a layer that none of the targets is in (PEFT ignores it)."""
+    wanted: Sequence[int] | int | None = getattr(config, "layers_to_transform", None)
+    names = config.target_modules
+    if wanted is None or names is None or isinstance(names, str):
+        return
+    there = {layer_of(config, path) for path in paths if ends_with(path, names)}
+    numbers = sorted(one for one in there if one is not None)
+    lost = [one for one in ([wanted] if isinstance(wanted, int) else wanted) if one not in there]
+    if lost and numbers:
+        raise ValueError(
+            f"layers_to_transform={wanted}: {lost} are not there; target_modules={list(names)} are in the layers "
+            f"{numbers[0]} to {numbers[-1]}."
+        )
 
 
 def may_name_parts(names: Sequence[str] | str | None) -> bool:

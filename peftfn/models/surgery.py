@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from peftfn.core import transforms
 from peftfn.models import activation_checkpointing, twins
 from peftfn.models.read_weights import AdaptedWeight
 from peftfn.weights import codecs
@@ -193,12 +194,31 @@ def _require_grad(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
     return output if output.requires_grad else output.detach().requires_grad_(True)
 
 
+def _of_mapped(text: str) -> str | None:
+    """What to do where the model's own code cannot be transformed; `None` where that is not the matter."""
+    if "setup_context staticmethod" in text:
+        return (
+            "the model has a torch.autograd.Function without setup_context (as Bloom's GELU), which no transform of "
+            "torch.func can go through. Use loss.backward(), and index= in place of torch.vmap over adapters."
+        )
+    if transforms.is_mapping() and ("match the broadcast shape" in text or "vmap: inplace" in text):
+        return (
+            "torch.vmap maps over something that the model adds in place to a tensor that is not mapped, such as its "
+            "input. Use index= in place of torch.vmap over adapters, or map the batch too (in_dims). torch says: "
+            f"{text}"
+        )
+    return None
+
+
 def explained(error: RuntimeError, checkpointing: bool) -> RuntimeError | None:
     """An error that says what to do where torch's own message does not; `None` where that is clear."""
     text, frame = str(error), error.__traceback__
     while frame is not None and not checkpointing:
         checkpointing = frame.tb_frame.f_code.co_filename.endswith("utils/checkpoint.py")
         frame = frame.tb_next
+    own = _of_mapped(text)
+    if own is not None and not checkpointing:
+        return RuntimeError(own)
     refused = ("saved tensor hooks", "setup_context", "requires_grad_()")
     if checkpointing and any(words in text for words in refused):
         return RuntimeError(

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from peftfn.core.config import TargetedConfig
-from peftfn.models import fused_projections, layers, matching, renamed_modules
+from peftfn.models import expert_targets, fused_projections, layers, matching, renamed_modules
 
 ALL_LINEAR = "all-linear"
 Config = TypeVar("Config", bound=TargetedConfig)
@@ -51,6 +51,9 @@ def default_targets(model: nn.Module, table: Mapping[str, Sequence[str] | str]) 
 
 def resolved(model: nn.Module, config: Config, table: Mapping[str, Sequence[str] | str]) -> Config:
     """The config with what the model decides filled in: target modules, heads, names that transformers changed."""
+    config = expert_targets.present(
+        model, config, model_type(model), functools.partial(all_linear, model, config.task_type)
+    )
     names = config.target_modules
     if names is None and (not parameters_of(config) or model_type(model) in table):
         names = in_present_names(model, default_targets(model, table))
@@ -116,6 +119,11 @@ def sites(
         at = places(model, path)
         if not at:
             kind = type(model.get_submodule(path)).__name__
+            if type(model.get_submodule(path)).__module__.startswith("peft."):
+                raise ValueError(
+                    f"{path!r} is a layer of peft's, put around the base's own ({kind}): the model has an adapter of "
+                    "peft's in it already. Pass the base without it: peft_model.unload(), or load the base again."
+                )
             raise ValueError(
                 f"target_modules={_shown(config.target_modules)} names {path!r}, a {kind}; expected "
                 f"{expected}. Name a more specific path, or "
@@ -124,6 +132,7 @@ def sites(
         found.update(at)
     if matching.may_name_parts(config.target_modules):
         found = {**fused_projections.places(model, lambda path: matching.names_part(config, path)), **found}
+    matching.refuse_lost_layers(config, paths)
     for name in _parameters(model, parameters_of(config)):
         found[name] = layers.place_of_parameter(model, name)
     _refuse_unmatched(model, config, paths, found)
@@ -194,6 +203,12 @@ def _refuse_unmatched(model: nn.Module, config: TargetedConfig, paths: list[str]
             if (value := getattr(config, field, None)) is not None
         )
         wanted = [names] if isinstance(names, str) else list(names or ())
+        if limits and names and any(matching.ends_with(path, wanted) for path in paths):
+            raise ValueError(
+                f"{shown}{limits} matched no module of {type(model).__name__}: modules of these names are there, and "
+                "none in such a layer. The number of a layer is looked for after two names (model.layers.0), so in a "
+                "model that is itself the list's parent say layers_pattern=['layers'], or name whole paths."
+            )
         raise ValueError(f"{shown}{limits} matched no module of {type(model).__name__}{_near(wanted, paths)}.")
 
 

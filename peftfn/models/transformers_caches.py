@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftfn.core import transforms
+from peftfn.models import signatures
+from peftfn.models import transformers_names as hf
 from peftfn.models.transformers_names import text_config
+
+_OF_KEYS = ("full_attention", "sliding_attention", "chunked_attention")
+"""Kinds of layer whose cache has keys and values, which are joined to new ones and not written over."""
 
 # --- what is in a call and its output ---------------------------------------------------------------------------------
 
@@ -45,6 +50,21 @@ def with_cache(given: Mapping[str, Any], name: str, cache: Any) -> dict[str, Any
     """The call's arguments with this cache, and without the one that it replaces, whatever that is called."""
     old = cache_in(given, name, (name,))
     return {**{key: one for key, one in given.items() if old is None or one is not old}, name: cache}
+
+
+def without_states(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that `torch.vmap` maps over, with no cache of states where nobody asked for a cache.
+
+    States are written in place where they are, and a fresh one is not mapped (Qwen3-Next, Jamba, Mamba and their kin).
+    """
+    asked = given.get(hf.USE_CACHE) is not None or cache_in(given, None) is not None
+    if asked or not signatures.takes(model, hf.USE_CACHE):
+        return dict(given)
+    kinds = cast("Sequence[str]", hf.said(text_config(getattr(model, "config", None)), "layer_types") or ())
+    keeps = not all(kind in _OF_KEYS for kind in kinds) or any(
+        hf.said(type(one), hf.KEEPS_STATES) for one in model.modules()
+    )
+    return {**given, hf.USE_CACHE: False} if keeps else dict(given)
 
 
 def without_caches(output: Any) -> Any:

@@ -127,6 +127,7 @@ class Twins:
         _own_hooks(own)
         if "_hf_hook" in own:
             own["_hf_hook"] = offloaded.own(own["_hf_hook"])
+        copies.give_slots(twin, module)
         if self._tracing:
             if "forward" in own:
                 own[_SET] = True
@@ -253,12 +254,8 @@ class Twins:
         return self._functions[id(value)]
 
     def _mapped_container(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: self._mapped(item) for key, item in cast("dict[Any, Any]", value).items()}
-        if isinstance(value, set):
-            return set(cast("set[Any]", value))
-        items = [self._mapped(item) for item in value]
-        return items if type(value) is list else type(value)(items)
+        memo: dict[int, Any] = {} if self._tracing else self._functions
+        return copies.refilled(value, self._mapped, memo)
 
 
 def _is_packed(model: nn.Module, name: str) -> bool:

@@ -14,6 +14,7 @@ from peftfn.core.adapter import Adapter, SiteInfo, Tree, sorted_tree
 from peftfn.core.config import PeftConfig
 from peftfn.methods import Method, companions
 from peftfn.models import layers, layouts, matching, targets, tied_weights
+from peftfn.ops import resized_tables
 from peftfn.weights import codecs
 
 
@@ -38,7 +39,8 @@ def init(
 
     Returns:
         The adapter. Its `config` is the given one with what the model decided filled in: target modules, heads, the
-        base's name.
+        base's name. Where the model's embeddings were resized since it was loaded, copies are among its buffers,
+        and in its files, for the base has no such rows.
 
     Raises:
         ValueError: the config names nothing in this model (near names are offered), or something that its method
@@ -54,13 +56,22 @@ def init(
     """
     method = methods.of(config)
     targets.check_task(model, config.task_type)
+    _refuse_lazy(model)
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     first = _of_method(model, method, config, generator, dtype)
     others = [
         _of_method(model, methods.of(other), other, generator, dtype)
         for other in methods.companion_configs(first.config)
     ]
+    if method.on_weights is not None:
+        first = _with_tables(model, first)
     return companions.united(first, tuple(others))
+
+
+def _with_tables(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter with the embeddings that the base on disk does not have so, where it trains none of their tensors."""
+    found = {path: one for path, one in resized_tables.copies(model).items() if path not in adapter.params}
+    return adapter.replace(buffers=sorted_tree({**adapter.buffers, **found})) if found else adapter
 
 
 def _of_method(
@@ -73,6 +84,7 @@ def _of_method(
     buffers: Tree = {}
     sites: dict[str, SiteInfo] = {}
     places = method.targets.sites(model, resolved)
+    _refuse_twice(places)
     found: dict[str, layers.Site] = {}
     with generator.device:  # where numbers are drawn, whatever torch's default device is; methods move them
         for path, place in places.items():
@@ -94,6 +106,28 @@ def _of_method(
     _add_replaced(model, resolved, heads, places, params, buffers)
     resolved = _with_base(model, resolved, any(place.kind == layers.TRANSPOSED for place in places.values()))
     return Adapter(sorted_tree(params), sorted_tree(buffers), resolved, sites)
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    """Refuse a model whose layers do not know their sizes yet."""
+    lazy = [name for name, one in model.named_parameters() if nn.parameter.is_lazy(one)]
+    if lazy:
+        raise ValueError(
+            f"{lazy[0]} has no shape yet: its layer is a lazy one, which takes it from the first batch. Run the model "
+            "on one batch before."
+        )
+
+
+def _refuse_twice(places: Mapping[str, layers.Place]) -> None:
+    """Refuse two sites that are one weight: in PEFT's files they have one key."""
+    first: dict[tuple[str, str], str] = {}
+    for path, place in places.items():
+        other = first.setdefault((place.owner, place.weight), path)
+        if other != path and place.rows is None and places[other].rows is None and place.weight:
+            raise ValueError(
+                f"{place.name} is named twice, as {other!r} and as {path!r}: target_modules and target_parameters name "
+                "the same weight. Name it in one of them."
+            )
 
 
 def _noted(site: layers.Site, tied: Sequence[str]) -> SiteInfo:

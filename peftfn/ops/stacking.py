@@ -126,8 +126,11 @@ def _common_method(adapters: Sequence[Adapter]) -> Method:
     for field in [field.name for field in dataclasses.fields(method.config) if field.name not in free]:
         values = {getattr(adapter.config, field) for adapter in adapters}
         if len(values) > 1:
+            way = ""
+            if field.endswith("dropout"):
+                way = f" To serve them: a.replace(config=dataclasses.replace(a.config, {field}=0)) for each."
             raise ValueError(
-                f"stack was given adapters with {field} of {sorted(map(str, values))}; expected one value."
+                f"stack was given adapters with {field} of {sorted(map(str, values))}; expected one value.{way}"
             )
     return method
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from peftfn.core import transforms
 from peftfn.core.adapter import Adapter, as_tuple
-from peftfn.models import attention_masks, surgery, twins
+from peftfn.models import attention_masks, surgery, transformers_caches, twins
 from peftfn.runtime import attach, remembered_checks, site_adapters
-from peftfn.runtime.routing import row_index
+from peftfn.runtime.routing import row_index, row_layouts, rows_apart
+from peftfn.runtime.routing.row_index import Rows
 from peftfn.weights import packed_params
 
 
@@ -38,7 +40,10 @@ def apply(
         params: base parameters and buffers by name, in place of the model's own: any part of
             `dict(model.named_parameters())` or a state dict; all of them for a model on the meta device.
         index: for a stack, the number of the adapter for each row of the batch, -1 for the bare base. With a number
-            for each token, (rows, tokens), linear and embedding layers treat each token with its own adapter.
+            for each token, (rows, tokens), linear and embedding layers treat each token with its own adapter. Where
+            rows are in a model is found out at the first call, in a few runs of the bare base; where a site is not
+            given them on its first axis (tokens first, windows, experts, a BatchNorm in training), the model runs once
+            for each of the adapters, and each row is taken from the run of its own.
 
     Raises:
         TypeError: batch, adapter or index is of the wrong type.
@@ -64,6 +69,21 @@ def apply(
     if which is not None:
         row_index.refuse_other_batch(which, (*arguments, *keywords.values()))
     params = packed_params.settled(model, params) if params else params
+    if which is None or torch.compiler.is_compiling():
+        return _once(model, params, arguments, adapters, keywords, which)
+    once = functools.partial(_once, model, params, arguments)
+    return rows_apart.run(once, row_layouts.Call(model, params, arguments, keywords), adapters, which)
+
+
+def _once(
+    model: nn.Module,
+    params: Mapping[str, Tensor] | None,
+    arguments: tuple[Any, ...],
+    adapters: Sequence[Adapter],
+    keywords: Mapping[str, Any],
+    which: Rows | None,
+) -> Any:
+    """One pass of the model."""
     made = twins.Twins(model, params)
     tracing = torch.compiler.is_compiling()
     surgery.run_packed(made.by_path.values(), apart=not tracing)
@@ -71,7 +91,8 @@ def apply(
         surgery.keep_norms(table)
     found = site_adapters.with_ties(site_adapters.of(adapters, which), model)
     if not tracing and transforms.is_mapping():  # transformers does not look at masks while Dynamo traces
-        attention_masks.suit(made.by_path.values(), keywords | attach.masks(found))
+        attention_masks.suit(made.by_path.values(), {**keywords, **attach.masks(found)})
+        keywords = transformers_caches.without_states(made.root, keywords)
     wants_grad = _always if torch.is_grad_enabled() and not tracing else None
     check = tracing or not remembered_checks.are_known(model, adapters, made.by_path)
     plan = attach.attach(made.root, made.by_path, found, wants_grad, check=check, apart=not tracing)
@@ -84,7 +105,7 @@ def apply(
         # The twins hold every tensor already, and keep it for the backward pass (a checkpointed block looks for it
         # there): functional_call finds each in its place, and leaves it there.
         named = {name: made.tensor(name) for name in params or ()}
-        return torch.func.functional_call(made.root, named, arguments, keywords, tie_weights=False)
+        return torch.func.functional_call(made.root, named, arguments, dict(keywords), tie_weights=False)
     except RuntimeError as error:
         clearer = surgery.explained(error, made.checkpointing)
         if clearer is None:

@@ -28,7 +28,6 @@ from peftfn.runtime.routing.row_index import Rows
 from peftfn.runtime.seen_tokens import Invocations, Seen
 
 OFFSETS = "alora_offsets"
-_LAST = "logits_to_keep"
 
 KINDS = (layers.LINEAR, layers.TRANSPOSED, layers.EMBEDDING)
 """The kinds of layer that put out something for each token."""
@@ -146,7 +145,7 @@ def _noting(
         if gate.invocations not in kept and not caches.is_empty(cache) and offsets is None:
             _refuse_half(gate.invocations, ids)
         counts[number], seen[gate.invocations] = _counts(gate, ids, offsets, kept.get(gate.invocations))
-    last = given.get(_LAST)
+    last = given.get(hf.LAST)
     noted.begin(Call(counts, ids.shape[1], last if isinstance(last, int) and last else None))
     try:
         output = run(*args, **kwargs)

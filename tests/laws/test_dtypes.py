@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import oracle
 import pytest
+import registry
 import torch
 from bases import randn
 from torch import Tensor, nn
@@ -208,3 +210,55 @@ def test_float64_leaves_are_computed_in_float64_whatever_the_scalings_dtype() ->
         merged = pf.merge(model.state_dict(), single)["0.weight"]
         torch.testing.assert_close(merged, weight, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(pf.apply(model, single, x), x @ weight.mT + model[0].bias, rtol=1e-12, atol=1e-12)
+
+
+# Two layers and what a method does between, each rounded once or twice, and a gradient the way back too.
+IN_HALF = 16.0
+ON_LINEAR = [one for one in registry.METHODS if {"linear", "linear-even", "transposed-square"} & {*one.kinds}]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("method", ON_LINEAR, ids=lambda one: one.name)
+def test_every_method_runs_in_half_precision_and_is_the_truth_to_rounding(
+    method: registry.Method, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(2)
+    base = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).to(dtype)
+    x = torch.randn(6, 8).to(dtype)
+    adapter = oracle.randomised(pf.init(base, method.make(["0", "2"]), dtype=dtype))
+    wide, exact = copy.deepcopy(base).double(), exact_of(adapter)
+    assert {one.dtype for leaf in adapter.params.values() for one in leaf.values()} == {dtype}
+
+    def value(model: nn.Module, one: pf.Adapter, x: Tensor) -> Callable[[Any], tuple[Tensor, Tensor]]:
+        def loss(params: Any) -> tuple[Tensor, Tensor]:
+            output = pf.apply(model, one.replace(params=params), x)
+            return output.double().sin().sum(), output
+
+        return loss
+
+    pairs: list[tuple[Tensor, Tensor]] = []
+    found, output = torch.func.grad(value(base, adapter, x), has_aux=True)(adapter.params)
+    truth, expected = torch.func.grad(value(wide, exact, x.double()), has_aux=True)(exact.params)
+    pairs.append((output, expected))
+    pairs += [(found[path][name], one) for path, leaf in truth.items() for name, one in leaf.items()]
+    merged, whole = pf.merge(base.state_dict(), adapter), pf.merge(wide.state_dict(), exact)
+    pairs += [(merged[name], one) for name, one in whole.items()]
+    largest = max(float(one.abs().max()) for leaf in truth.values() for one in leaf.values())
+    for number, (one, other) in enumerate(pairs):
+        assert one.dtype == dtype
+        is_gradient = 0 < number <= sum(map(len, truth.values()))
+        size = largest if is_gradient else float(other.abs().max())
+        off = float((one.double() - other).abs().max()) / max(size, 1e-30)
+        assert off <= IN_HALF * torch.finfo(dtype).eps, (number, off / torch.finfo(dtype).eps)
+
+
+def exact_of(adapter: pf.Adapter) -> pf.Adapter:
+    """The adapter with the same numbers in float64."""
+    params, buffers = (
+        {
+            path: {name: one.double() if one.is_floating_point() else one for name, one in leaf.items()}
+            for path, leaf in tree.items()
+        }
+        for tree in (adapter.params, adapter.buffers)
+    )
+    return adapter.replace(params=params, buffers=buffers)

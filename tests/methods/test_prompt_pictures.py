@@ -227,7 +227,6 @@ def grown_by(case: Case, sequences: Tensor, step: int) -> dict[str, Tensor]:
 
 UNLIKE = {
     ("paligemma", "prefix"): "the mask that PaliGemmaForConditionalGeneration makes of its pictures does not know",
-    ("florence", "prefix"): "BartDecoder counts them in its positions",
 }
 """What is said of prefixes of unlike length by row."""
 

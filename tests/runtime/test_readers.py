@@ -95,11 +95,15 @@ def test_experts_of_each_row_are_what_its_adapter_makes_of_them() -> None:
 
 
 @pytest.mark.skipif(not EXPERTS_ARE_PARAMETERS, reason="this transformers has no experts as parameters")
-def test_experts_that_decide_by_values_are_one_clear_error() -> None:
+def test_experts_that_decide_by_values_run_once_for_each_adapter_and_bound_are_one_clear_error() -> None:
     model, adapters, batch = experts()
     model.set_experts_implementation("eager")
+    together = pf.apply(model, pf.stack(adapters), batch, index=INDEX).logits
+    for row, number in enumerate(INDEX):
+        alone = pf.apply(model, adapters[number] if number >= 0 else (), batch).logits[row]
+        torch.testing.assert_close(together[row], alone, **CLOSE)
     with pytest.raises(ValueError, match=r"experts: MixtralExperts reads .* torch\.vmap cannot map over rows"):
-        pf.apply(model, pf.stack(adapters), batch, index=INDEX)
+        pf.bind(model, pf.stack(adapters), index=INDEX)(**batch)
 
 
 def test_what_an_attention_reads_beside_its_weights_is_one_clear_error() -> None:

@@ -86,10 +86,18 @@ def _beside(call: Call, place: Place, embeds: Tensor, task: str | None) -> dict[
         changes[hf.POSITIONS] = place.positions(positions)
     elif added.start is not None and added.own is not None:
         changes[hf.POSITIONS] = place.default_positions(embeds.shape[1], added.start)
+    changes |= _kept(call.given.get(hf.LAST), added, hf.LABELS in changes)
     for name in hf.ANSWERS:
         if (given := call.given.get(name)) is not None:
             changes[name] = given + place.moved()  # the answer's tokens have moved
     return changes
+
+
+def _kept(kept: Any, added: Added, has_labels: bool) -> dict[str, Any]:
+    """The places for which the model is to give logits, of the text as before, or the last ones."""
+    if isinstance(kept, Tensor):
+        return {hf.LAST: torch.where(kept < 0, kept, kept + added.places)}  # negative ones count from its end
+    return {hf.LAST: kept + added.places} if kept and has_labels else {}  # as many as there are labels
 
 
 def _per_token(labels: Tensor, embeds: Tensor, task: str | None) -> bool:

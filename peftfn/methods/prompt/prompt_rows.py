@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn.core.adapter import Leaf
+from peftfn.core.unlike_rows import UnlikeRowsError
 from peftfn.methods import slots
 from peftfn.methods.prompt import prompt_config
 from peftfn.methods.prompt.insert_tokens import LENGTH
@@ -92,7 +93,7 @@ def added(
         in_cache: whether they are a prefix's keys and values.
 
     Raises:
-        ValueError: rows have unlike ones, and the model does not ignore the places that are not used.
+        UnlikeRowsError: rows have unlike ones, and the model does not ignore the places that are not used.
     """
     own = leaf.get(LENGTH)
     if own is None:
@@ -113,7 +114,7 @@ def _refuse_unlike(model: nn.Module, at_end: bool, in_cache: bool) -> None:
         table = counted.position_table(model, rotary=in_cache)
         why = None if table is None else f"counts them in its positions ({table}), which it cannot be told"
     if why is not None:
-        raise ValueError(
+        raise UnlikeRowsError(
             "prompts or prefixes of unlike length, or none (index -1), for the rows of one batch: places that a row "
             f"does not use are masked, and {type(model).__name__} {why}. Use ones of one length, or apply them apart."
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftfn.core import stack_slices
 from peftfn.core.config import PeftConfig
+from peftfn.core.unlike_rows import UnlikeRowsError
 from peftfn.methods import Method, leaf_dtypes
 from peftfn.methods.prompt import model_call
 from peftfn.models.layers import Site
@@ -188,7 +189,7 @@ def of_call(
             f"the batch has {sorted(call.given)}; expected input_ids or inputs_embeds, a row for each index."
         )
     return method.action.forward(
-        config, _disabled(method, leaf, row_index.of_input(tokens, which, "the model")), site, call
+        config, _disabled(method, leaf, row_index.of_input(tokens, which, row_index.MODEL)), site, call
     )
 
 
@@ -210,7 +211,15 @@ def replaced(
         def one(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
             return codec.run(_twin(twin, tensors), x.unsqueeze(0), *args, **kwargs).squeeze(0)
 
-        found = torch.vmap(one, randomness="different")(picked, given)
+        try:
+            found = torch.vmap(one, randomness="different")(picked, given)
+        except RuntimeError as error:
+            if "atching rule" not in str(error):
+                raise
+            raise UnlikeRowsError(
+                f"{path}: torch.vmap cannot map {type(twin).__name__} over rows, each with its own tensors "
+                f"({', '.join(tensors)}). Apply the adapters one at a time."
+            ) from error
         return found if given is x else found.view(*x.shape[:2], *found.shape[1:])
 
     return functools.wraps(type(twin).forward)(forward)

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from peftfn.core.adapter import Adapter
 from peftfn.core.transforms import is_traced
+from peftfn.core.unlike_rows import UnlikeRowsError
 from peftfn.ops import stacking
 from peftfn.runtime.routing import segments
+
+MODEL = "the model"
+"""What the call of the model itself is called in place of a path."""
 
 
 class Rows(NamedTuple):
@@ -23,6 +28,8 @@ class Rows(NamedTuple):
         in_order: whether it is known that row n uses adapter n, and every adapter has its row: then nothing is copied.
         tokens: the index's shape (rows of the batch, tokens), if it has a number for each token.
         ways: how the rows can be sorted by adapter, where the index has values that can be read.
+        values: the index as it was given, where it has values that can be read.
+        known: the modules whose input is known to have the rows on its first axis; `None` where that was not found out.
     """
 
     numbers: Tensor
@@ -30,6 +37,8 @@ class Rows(NamedTuple):
     in_order: bool
     tokens: torch.Size | None = None
     ways: tuple[segments.Segments, ...] = ()
+    values: tuple[int, ...] = ()
+    known: frozenset[str] | None = None
 
     @property
     def size(self) -> int:
@@ -77,7 +86,9 @@ def of_index(index: Any, adapters: int) -> Rows:
     tokens = given.shape if given.dim() == 2 else None
     rows = given.flatten() if tokens else given
     if is_traced(rows) or not rows.shape[0]:
-        return Rows(rows.clamp(min=0), rows >= 0, in_order=False, tokens=tokens)
+        is_list = not isinstance(index, Tensor) and not torch.compiler.is_compiling()  # a transform wraps what it makes
+        said = tuple(cast("list[int]", np.asarray(index).ravel().tolist())) if is_list else ()
+        return Rows(rows.clamp(min=0), rows >= 0, in_order=False, tokens=tokens, values=said)
     values = _values(rows)
     low, high = min(values), max(values)
     if not -1 <= low <= high < adapters:
@@ -88,7 +99,8 @@ def of_index(index: Any, adapters: int) -> Rows:
     keep, known = None if low >= 0 else rows >= 0, rows.device.type == "cpu"
     in_order = known and values == list(range(adapters))
     ways = segments.plans(values, adapters) if known and not in_order else ()
-    return Rows(rows.clamp(min=0), keep, in_order, tokens, ways)  # a copy: the caller may write to its index
+    copied = rows.clamp(min=0)  # the caller may write to its index
+    return Rows(copied, keep, in_order, tokens, ways, tuple(values))
 
 
 def _values(rows: Tensor) -> list[int]:
@@ -104,15 +116,20 @@ def of_input(x: Tensor, rows: Rows, path: str) -> Rows:
 
     So some blocks flatten (rows, tokens, features) or cut a row into windows, and generate() repeats rows for beams.
     """
+    _refuse_other_input(x, rows, path)
     if x.shape[0] == rows.size:
         return rows
-    _refuse_other_input(x, rows, path)
     each = x.shape[0] // rows.size
     keep = None if rows.keep is None else rows.keep.repeat_interleave(each)
-    return Rows(rows.numbers.repeat_interleave(each), keep, in_order=False, tokens=rows.tokens)
+    return Rows(rows.numbers.repeat_interleave(each), keep, in_order=False, tokens=rows.tokens, known=rows.known)
 
 
 def _refuse_other_input(x: Tensor, rows: Rows, path: str) -> None:
+    if rows.known is not None and path not in rows.known:
+        raise UnlikeRowsError(
+            f"{path}: it is not known where the rows of the batch are in what this layer is given: the bare base did "
+            "not run it on this batch (an expert that no token chose). Apply the adapters one at a time."
+        )
     if not rows.size or x.shape[0] % rows.size:
         raise ValueError(
             f"{path}: index has {rows.size} rows and the input here has shape {tuple(x.shape)}; expected one index "
@@ -125,6 +142,8 @@ def flat(x: Tensor, rows: Rows, path: str) -> Tensor:
     if rows.tokens is None:
         _refuse_other_input(x, rows, path)
         return x
+    if rows.known is not None and path not in rows.known:
+        raise UnlikeRowsError(f"{path}: it is not known where the tokens of the batch are in what this layer is given.")
     if x.shape[0] == rows.size and x.shape[:2] != rows.tokens:
         return x
     if x.shape[:2] == rows.tokens:

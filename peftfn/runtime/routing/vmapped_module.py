@@ -17,6 +17,7 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
 from peftfn.core import stack_slices
+from peftfn.core.unlike_rows import UnlikeRowsError
 from peftfn.models import signatures, surgery
 from peftfn.models.layers import Place
 from peftfn.runtime import site_adapters
@@ -97,7 +98,7 @@ def _plain(layer: nn.Module, path: str, read: Sequence[Read], which: Rows, *args
     except RuntimeError as error:
         if "vmap" not in str(error):
             raise
-        raise ValueError(
+        raise UnlikeRowsError(
             f"{path}: {type(layer).__name__} reads this weight itself, in a way that torch.vmap cannot map over rows "
             "(it decides by values). Of transformers' experts, those of model.set_experts_implementation('batched_mm') "
             "can be mapped; or leave the site out of routed adapters, or apply them one at a time."
