@@ -136,8 +136,12 @@ def _children(value: Any) -> Iterable[Any]:
         return [_referent(value)]
     else:
         found = list[Any]()
+    return found + _attributes(value)
+
+
+def _attributes(value: Any) -> list[Any]:
     own = getattr(value, "__dict__", None)
-    found += own.values() if type(own) is dict else ()
+    found = list(cast("dict[str, Any]", own).values()) if type(own) is dict else list[Any]()
     return found + [getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)]
 
 
@@ -165,7 +169,7 @@ def _made(value: Any, found: _Walk, memo: Memo) -> Any:
         return memo.get(id(value), value)
     made = functools.partial(_made, found=found, memo=memo)
     try:
-        new = _code(value, made, memo) if isinstance(value, _CODE) else _filled(value, made, memo)
+        new = (_code if isinstance(value, _CODE) else _filled)(value, made, memo)
     except TypeError:  # its class cannot be made so
         new = value
     return memo.setdefault(id(value), new)
@@ -218,12 +222,16 @@ def _filled(value: Any, made: Callable[[Any], Any], memo: Memo) -> Any:
     else:
         new = memo[id(value)] = _blank(value, kind)
         _fill(new, value, made)
+    _set_attributes(new, value, made)
+    return new
+
+
+def _set_attributes(new: Any, value: Any, made: Callable[[Any], Any]) -> None:
     for name, one in getattr(value, "__dict__", {}).items():
         new.__dict__[name] = made(one)
-    for name in _slots(kind):
+    for name in _slots(type(value)):
         if hasattr(value, name):
             object.__setattr__(new, name, made(getattr(value, name)))
-    return new
 
 
 def _blank(value: Any, kind: type[Any]) -> Any:
@@ -241,7 +249,7 @@ def _blank(value: Any, kind: type[Any]) -> Any:
 
 def _fill(new: Any, value: Any, made: Callable[[Any], Any]) -> None:
     if isinstance(value, dict):
-        put: Any = OrderedDict.__setitem__ if isinstance(value, OrderedDict) else dict[Any, Any].__setitem__
+        put = cast("Any", OrderedDict if isinstance(value, OrderedDict) else dict).__setitem__
         for key, one in cast("dict[Any, Any]", value).items():
             put(new, made(key), made(one))
     elif isinstance(value, set):

@@ -235,9 +235,8 @@ class Twins:
         return self._remember(value, copies.loose(value, {} if self._given else self._tensor, copied=copied))
 
     def _stand_in(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self._tensor.get(id(value), value)
-        return self._twin.get(id(value)) or self._make(value, f"<outside>.{id(value)}")
+        known = self._of_base(value)
+        return known if known is not value or isinstance(value, Tensor) else self._make(value, f"<outside>.{id(value)}")
 
     def _rebind_hooks(self, twin: nn.Module) -> None:
         """Point a twin's hooks at the twins. What they have beside the base (a metric, a log) is theirs, and stays."""
@@ -261,10 +260,11 @@ class Twins:
         return value
 
     def _mapped_container(self, value: Any) -> Any:
-        if len(value) > _LARGE and _ATOMS.issuperset(map(type, value.values() if type(value) is dict else value)):
+        named = cast("dict[Any, Any]", value) if type(value) is dict else None
+        if len(value) > _LARGE and _ATOMS.issuperset(map(type, value if named is None else named.values())):
             return value
-        if isinstance(value, dict):
-            return {key: self._mapped(item) for key, item in cast("dict[Any, Any]", value).items()}
+        if named is not None:
+            return {key: self._mapped(item) for key, item in named.items()}
         return type(value)(self._mapped(item) for item in value)
 
 

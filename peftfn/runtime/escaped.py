@@ -11,11 +11,18 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
+import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from peftfn.models.surgery import Plan
+
+
+def can_watch(twins: Mapping[str, nn.Module]) -> bool:
+    """Whether no part of the model is compiled: Dynamo has no way with a mode of another's."""
+    compiled = any(type(twin).__module__.startswith("torch._dynamo") for twin in twins.values())
+    return not compiled and not torch.compiler.is_compiling()
 
 
 class Watch(TorchFunctionMode):
