@@ -142,7 +142,7 @@ def _children(value: Any) -> Iterable[Any]:
 def _attributes(value: Any) -> list[Any]:
     own = getattr(value, "__dict__", None)
     found = list(cast("dict[str, Any]", own).values()) if type(own) is dict else list[Any]()
-    return found + [getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)]
+    return found + [getattr(value, name) for name in _slots(cast("type[object]", type(value))) if hasattr(value, name)]
 
 
 def _contents(cells: Iterable[types.CellType]) -> list[Any]:
@@ -169,7 +169,7 @@ def _made(value: Any, found: _Walk, memo: Memo) -> Any:
         return memo.get(id(value), value)
     made = functools.partial(_made, found=found, memo=memo)
     try:
-        new = (_code if isinstance(value, _CODE) else _filled)(value, made, memo)
+        new = (_code if issubclass(cast("type[object]", type(value)), _CODE) else _filled)(value, made, memo)
     except TypeError:  # its class cannot be made so
         new = value
     return memo.setdefault(id(value), new)
@@ -229,7 +229,7 @@ def _filled(value: Any, made: Callable[[Any], Any], memo: Memo) -> Any:
 def _set_attributes(new: Any, value: Any, made: Callable[[Any], Any]) -> None:
     for name, one in getattr(value, "__dict__", {}).items():
         new.__dict__[name] = made(one)
-    for name in _slots(type(value)):
+    for name in _slots(cast("type[object]", type(value))):
         if hasattr(value, name):
             object.__setattr__(new, name, made(getattr(value, name)))
 

@@ -260,11 +260,11 @@ class Twins:
         return value
 
     def _mapped_container(self, value: Any) -> Any:
-        named = cast("dict[Any, Any]", value) if type(value) is dict else None
-        if len(value) > _LARGE and _ATOMS.issuperset(map(type, value if named is None else named.values())):
-            return value
-        if named is not None:
-            return {key: self._mapped(item) for key, item in named.items()}
+        held: Any = cast("dict[Any, Any]", value).values() if type(value) is dict else value
+        if len(held) > _LARGE and _ATOMS.issuperset(map(type, held)):
+            return cast("Any", value)
+        if isinstance(value, dict):
+            return {key: self._mapped(item) for key, item in cast("dict[Any, Any]", value).items()}
         return type(value)(self._mapped(item) for item in value)
 
 
