@@ -110,4 +110,3 @@ def owner(config: Any, site: str) -> str:
         site = inside
     attention = site.removesuffix(f"{_BASE}.out_proj")
     return site if attention == site else f"{attention}.out_proj"
-

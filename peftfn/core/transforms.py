@@ -102,6 +102,11 @@ def is_mapped(tensor: Tensor) -> bool:
     return False
 
 
+def viewed(tensor: Tensor) -> Tensor | None:
+    """The tensor that this one is a view of, or `None`."""
+    return getattr(tensor, "_base", None)
+
+
 def is_traced(*tensors: Tensor) -> bool:
     """Whether the values cannot be looked at now: under `torch.compile`, or inside a transform of `torch.func`."""
     return torch.compiler.is_compiling() or any(map(is_wrapped, tensors))

@@ -12,11 +12,12 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from peftfn.core import transforms
+from peftfn.models import references
 
 Memo = dict[int, Any]
 """What stands in the copy for an object of the model, by the object's id; as in `copy.deepcopy`."""
 
-_SMALL_CONTAINER = 256
+_LED = -1  # no object's id: where the memo has what `references` made
 
 
 def shared(model: nn.Module, same: Iterable[Any] = ()) -> Any:
@@ -40,6 +41,7 @@ def shared(model: nn.Module, same: Iterable[Any] = ()) -> Any:
             _copied(values[name], memo)  # hooks, before the handles that refer to them
     for module in modules:
         memo[id(module)].__dict__.update({name: _copied(value, memo) for name, value in module.__dict__.items()})
+        memo[id(module)].__dict__["_compiled_call_impl"] = None  # of `module.compile()`: it runs the model's own object
     for module in modules:
         give_slots(memo[id(module)], module, functools.partial(_copied, memo=memo))
     return copy.deepcopy(model, memo)
@@ -61,6 +63,22 @@ def _slots_of(cls: type[object]) -> tuple[str, ...]:
     return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
 
 
+def loose(tensor: Tensor, known: Mapping[int, Tensor], *, copied: bool) -> Tensor:
+    """What stands for a tensor that is neither parameter nor buffer, and never requires grad.
+
+    Args:
+        tensor: the model's.
+        known: what stands for the model's tensors, by id: a view of one of them becomes a view of that.
+        copied: whether it has memory of its own elsewhere.
+    """
+    base = transforms.viewed(tensor)
+    of = None if base is None else known.get(id(base))
+    if of is not None and base is not None and of.stride() == base.stride():
+        offset = tensor.storage_offset() - base.storage_offset() + of.storage_offset()
+        return of.as_strided(tensor.size(), tensor.stride(), offset)
+    return tensor.detach().clone() if copied else tensor.detach()
+
+
 def hooks(module: nn.Module) -> list[Any]:
     """accelerate's hooks on a module (device placement, offloading)."""
     hook = module.__dict__.get("_hf_hook")
@@ -77,62 +95,43 @@ def _alias(parameter: nn.Parameter) -> nn.Parameter:
     return alias
 
 
-def _copied(value: Any, memo: Memo, deep: bool = True) -> Any:
-    """The value in the copy. Without `deep`, only what leads into the model is replaced, as in a closure."""
+def _copied(value: Any, memo: Memo) -> Any:
+    """The value in the copy."""
     if id(value) in memo:
         return memo[id(value)]
-    if isinstance(value, types.FunctionType):
-        return reclosed(value, functools.partial(_copied, memo=memo, deep=False), memo)
     if type(value) in (list, dict, OrderedDict) and _holds_itself(value, frozenset()):
-        return copy.deepcopy(value, memo) if deep else value
+        return copy.deepcopy(value, memo)
     parts = _parts(value)
-    if parts is None:
-        made = _copied_callable(value, memo) if _is_callable_object(value) else value
-        made = _deep_copied(value, memo) if deep and made is value else made
-    elif not deep and len(parts[0]) > _SMALL_CONTAINER:
-        made = value
-    else:
+    if parts is not None:
         old, rebuild = parts
-        new = [_copied(one, memo, deep) for one in old]
+        new = [_copied(one, memo) for one in old]
         same = all(one is other for one, other in zip(old, new, strict=True))
-        is_kept = same and (not deep or type(value) not in (list, dict, OrderedDict))
-        made = value if is_kept else rebuild(new)
-    if deep or made is not value:
-        memo[id(value)] = made
+        made = value if same and type(value) not in (list, dict, OrderedDict) else rebuild(new)
+    elif isinstance(value, types.FunctionType):
+        made = _led(value, memo)
+    else:
+        made = _led(value, memo) if callable(value) else value
+        made = _deep_copied(value, memo) if made is value else made
+    memo[id(value)] = made
     return made
 
 
-def reclosed(function: types.FunctionType, led: Callable[[Any], Any], memo: Memo) -> types.FunctionType:
-    """The function with `led(value)` for each value in its closure and defaults; the same object where none changes.
+def _led(value: Any, memo: Memo) -> Any:
+    """The value; or, where it leads to the model, one that leads to the copy, and shares the rest."""
+    if not references.is_followed(cast("type[object]", type(value))):
+        return value
+    return references.redirected(value, functools.partial(_stand_in, memo), memo.setdefault(_LED, {}))
 
-    Args:
-        function: for example a layer's `forward` that somebody replaced by one that calls the old one.
-        led: gives the new value for an old one, for example a layer of the copy for the model's.
-        memo: the functions that are done, by id: a function may be in its own closure.
-    """
-    if id(function) in memo:
-        return memo[id(function)]
-    cells = function.__closure__ or ()
-    fresh = tuple(types.CellType() for _ in cells)
-    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, fresh)
-    memo[id(function)] = made
-    rest = (function.__defaults__, function.__kwdefaults__, function.__dict__)
-    old = [*(_contents(cell) for cell in cells), *rest]
-    new = [led(one) for one in old]
-    if all(one is other for one, other in zip(old, new, strict=True)):
-        memo[id(function)] = function
-        return function
-    for cell, value in zip(fresh, new, strict=False):
-        if not isinstance(value, types.CellType):
-            cell.cell_contents = value
-    made.__defaults__, made.__kwdefaults__ = new[-3:-1]
-    made.__dict__.update(new[-1])
-    return made
+
+def _stand_in(memo: Memo, value: Any) -> Any:
+    return memo.get(id(value), value)
 
 
 def _deep_copied(value: Any, memo: Memo) -> Any:
     if isinstance(value, Tensor) and not value.is_leaf:
         return value.detach().clone()  # e.g. the weight that torch.nn.utils.weight_norm keeps
+    if references.is_followed(cast("type[object]", type(value))):
+        memo.update(references.functions(value, functools.partial(_stand_in, memo), memo.setdefault(_LED, {})))
     try:
         return copy.deepcopy(value, memo)
     except (TypeError, RuntimeError, NotImplementedError):
@@ -180,39 +179,6 @@ def _parts(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
         partial = cast("functools.partial[Any]", value)
         return [partial.func, partial.args, partial.keywords, partial.__dict__], _rebuilt_partial
     return None
-
-
-@functools.cache
-def is_callable_kind(kind: type[object]) -> bool:
-    """Whether the objects of a class can be called and are no modules, as accelerate's wrapper of a forward."""
-    call = next((vars(one)["__call__"] for one in kind.__mro__ if "__call__" in vars(one)), None)
-    return isinstance(call, types.FunctionType) and not issubclass(kind, (type, nn.Module, Tensor))
-
-
-def _is_callable_object(value: Any) -> bool:
-    return is_callable_kind(cast("type[object]", type(value))) and hasattr(value, "__dict__")
-
-
-def another(value: Any) -> Any:
-    """An object of the same class without attributes."""
-    return object.__new__(cast("type[Any]", type(value)))
-
-
-def _copied_callable(value: Any, memo: Memo) -> Any:
-    """The object; or, where it refers to the model, another one of its class that refers to the copy."""
-    seen = {**memo, id(value): value}  # it may lead to itself
-    if all(_copied(one, seen, deep=False) is one for one in value.__dict__.values()):
-        return value
-    made = memo[id(value)] = another(value)
-    made.__dict__.update({name: _copied(one, memo, deep=False) for name, one in value.__dict__.items()})
-    return made
-
-
-def _contents(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty: a name that is set later
-        return cell
 
 
 def _rebuilt_partial(parts: list[Any]) -> functools.partial[Any]:

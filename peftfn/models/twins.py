@@ -22,15 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from peftfn.core import transforms
-from peftfn.models import copies
+from peftfn.models import copies, references
 from peftfn.weights import codecs, offloaded
 
 # What every module has, and the guards of a view (`peftfn.models.write_protection`), which stay the view's: nothing to
 # rebind.
-_STANDARD = frozenset((*vars(nn.Module()), "_load_from_state_dict", "apply", "requires_grad_"))
+_STANDARD = frozenset((*vars(nn.Module()), "_load_from_state_dict", "apply", "requires_grad_", "_hf_hook"))
 _ATOMS = frozenset((str, int, float, bool, type(None), torch.dtype, torch.device, torch.Size))
 _SMALL_BUFFER = 65536
-_SMALL_CONTAINER = 256
+_LARGE = 256
+_CONTAINERS = frozenset((list, tuple, dict, set))
 
 # torch's own layers keep nothing in their `__dict__` but numbers; nothing there can point back into the base.
 _PLAIN_HOMES = ("linear", "normalization", "dropout", "sparse", "activation", "conv", "batchnorm", "pooling", "padding")
@@ -57,6 +58,7 @@ class Twins:
         by_path: every module's twin, under each of its paths.
         checkpointing: whether a module asks for activation checkpointing, as transformers spells it.
         tables: twins of tables with `max_norm`, whose own forward would write to the weight.
+        led_by: the objects beside modules, tensors and containers that may lead to the base.
     """
 
     def __init__(self, model: nn.Module, params: Mapping[str, Tensor] | None = None) -> None:
@@ -67,17 +69,22 @@ class Twins:
         self._tensor: dict[int, Tensor] = {}
         self._given = params or {}
         self._tracing = torch.compiler.is_compiling()
-        self._functions: dict[int, Any] = {}
+        self.led_by: list[Any] = []
+        self._led: references.Memo = {}
+        self._led_hooks: references.Memo = {}
         self._to_rebind: list[nn.Module] = []
         if params:
             self._tie(model, params)
+        self._hooked, self._packed = list[nn.Module](), set[int]()
         self.root = self._make(model, "")
         for twin in self._to_rebind:
             self._rebind(twin)
             if "_hf_hook" in twin.__dict__:
                 offloaded.bring(twin)
+        for twin in self._hooked:
+            self._rebind_hooks(twin)
         if params:
-            self._refuse_meta()
+            offloaded.refuse_meta(self.root)
 
     def tensor(self, name: str) -> Tensor:
         """The parameter or buffer of that name, as it is in the twins now."""
@@ -87,7 +94,7 @@ class Twins:
 
     def _tie(self, model: nn.Module, params: Mapping[str, Tensor]) -> None:
         every = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-        lost = [name for name in params if name not in every and not _is_packed(model, name)]
+        lost = [name for name in params if name not in every and not codecs.holds_packed(model, name)]
         if lost:
             raise KeyError(
                 f"params has {lost[:4]}{'...' if len(lost) > 4 else ''}, which {type(model).__name__} does not have; "
@@ -97,19 +104,10 @@ class Twins:
             if name in every:
                 self._tensor.setdefault(id(every[name]), tensor)
 
-    def _refuse_meta(self) -> None:
-        named = [*self.root.named_parameters(), *self.root.named_buffers()]
-        left = [name for name, tensor in offloaded.filled(self.root, dict(named)).items() if tensor.is_meta]
-        if left:
-            raise ValueError(
-                f"the model is on the meta device and params has no value for {len(left)} of its tensors: "
-                f"{', '.join(left[:4])}, ...; give every parameter and buffer by name."
-            )
-
     def _make(self, module: nn.Module, path: str) -> nn.Module:
         twin = self._twin.get(id(module))
         if twin is not None:
-            self.by_path[path] = twin
+            self._name(twin, path)
             return twin
         twin = object.__new__(type(module))
         self._twin[id(module)] = self.by_path[path] = twin
@@ -120,11 +118,9 @@ class Twins:
             self._put_dense(module, own, prefix)
         own["_buffers"] = self._buffers(module, prefix) if own["_buffers"] else {}
         own["_non_persistent_buffers_set"] = {*own["_non_persistent_buffers_set"]}
-        inside = own["_modules"]
-        own["_modules"] = (
-            {k: v if v is None else self._make(v, prefix + k) for k, v in inside.items()} if inside else {}
-        )
-        _own_hooks(own)
+        own["_modules"] = {k: v if v is None else self._make(v, prefix + k) for k, v in own["_modules"].items()}
+        hooked = _own_hooks(own)
+        own["_compiled_call_impl"] = None  # of `module.compile()`: it runs the base's own object
         if "_hf_hook" in own:
             own["_hf_hook"] = offloaded.own(own["_hf_hook"])
         copies.give_slots(twin, module)
@@ -140,7 +136,17 @@ class Twins:
             self.tables.append(twin)
         if type(module).__module__ not in _PLAIN or "forward" in own:
             self._to_rebind.append(twin)
+        if hooked and not self._tracing:
+            self._hooked.append(twin)
         return twin
+
+    def _name(self, twin: nn.Module, path: str) -> None:
+        """Note a twin, and those inside of it, under one more path."""
+        if path not in self.by_path:
+            self.by_path[path] = twin
+            for name, inner in twin.__dict__.get("_modules", {}).items():
+                if inner is not None:
+                    self._name(inner, f"{path}.{name}" if path else name)
 
     def _put_dense(self, module: nn.Module, own: dict[str, Any], prefix: str) -> None:
         """Put what is given for a packed weight or bias, which the module has under other names."""
@@ -197,9 +203,7 @@ class Twins:
         for name in own.keys() - _STANDARD:
             value = own[name]
             if type(value) not in _ATOMS:
-                changed = self._mapped(value)
-                if changed is not value:
-                    own[name] = changed
+                own[name] = self._mapped(value)
         if self._tracing:
             # Dynamo follows a method of an object made while it traces only through something that it can guard on.
             for name in _method_names(type(twin)):
@@ -207,74 +211,69 @@ class Twins:
 
     def _mapped(self, value: Any) -> Any:
         kind = cast("type[object]", type(value))
-        changed = value
         if kind in _ATOMS:
-            pass
-        elif issubclass(kind, nn.Module):  # of the type: isinstance asks a config of transformers, which takes longer
-            changed = self._twin.get(id(value)) or self._make(value, f"<outside>.{id(value)}")
-        elif issubclass(kind, Tensor):
-            known = self._known(value)
-            changed = value if known is None else known
-        elif kind is types.MethodType:
-            changed = self._mapped_method(value)
-        elif kind is types.FunctionType:
-            if (value.__closure__ or value.__defaults__ or value.__kwdefaults__) and not self._tracing:
-                changed = copies.reclosed(value, self._mapped, self._functions)
-        elif kind is functools.partial:
-            changed = self._mapped_partial(value)
-        elif kind in (list, tuple, dict, set) and len(value) <= _SMALL_CONTAINER:
-            changed = self._mapped_container(value)
-        elif not self._tracing and copies.is_callable_kind(kind) and hasattr(value, "__dict__"):
-            changed = self._mapped_callable(value)
-        return changed
-
-    def _mapped_method(self, value: types.MethodType) -> Any:
-        owner, function = self._mapped(value.__self__), self._mapped(value.__func__)
-        if owner is value.__self__ and function is value.__func__:
             return value
+        if issubclass(kind, nn.Module):  # of the type: isinstance asks a config, which takes longer
+            return self._stand_in(value)
+        if issubclass(kind, Tensor):
+            return self._own_tensor(value)
+        if kind in _CONTAINERS:
+            return self._mapped_container(value)
         if self._tracing:
-            return functools.partial(function, owner)
-        return types.MethodType(function, owner)
+            return self._traced(value)
+        self.led_by.append(value)
+        return references.redirected(value, self._stand_in, self._led) if references.is_followed(kind) else value
 
-    def _mapped_partial(self, value: functools.partial[Any]) -> Any:
-        arguments = [self._mapped(argument) for argument in value.args]
-        keywords = {name: self._mapped(argument) for name, argument in value.keywords.items()}
-        made = functools.partial(self._mapped(value.func), *arguments, **keywords)
-        made.__dict__.update(value.__dict__)
-        return made
+    def _own_tensor(self, value: Tensor) -> Tensor:
+        """A tensor that is neither parameter nor buffer: the twins' own, as a buffer; a view, of what they have."""
+        known = self._tensor.get(id(value))
+        if known is not None or self._tracing or type(value) not in (Tensor, nn.Parameter):
+            return value if known is None else known
+        self._packed = self._packed or {id(one) for one in (self, *codecs.shared(self.root))}
+        if id(value) in self._packed:
+            return value
+        copied = self.root.training or value.numel() <= _SMALL_BUFFER
+        return self._remember(value, copies.loose(value, {} if self._given else self._tensor, copied=copied))
 
-    def _mapped_callable(self, value: Any) -> Any:
-        """The object; or, where it leads into the base, another one of its class that leads to the twins."""
-        if id(value) in self._functions:
-            return self._functions[id(value)]
-        self._functions[id(value)] = value  # it may lead to itself
-        if any(self._mapped(one) is not one for one in value.__dict__.values()):
-            made = self._functions[id(value)] = copies.another(value)
-            made.__dict__.update({name: self._mapped(one) for name, one in value.__dict__.items()})
-        return self._functions[id(value)]
+    def _stand_in(self, value: Any) -> Any:
+        known = self._of_base(value)
+        return known if known is not value or isinstance(value, Tensor) else self._make(value, f"<outside>.{id(value)}")
+
+    def _rebind_hooks(self, twin: nn.Module) -> None:
+        """Point a twin's hooks at the twins. What they have beside the base (a metric, a log) is theirs, and stays."""
+        for name in _HOOKS:
+            for key, hook in twin.__dict__[name].items():
+                if type(hook) not in _ATOMS:
+                    self.led_by.append(hook)
+                    twin.__dict__[name][key] = references.redirected(hook, self._of_base, self._led_hooks)
+
+    def _of_base(self, value: Any) -> Any:
+        return self._tensor.get(id(value), value) if isinstance(value, Tensor) else self._twin.get(id(value), value)
+
+    def _traced(self, value: Any) -> Any:
+        """The value while Dynamo traces, which has no way with most objects."""
+        if type(value) is types.MethodType:
+            owner, function = self._mapped(value.__self__), value.__func__
+            return value if owner is value.__self__ else functools.partial(function, owner)
+        if type(value) is functools.partial:
+            keywords = {name: self._mapped(one) for name, one in value.keywords.items()}
+            return functools.partial(self._mapped(value.func), *map(self._mapped, value.args), **keywords)
+        return value
 
     def _mapped_container(self, value: Any) -> Any:
-        memo: dict[int, Any] = {} if self._tracing else self._functions
+        held: Any = cast("dict[Any, Any]", value).values() if type(value) is dict else value
+        if len(held) > _LARGE and _ATOMS.issuperset(map(type, held)):
+            return cast("Any", value)
+        memo: dict[int, Any] = {} if self._tracing else self._led
         return copies.refilled(value, self._mapped, memo)
 
 
-def _is_packed(model: nn.Module, name: str) -> bool:
-    """Whether a name is that of a weight that its module holds packed, under other names, or of a bias beside it."""
-    path, _, own = name.rpartition(".")
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        return False
-    return own in ("weight", "bias") and codecs.of(module) is not codecs.DENSE
-
-
-def _own_hooks(own: dict[str, Any]) -> None:
-    """Put the module's hooks in dictionaries of the twin's own: a forward may register some."""
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        own.update({name: OrderedDict(own[name]) for name in _HOOKS})
-    else:
-        for name in _HOOKS:
-            own[name] = OrderedDict()
+def _own_hooks(own: dict[str, Any]) -> bool:
+    """Put the module's hooks in dictionaries of the twin's own, for a forward may add some; say whether it has any."""
+    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    for name in _HOOKS:
+        own[name] = OrderedDict(own[name]) if hooked else OrderedDict()
+    return bool(hooked)
 
 
 _HOOKS = (

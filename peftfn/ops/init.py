@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from peftfn import methods
 from peftfn.core.adapter import Adapter, SiteInfo, Tree, sorted_tree
 from peftfn.core.config import PeftConfig
 from peftfn.methods import Method, companions
-from peftfn.models import layers, layouts, matching, targets, tied_weights
+from peftfn.models import layers, layouts, matching, targets, tied_weights, twins
 from peftfn.ops import resized_tables
 from peftfn.weights import codecs
 
@@ -86,11 +88,15 @@ def _of_method(
     places = method.targets.sites(model, resolved)
     _refuse_twice(places)
     found: dict[str, layers.Site] = {}
-    with generator.device:  # where numbers are drawn, whatever torch's default device is; methods move them
+    # Where numbers are drawn, and as what, whatever torch's defaults are; methods move them.
+    with generator.device, _as_float32():
         for path, place in places.items():
             owner, at = model.get_submodule(place.owner), layers.pattern_path(path, places)
             on_inputs = method.targets.input_side
             side = on_inputs is not None and on_inputs(resolved, at)
+            is_made = place.weight and place.weight not in owner._parameters and codecs.of(owner) is codecs.DENSE
+            if is_made:  # at each reading, which may write (spectral_norm)
+                owner = twins.Twins(owner).root
             site = layers.Site(path, place.kind, owner, place.weight, rows=place.rows, input_side=side)
             tied = method.of_tables and place.kind == layers.EMBEDDING
             sites[path] = _noted(site, tied_weights.holders(model, path) if tied else ())
@@ -128,6 +134,30 @@ def _refuse_twice(places: Mapping[str, layers.Place]) -> None:
                 f"{place.name} is named twice, as {other!r} and as {path!r}: target_modules and target_parameters name "
                 "the same weight. Name it in one of them."
             )
+
+
+def _as_float32() -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if torch.get_default_dtype() == torch.float32 else _Float32()
+
+
+class _Float32(TorchFunctionMode):
+    """A context in which float32 is torch's default dtype, in this thread alone."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """What the function makes."""
+        given = dict(kwargs or {})
+        if given.get("dtype") is None and func in _MAKE_FLOATS:
+            return func(*args, **given | {"dtype": torch.float32})
+        made = func(*args, **given)
+        if given.get("dtype") is None and func in _INFER and made.dtype == torch.get_default_dtype():
+            return func(*args, **given | {"dtype": torch.float32})
+        return made
+
+
+_MAKE_FLOATS = frozenset((torch.empty, torch.zeros, torch.ones, torch.eye, torch.rand, torch.randn, torch.linspace))
+_INFER = frozenset((torch.tensor, torch.full, torch.arange))
 
 
 def _noted(site: layers.Site, tied: Sequence[str]) -> SiteInfo:

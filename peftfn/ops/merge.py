@@ -85,9 +85,7 @@ def merge(
             packed.update(_unpack(merged, one, method, path, model))
             here = change(merged, one, path, model)
             there = tied_tables.followers(here.table, here.info, merged, adapters[number], model)
-            made = changed(here, merged)
-            merged.update(made)
-            merged.update(dict.fromkeys(there, made[here.names["weight"]]) if there else {})
+            merged.update(tied_tables.follow(here, there, merged, changed))
     for name, entry in packed.items():
         if requantize:
             again = entry.pack(merged[name])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftfn.core import transforms
 from peftfn.core.adapter import Adapter, as_tuple
 from peftfn.models import attention_masks, surgery, transformers_caches, twins
-from peftfn.runtime import attach, remembered_checks, site_adapters
+from peftfn.runtime import attach, escaped, remembered_checks, site_adapters
 from peftfn.runtime.routing import row_index, row_layouts, rows_apart
 from peftfn.runtime.routing.row_index import Rows
 from peftfn.weights import packed_params
@@ -95,12 +95,29 @@ def _once(
         keywords = transformers_caches.without_states(made.root, keywords)
     wants_grad = _always if torch.is_grad_enabled() and not tracing else None
     check = tracing or not remembered_checks.are_known(model, adapters, made.by_path)
+    call = (*keywords, len(arguments), model.training, params is None)
+    known = tracing or not (adapters or params) or remembered_checks.is_known_call(model, call, made.led_by)
     plan = attach.attach(made.root, made.by_path, found, wants_grad, check=check, apart=not tracing)
+    watch = escaped.Watch(plan) if (check or not known) and escaped.can_watch(made.by_path) else None
     surgery.install(plan, made.by_path, _put, apart=not tracing)
     if check and not tracing:
         remembered_checks.remember(model, adapters, made.by_path)
     if made.checkpointing:
         surgery.let_inputs_require_grad(made.root)
+    if watch is None:
+        return _run(made, params, arguments, keywords)
+    watch.look_for(
+        model, made.by_path, (arguments, dict(keywords), dict(params or {}), [one.params for one in adapters])
+    )
+    with watch:
+        output = _run(made, params, arguments, keywords)
+    remembered_checks.remember_call(model, call, made.led_by)
+    return output
+
+
+def _run(
+    made: twins.Twins, params: Mapping[str, Tensor] | None, arguments: tuple[Any, ...], keywords: Mapping[str, Any]
+) -> Any:
     try:
         # The twins hold every tensor already, and keep it for the backward pass (a checkpointed block looks for it
         # there): functional_call finds each in its place, and leaves it there.

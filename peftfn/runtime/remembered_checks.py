@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +42,18 @@ class _Fit(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class _Memory:
-    """The adapters that fitted one model, and the one that did last."""
+    """The adapters that fitted one model, the one that did last, and the calls that were watched.
+
+    Of a call (by its arguments' names) it has the objects that may lead to the base, as they were.
+    """
 
     fits: weakref.WeakKeyDictionary[Adapter, _Fit] = dataclasses.field(
         default_factory=weakref.WeakKeyDictionary[Adapter, _Fit]
     )
     last: _Fit | None = None
+    calls: dict[Hashable, list[weakref.ref[Any]]] = dataclasses.field(
+        default_factory=dict[Hashable, "list[weakref.ref[Any]]"]
+    )
 
 
 _MEMORIES: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictionary()
@@ -115,3 +121,20 @@ def _shapes(adapter: Adapter) -> dict[str, torch.Size]:
         for path, leaf in tree.items()
         for name, tensor in leaf.items()
     }
+
+
+def is_known_call(model: nn.Module, call: Hashable, led_by: Sequence[Any]) -> bool:
+    """Whether such a call was watched (`runtime.escaped`), and the objects that may lead to the base are the same."""
+    memory = _MEMORIES.get(model)
+    known = None if memory is None else memory.calls.get(call)
+    if known is None or len(known) != len(led_by):
+        return False
+    return all(ref() is one for ref, one in zip(known, led_by, strict=True))
+
+
+def remember_call(model: nn.Module, call: Hashable, led_by: Iterable[Any]) -> None:
+    """Remember that such a call was watched, and nothing was found; where an object cannot be told again, it is not."""
+    try:
+        _MEMORIES.setdefault(model, _Memory()).calls[call] = [weakref.ref(one) for one in led_by]
+    except TypeError:
+        return

@@ -100,3 +100,14 @@ def _elsewhere(module: nn.Module, hook: Any) -> Iterator[tuple[dict[str, Any], s
                 full = f"{path}.{name}" if path else name
                 if tensor is not None and tensor.is_meta and full in hook.weights_map:
                     yield home, name, full, tensor
+
+
+def refuse_meta(root: nn.Module) -> None:
+    """Refuse private modules that have tensors without numbers, after those that the caller gave."""
+    named: dict[str, Tensor] = dict([*root.named_parameters(), *root.named_buffers()])
+    left = [name for name, tensor in filled(root, named).items() if tensor.is_meta]
+    if left:
+        raise ValueError(
+            f"the model is on the meta device and params has no value for {len(left)} of its tensors: "
+            f"{', '.join(left[:4])}, ...; give every parameter and buffer by name."
+        )

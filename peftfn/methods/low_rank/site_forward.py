@@ -138,8 +138,10 @@ def _drawn(site: Site, delta: Delta, p: float, x: Tensor) -> tuple[Tensor, Delta
     """x after dropout, or x and the bits of a mask that is still to be applied; and the delta, scaled for it."""
     if _is_routed(site, delta):
         delta = Delta(delta.a, delta.b, delta.s.view(-1, 1, 1))
-    if not p or not site.training or not x.is_floating_point():
+    if not p or not site.training or not (x.is_floating_point() or x.is_complex()):
         return x, delta, None
+    if x.is_complex():
+        return x * F.dropout(torch.ones_like(x.real), p, training=True), delta, None
     if torch.compiler.is_compiling():  # the compiler fuses torch's own dropout, and chooses what to keep
         return F.dropout(x.to(delta.a.dtype), p, training=True), delta, None
     tokens = x.numel() // max(x.shape[-1], 1)
@@ -149,11 +151,24 @@ def _drawn(site: Site, delta: Delta, p: float, x: Tensor) -> tuple[Tensor, Delta
 
 def _plain(site: Site, delta: Delta, x: Tensor, y: Tensor, bits: Tensor | None) -> Tensor:
     a, b, s = delta
+    if x.is_complex() or a.is_complex():
+        a, b, x = _as_complex(site, a, b, x, y)
     if x.is_floating_point() and (bits is not None or site.kind not in MATRICES):
         x = x.to(a.dtype)  # the product of a linear layer takes any dtype (`mixed_precision.linear`)
     if bits is not None:
         x = x * dropout.mask(bits, x.shape).to(x.dtype)
     return layer_deltas.TABLE[site.kind].add(site, a, b, s, x, y).to(y.dtype)
+
+
+def _as_complex(site: Site, a: Tensor, b: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B and x in the one dtype that holds them; ids of a table stay ids."""
+    if not y.is_complex():
+        raise ValueError(
+            f"{site.path}: the adapter's tensors are {a.dtype} and the layer computes in {y.dtype}, which has no "
+            "imaginary part; give the adapter real tensors (pf.init(..., dtype=torch.float32))."
+        )
+    dtype = torch.promote_types(a.dtype, x.dtype) if x.is_complex() else a.dtype
+    return a.to(dtype), b.to(dtype), x.to(dtype) if x.is_complex() or x.is_floating_point() else x
 
 
 def _is_routed(site: Site, delta: Delta) -> bool:
@@ -162,10 +177,11 @@ def _is_routed(site: Site, delta: Delta) -> bool:
 
 
 def _only_autograd_is_active(x: Tensor, delta: Delta) -> bool:
-    """Whether no compilation, autocast, forward-mode AD or `vmap` over these tensors is active; for x (..., in)."""
+    """Whether no compilation, autocast, forward mode or `vmap` over these tensors is active; for x (..., in), real."""
     return (
         not torch.compiler.is_compiling()
         and x.dim() > 1
+        and not (x.is_complex() or delta.a.is_complex())
         and not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
         and not is_forward_mode()
         and (not is_transforming() or not any(map(is_mapped, (x, *delta))))

@@ -27,9 +27,11 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any =
     `train()`, `to()`, `load_state_dict()`, `gradient_checkpointing_enable()` and the like never reach the base. Only
     code that writes to a frozen parameter of the bound module by name, in place, would write to the base.
 
-    The parameters that require grad are exactly the adapter's. They share memory with the adapter's tensors, which an
-    optimizer therefore trains in place; `unbind(bound)` is the adapter as the module has it now, also after `to()`.
-    The statistics that a BatchNorm of the base gathers in training stay in the bound module: `eval()` such layers.
+    The parameters that require grad are exactly the adapter's; where some of the given tensors require grad, those
+    alone: `pf.leaves(new)`, then `pf.bind(model, (fixed, new))` trains a new adapter over a fixed one. They share
+    memory with the adapter's tensors, which an optimizer therefore trains in place; `unbind(bound)` is the adapter as
+    the module has it now, also after `to()`. The statistics that a BatchNorm of the base gathers in training stay in
+    the bound module: `eval()` such layers.
 
     Of a transformers model, `bound.save_pretrained(folder)` writes the adapter, as `pf.save(pf.unbind(bound), folder)`
     does, and the base's name: PEFT's two files and no `config.json`. So do the checkpoints of an unchanged `Trainer`,
@@ -69,7 +71,8 @@ def bind(model: nn.Module, adapter: Adapter | Iterable[Adapter], *, index: Any =
     surgery.run_packed(bound.modules())
     by_path = dict(layers.named_modules(bound, remove_duplicate=False))
     slots = tuple(parameters.Slots(one.replace(params={}, buffers={}), {}, {}) for one in adapters)
-    holder = parameters.Holder(by_path, adapters, slots, {})
+    given = (tensor for one in adapters for leaf in one.params.values() for tensor in leaf.values())
+    holder = parameters.Holder(by_path, adapters, slots, {}, any(tensor.requires_grad for tensor in given))
     found = {path: parameters.hold(holder, path, here) for path, here in site_adapters.of(adapters, which).items()}
     found = site_adapters.with_ties(found, model)
     for module in bound.modules():

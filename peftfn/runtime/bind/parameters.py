@@ -50,12 +50,21 @@ class Held(Mapping[str, Tensor]):
 
 
 class Holder(NamedTuple):
-    """What `hold` reads and fills; `made` has the trained parameters, by the id of the adapter's tensor."""
+    """What `hold` reads and fills.
+
+    Attributes:
+        by_path: the modules.
+        adapters: whose tensors are held.
+        slots: where they are.
+        made: the trained parameters, by the id of the adapter's tensor.
+        fixes: whether tensors that do not require grad are held fixed, because others of the adapters do.
+    """
 
     by_path: Mapping[str, nn.Module]
     adapters: tuple[Adapter, ...]
     slots: tuple[Slots, ...]
     made: dict[int, nn.Parameter]
+    fixes: bool
 
 
 def hold(holder: Holder, path: str, here: list[site_adapters.SiteAdapter]) -> list[site_adapters.SiteAdapter]:
@@ -144,7 +153,7 @@ def _parameter(holder: Holder, tensor: Tensor, trained: bool) -> nn.Parameter:
             "own): as a parameter of the bound module it would be cut from what made it. Use peftfn.apply, through "
             "which gradients flow; or call bind under torch.no_grad(), to run it or to train from its values."
         )
-    if not trained:
+    if not trained or (holder.fixes and not tensor.requires_grad):
         return nn.Parameter(tensor.detach(), requires_grad=False)
     made = holder.made.get(id(tensor))
     if made is None:

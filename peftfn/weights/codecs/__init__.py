@@ -202,6 +202,16 @@ def replaceable(module: nn.Module) -> set[str]:
     return {"weight"} | ({"bias"} if bias(module) is not None else set())
 
 
+def holds_packed(model: nn.Module, name: str) -> bool:
+    """Whether a name is that of a weight that its module holds packed, under other names, or of a bias beside it."""
+    path, _, own = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return False
+    return own in ("weight", "bias") and of(module) is not DENSE
+
+
 def packed_modules(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Codec]]:
     """Those of the modules whose weight is packed, with their codecs."""
     for module in modules:

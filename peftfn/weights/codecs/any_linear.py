@@ -1,5 +1,6 @@
 """Any other packed linear layer, known only by what it computes.
 
+Those of libraries that pack weights are taken for linear, by their class; another's is a module like any other.
 W is read by running the layer on the identity, a block of columns at a time: W[:, i:j] = f(I[i:j])ᵀ, with f without
 its bias. Shown on HQQ's layers, which hold their weight in tensors of their own, and on torchao's, which are
 `nn.Linear`s with a weight that is no plain tensor. The layer runs itself for the forward pass, on a private copy.
@@ -20,6 +21,21 @@ from peftfn.weights.codecs.packed_linear import Format, Packed, Product, Tensors
 from peftfn.weights.codecs.state_dict_entry import Entry
 
 _SUBCLASSES = ("torchao",)
+# What holds integers and has sizes may compute anything: only of these libraries it is known to be a linear layer.
+_LIBRARIES = frozenset(
+    (
+        *("hqq", "eetq", "awq", "aqlm", "vptq", "optimum", "quanto", "spqr_quant", "flute", "fbgemm_gpu", "auto_round"),
+        *(
+            "auto_gptq",
+            "gptqmodel",
+            "compressed_tensors",
+            "transformers",
+            "torchao",
+            "bitsandbytes",
+            "neural_compressor",
+        ),
+    )
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +60,8 @@ def matches(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     if isinstance(module, nn.Linear):
         return _is_subclass(weight)
+    if _LIBRARIES.isdisjoint(one.__module__.partition(".")[0] for one in type(module).__mro__):
+        return False
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     held = [*module._parameters.values(), *module._buffers.values()]
     is_packed = any(tensor is not None and not tensor.is_floating_point() and tensor.dim() > 1 for tensor in held)

@@ -1,0 +1,88 @@
+"""Whether a call computes with private copies alone, and whether the adapters had any part in it.
+
+What leads from a model's code to its own modules is followed (`models.references`), as far as Python can be asked. Past
+that (a global name, a library's own memory) a layer runs the base's own tensors, and the adapter is lost without a
+word. So the first call of its kind is watched: every function of torch is asked whether one of those goes in.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+import torch.utils._pytree as torch_pytree
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from peftfn.models.surgery import Plan
+
+
+def can_watch(twins: Mapping[str, nn.Module]) -> bool:
+    """Whether no part of the model is compiled: Dynamo has no way with a mode of another's."""
+    compiled = any(type(twin).__module__.startswith("torch._dynamo") for twin in twins.values())
+    return not compiled and not torch.compiler.is_compiling()
+
+
+class Watch(TorchFunctionMode):
+    """A context that refuses functions of the base's own tensors, and notes whether a site has run or was read.
+
+    Args:
+        plan: what the adapters change, before it is carried out: its sites say from now on when they run.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self._put = [(path, name) for path, name in (*plan.tensors, *plan.computed)]
+        self._sites = [*filter(None, plan.forwards), *(f"{path}.{name}" for path, name in self._put)]
+        self._has_run = not self._sites or "" in plan.forwards
+        for path in filter(None, plan.forwards):
+            plan.then(path, lambda _, run: functools.partial(self._noting, run))
+        for key, compute in plan.reads.items():
+            plan.reads[key] = functools.partial(self._noting, compute)
+        self._names: dict[int, str] = {}
+        self._read: set[int] = set()
+
+    def look_for(self, model: nn.Module, twins: Mapping[str, nn.Module], given: Any) -> None:
+        """Know the tensors of the base that are not to be seen: those that neither the twins nor the caller gives."""
+        used = {id(one) for twin in twins.values() for one in (*twin._parameters.values(), *twin._buffers.values())}
+        used |= {id(one) for one in cast("Iterable[Any]", torch_pytree.tree_leaves(given)) if isinstance(one, Tensor)}
+        named = model.named_parameters(remove_duplicate=False)
+        self._names = {id(one): name for name, one in named if id(one) not in used}
+        put = [(twins[path], name) for path, name in self._put]
+        self._read = {id({**twin._buffers, **twin._parameters}[name]) for twin, name in put}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """What the function gives, if no tensor of the base's own goes in."""
+        given = dict(kwargs or {})
+        if func.__name__ != "__get__":  # of a tensor's shape or dtype
+            for one in (*args, *given.values()):
+                for tensor in cast("Iterable[Any]", one) if isinstance(one, (list, tuple)) else (one,):
+                    self._look_at(tensor, func.__name__)
+        return func(*args, **given)
+
+    def _look_at(self, tensor: Any, called: str) -> None:
+        self._has_run = self._has_run or id(tensor) in self._read
+        if id(tensor) in self._names:
+            raise ValueError(
+                f"{self._names[id(tensor)]}: the model's forward runs `{called}` on this tensor of the base itself, "
+                "past the private copies that adapters act on: something that cannot be followed leads there (a global "
+                "name, an object of a library). Let it go through the module (self.layer), or an attribute of it."
+            )
+
+    def _noting(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._has_run = True
+        return run(*args, **kwargs)
+
+    def __exit__(self, *raised: Any) -> None:
+        """Leave the context; refuse a call in which the adapters had no part."""
+        super().__exit__(*raised)
+        if raised[0] is None and not self._has_run:
+            raise ValueError(
+                f"no site of the adapter ran or was read in this call: {', '.join(self._sites[:3])}"
+                f"{', ...' if len(self._sites) > 3 else ''}. The model's forward does not come to them, or has code of "
+                "a library that runs past the modules; without them, peftfn.apply(model, (), batch) is the same."
+            )
