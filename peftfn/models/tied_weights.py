@@ -37,11 +37,14 @@ def aliases(params: Mapping[str, Tensor], name: str) -> Iterator[str]:
     """The other names in `params` of the same tensor, or of another view of all of it, as a state dict has them."""
     own = params[name]
     for other, tensor in params.items():
-        if other != name and (tensor is own or _is_same(tensor, own)):
+        if other != name and is_one(tensor, own):
             yield other
 
 
-def _is_same(one: Tensor, other: Tensor) -> bool:
+def is_one(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same one, or views of all of the same memory."""
+    if one is other:
+        return True
     if one.shape != other.shape or {type(one), type(other)} - _WITH_POINTER:
         return False
     if one.is_meta or other.is_meta or is_traced(one, other) or not one.numel():

@@ -85,7 +85,9 @@ def merge(
             packed.update(_unpack(merged, one, method, path, model))
             here = change(merged, one, path, model)
             there = tied_tables.followers(here.table, here.info, merged, adapters[number], model)
-            merged.update(tied_tables.follow(here, there, merged, changed))
+            made = changed(here, merged)
+            merged.update(tied_tables.followed(there, here, made, merged, changed))
+            merged.update(made)
     for name, entry in packed.items():
         if requantize:
             again = entry.pack(merged[name])

@@ -5,7 +5,8 @@ Nothing follows any other method: a LoRA on a tied embedding leaves the output l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -48,6 +49,31 @@ def followers(
             "embedding, of which the others follow; pass model=... to merge."
         )
     return found if is_followed(table) else []
+
+
+def followed(
+    names: Sequence[str],
+    one: Any,
+    made: Mapping[str, Tensor],
+    params: Mapping[str, Tensor],
+    changed: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]],
+) -> dict[str, Tensor]:
+    """The same change of other holders of a table: of their own weight, which an adapter before may have parted from it.
+
+    Args:
+        names: the others, from `followers`.
+        one: the change, a `merge.Change`.
+        made: what it makes.
+        params: parameters by name, as they are before it.
+        changed: what a change makes of them.
+    """
+    found: dict[str, Tensor] = {}
+    for name in names:
+        owner, _, weight = name.rpartition(".")
+        there = one._replace(place=one.place._replace(owner=owner, weight=weight), replaced={})
+        is_tied = tied_weights.is_one(params[name], params[one.place.name])
+        found[name] = made[one.place.name] if is_tied else changed(there, params)[name]
+    return found
 
 
 def _own(adapter: Adapter) -> set[str]:
