@@ -96,9 +96,11 @@ def joined(adapter: Adapter, shared: Tree, model: nn.Module | None, source: str)
 
 def _sites(adapter: Adapter, model: nn.Module | None) -> dict[str, Site]:
     """The adapter's sites in the model, in its order; of one that it lacks speaks what holds the two together."""
+    if model is None:
+        return {}
     found: dict[str, Site] = {}
-    for path in () if model is None else [path for path, _ in layers.named_modules(model) if path in adapter.sites]:
+    for path in [path for path, _ in layers.named_modules(model) if path in adapter.sites]:
         place = layers.find(model, path)
-        if model is not None and place is not None:
+        if place is not None:
             found[path] = layers.site_of(model.get_submodule(place.owner), place, path, adapter.sites[path])
     return found
