@@ -16,6 +16,7 @@ from peftfn.methods.c3a import C3AConfig
 from peftfn.methods.deft import DeftConfig
 from peftfn.methods.delora import DeloraConfig
 from peftfn.methods.fourierft import FourierFTConfig
+from peftfn.methods.frod import FrodConfig
 from peftfn.methods.glora import GloraConfig
 from peftfn.methods.gralora import GraloraConfig
 from peftfn.methods.hira import HiraConfig
@@ -37,6 +38,8 @@ from peftfn.methods.prompt.prefix_tuning import PrefixTuningConfig
 from peftfn.methods.prompt.prompt_config import PromptLearningConfig
 from peftfn.methods.prompt.prompt_tuning import PromptTuningConfig
 from peftfn.methods.psoft import PsoftConfig
+from peftfn.methods.pvera import PveraConfig
+from peftfn.methods.randlora import RandLoraConfig
 from peftfn.methods.road import RoadConfig
 from peftfn.methods.shira import ShiraConfig
 from peftfn.methods.supertuning import SupertuningConfig
@@ -73,6 +76,7 @@ __all__ = [
     "DeloraConfig",
     "Ensemble",
     "FourierFTConfig",
+    "FrodConfig",
     "GloraConfig",
     "GraloraConfig",
     "HRAConfig",
@@ -93,6 +97,8 @@ __all__ = [
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PsoftConfig",
+    "PveraConfig",
+    "RandLoraConfig",
     "RoadConfig",
     "ShiraConfig",
     "SupertuningConfig",

@@ -19,7 +19,8 @@ _METHODS = (
     *("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "fourierft_", "c3a_", "gralora_", "shira_", "waveft_"),
     *("supertuning_", *_WRAPPERS),
     *("boft_", "deft_", "delora_", "glora_", "hira_", "hra_", "miss_", "road_"),
-    *("ln_tuning_", "trainable_tokens_", "beft_", "psoft_", "peanut_", "osf_"),
+    *("ln_tuning_", "trainable_tokens_", "beft_", "psoft_", "peanut_", "osf_", "vblora_", "pvera_", "randlora_"),
+    "frod_",
 )
 
 

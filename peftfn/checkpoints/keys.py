@@ -65,12 +65,12 @@ def _to_keys(adapter: Adapter) -> dict[str, Tensor]:
             )
         if own:
             adapted += [path.rpartition(".")[0] if _is_parameter(adapter.config, path) else path]
-            site = _site_key(adapter, path)
             held = {name: tensor for name, tensor in adapter.buffers.get(path, {}).items() if method.is_held(name)}
             info = adapter.sites.get(path, UNKNOWN)
-            whole = method.files.write(adapter.config, common_sites.on_all_rows(method, {**own, **held}, info))
+            here = common_sites.on_all_rows(method, {**own, **held}, info)
+            whole = {**method.files.write(adapter.config, here), **shared_keys.copies(method, adapter, path)}
             pairs = [(key, whole[name]) for name, key in names.items() if name in whole]
-            found += [(f"{one}.{key}", tensor) for one in (site, *info.tied) for key, tensor in pairs]
+            found += [(f"{at}.{key}", tensor) for at in (_site_key(adapter, path), *info.tied) for key, tensor in pairs]
     for tree in (adapter.params, adapter.buffers):
         for path, leaf in tree.items():
             module = companion_keys.copied(method, adapter.config, _nested(adapter, path) + _BASE * adapted.count(path))
@@ -149,7 +149,7 @@ def from_keys(
     left = dict(tensors)
     others = [companion_keys.from_keys(left, other, PREFIX, source) for other in methods.companion_configs(config)]
     method = methods.of(config)
-    shared = shared_keys.taken(method, left) if method.sharing is not None else {}
+    shared = shared_keys.taken(method, left, source) if method.sharing is not None else {}
     first = _from_keys(left, config, source, ordered=ordered, model=model, noted=noted, fixed=fixed)
     if method.sharing is not None:
         first = shared_keys.joined(first, shared, model, source)

@@ -1,11 +1,15 @@
-"""Tensors that several sites have in common, in PEFT's files: their keys are those of the model that PEFT wraps."""
+"""Tensors that several sites have in common, in PEFT's files: their keys are those of the model that PEFT wraps.
+
+Of some methods a file has one more copy at each site (`Slot.at_sites`).
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from peftfn import methods
-from peftfn.core.adapter import SHARED, Adapter, Tree, is_shared, sorted_tree
+from peftfn.core.adapter import SHARED, Adapter, Leaf, Tree, is_shared, leaf_of, sorted_tree
 from peftfn.methods import Method
 from peftfn.models import layers
 from peftfn.models.layers import Site
@@ -26,14 +30,34 @@ def to_keys(adapter: Adapter) -> dict[str, Tensor]:
     }
 
 
-def taken(method: Method, left: dict[str, Tensor]) -> Tree:
-    """The shared tensors of a file, by path and name; their keys are taken out of those that are left."""
-    marks = {name: f"{_ROOT}{slot.key or name}" for name, slot in method.slots.items() if slot.shared}
+def copies(method: Method, adapter: Adapter, path: str) -> Leaf:
+    """Those shared tensors of a site of which a file has a copy there."""
+    names = [name for name, slot in method.slots.items() if slot.at_sites and slot.stored(adapter.config)]
+    whole = leaf_of(adapter, path) if names else {}
+    return {name: whole[name] for name in names}
+
+
+def taken(method: Method, left: dict[str, Tensor], source: str) -> Tree:
+    """The shared tensors of a file, by path and name; their keys are taken out of those that are left.
+
+    Raises:
+        ValueError: a site's copy has other numbers than the model's.
+    """
+    shared = {name: slot for name, slot in method.slots.items() if slot.shared}
+    marks = {name: f"{_ROOT}{slot.key or name}" for name, slot in shared.items()}
+    endings = {name: f".{slot.key or name}" for name, slot in shared.items() if slot.at_sites}
     found: Tree = {}
     for key in list(left):
         for name, mark in marks.items():
             if key == mark or key.startswith(f"{mark}."):
                 found.setdefault(SHARED + key.removeprefix(mark), {})[name] = left.pop(key)
+    for key in list(left):
+        for name in [name for name, ending in endings.items() if key.endswith(ending)]:
+            copy = left.pop(key)
+            if not torch.equal(copy, found.setdefault(SHARED, {}).setdefault(name, copy)):
+                raise ValueError(
+                    f"{source}: {key!r} has other numbers than {marks[name]!r}, which all its layers share."
+                )
     return found
 
 
@@ -46,14 +70,18 @@ def joined(adapter: Adapter, shared: Tree, model: nn.Module | None, source: str)
     """
     config, method = adapter.config, methods.of(adapter.config)
     assert method.sharing is not None, "of a method that shares"
-    homes = method.sharing.homes(config, list(adapter.sites))
-    sites = {path: info._replace(shares=homes[path]) for path, info in adapter.sites.items()}
+    there = _sites(adapter, model)
+    homes = {path: info.shares for path, info in adapter.sites.items()}  # of this library's own files a note may say it
+    if not all(homes.values()):
+        homes = method.sharing.homes(config, list(there or adapter.sites), there)
+    sites = {path: info._replace(shares=homes.get(path, "")) for path, info in adapter.sites.items()}
     params: Tree = {path: dict(leaf) for path, leaf in adapter.params.items()}
     buffers: Tree = {path: dict(leaf) for path, leaf in adapter.buffers.items()}
     derived: Tree = {}
     if method.sharing.derived is not None:
-        there = {path: {**params.get(path, {}), **leaf} for path, leaf in {**params, **shared}.items()}
-        derived = method.sharing.derived(config, there, _sites(adapter, model))
+        known = [params, buffers, shared]
+        whole = {path: {k: v for tree in known for k, v in tree.get(path, {}).items()} for one in known for path in one}
+        derived = method.sharing.derived(config, whole, there)
     for tree in (derived, shared):
         for path, leaf in tree.items():
             for name, tensor in leaf.items():
@@ -67,9 +95,12 @@ def joined(adapter: Adapter, shared: Tree, model: nn.Module | None, source: str)
 
 
 def _sites(adapter: Adapter, model: nn.Module | None) -> dict[str, Site]:
+    """The adapter's sites in the model, in its order; of one that it lacks speaks what holds the two together."""
+    if model is None:
+        return {}
     found: dict[str, Site] = {}
-    for path, info in adapter.sites.items():
-        place = None if model is None else layers.find(model, path)
-        if model is not None and place is not None:
-            found[path] = layers.site_of(model.get_submodule(place.owner), place, path, info)
+    for path in [path for path, _ in layers.named_modules(model) if path in adapter.sites]:
+        place = layers.find(model, path)
+        if place is not None:
+            found[path] = layers.site_of(model.get_submodule(place.owner), place, path, adapter.sites[path])
     return found

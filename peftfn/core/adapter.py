@@ -55,13 +55,15 @@ class SiteInfo(NamedTuple):
     def to_dict(self) -> dict[str, Any]:
         """What a file's note says of it; the rest follows from the config and the keys."""
         part = {} if self.rows is None else {"rows": self.rows, "outputs": self.outputs}
-        return {"kind": self.kind, **part}
+        shares = {} if self.shares in ("", SHARED) else {"shares": self.shares}
+        return {"kind": self.kind, **part, **shares}
 
     @classmethod
     def from_dict(cls, noted: Mapping[str, Any]) -> SiteInfo:
         """The inverse of `to_dict`."""
         rows = tuple((start, end) for start, end in noted["rows"]) if "rows" in noted else None
-        return cls(noted.get("kind", ""), rows, int(noted.get("outputs", 0)))
+        outputs, shares = int(noted.get("outputs", 0)), str(noted.get("shares", ""))
+        return cls(noted.get("kind", ""), rows, outputs, shares=shares)
 
 
 Sites = Mapping[str, SiteInfo]

@@ -164,6 +164,18 @@ class LoraConfig(LowRankConfig):
             )
 
 
+def check_probability(field: str, value: float) -> None:
+    """A `ValueError` unless a config's field is a probability of dropping that leaves something."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{field}={value!r}; expected a probability of at least 0, below 1.")
+
+
+def check_bias(value: str, only: str) -> None:
+    """A `ValueError` unless `bias` is one of PEFT's three; `only` is the one that names the method."""
+    if value not in ("none", "all", only):
+        raise ValueError(f"bias={value!r}; expected 'none', 'all' or {only!r}.")
+
+
 def check_positive(field: str, value: Any) -> None:
     """A `ValueError` if a value is not a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

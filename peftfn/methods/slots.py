@@ -53,7 +53,9 @@ class Slot(NamedTuple):
         column_major: whether a stack holds the columns of this matrix in one piece each (see `core.stack_slices`).
         also: another shape that a file of PEFT's may have.
         shared: whether several sites have it in common (`traits.Sharing` makes it). The shape is what one of them
-            needs: it may be longer along `outputs` and `inputs`.
+            needs: it may be longer along `outputs`, `inputs` and `longer`.
+        longer: further axes along which a shared one may be longer than a site needs.
+        at_sites: whether PEFT's files have a copy of a shared one at each site, beside that of the model.
     """
 
     shape: Callable[[Any, WeightShape, int], Shape | None] = _scalar
@@ -67,13 +69,16 @@ class Slot(NamedTuple):
     column_major: bool = False
     also: Callable[[Any, WeightShape, int], Shape | None] = _none
     shared: bool = False
+    longer: tuple[int, ...] = ()
+    at_sites: bool = False
 
     def fits(self, shape: Shape, needed: Shape) -> bool:
         """Whether a tensor of this shape will do where that one is needed."""
         if not self.shared or len(shape) != len(needed):
             return shape == needed
         axes = enumerate(zip(shape, needed, strict=True))
-        return all(has >= wants if axis in (self.outputs, self.inputs) else has == wants for axis, (has, wants) in axes)
+        longer = (self.outputs, self.inputs, *self.longer)
+        return all(has >= wants if axis in longer else has == wants for axis, (has, wants) in axes)
 
 
 Slots = Mapping[str, Slot]

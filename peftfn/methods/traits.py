@@ -117,7 +117,7 @@ class Combining(NamedTuple):
     config: Callable[[Any, Sequence[Adapter], Tree], Any] = _same_config
 
 
-def _all_share(config: Any, paths: Sequence[str]) -> dict[str, str]:
+def _all_share(config: Any, paths: Sequence[str], sites: Mapping[str, Site]) -> dict[str, str]:
     return dict.fromkeys(paths, SHARED)
 
 
@@ -126,14 +126,15 @@ class Sharing(NamedTuple):
 
     Attributes:
         init: `(config, {path: Site}, generator, dtype) -> leaves` at `SHARED` and below, or also of sites where they
-            depend on all of them; trained tensors and others.
-        homes: `(config, site paths) -> {site path: the path of the leaf that it shares}`.
+            depend on all of them; trained tensors and others. Sites are in the model's order.
+        homes: `(config, site paths, {path: Site}) -> {site path: path of the leaf that it shares}`. The sites are in
+            the model's order, and empty where no model is given: then it raises a `ValueError` if it needs them.
         derived: `(config, {path: leaf}, {path: Site}) -> leaves` that a file has not, as `Files.derived` has those of
-            one site; the sites are empty where no model is given.
+            one site; the sites are in the model's order, and empty where no model is given.
     """
 
     init: Callable[[Any, Mapping[str, Site], torch.Generator, torch.dtype | None], Tree]
-    homes: Callable[[Any, Sequence[str]], dict[str, str]] = _all_share
+    homes: Callable[[Any, Sequence[str], Mapping[str, Site]], dict[str, str]] = _all_share
     derived: Callable[[Any, Tree, Mapping[str, Site]], Tree] | None = None
 
 

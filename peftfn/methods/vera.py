@@ -124,13 +124,14 @@ def projections(
     """A and B of the seed, for the widest of the layers."""
     weights = [layouts.of_site(site) for site in sites.values()]
     own = torch.Generator().manual_seed(config.projection_prng_key)
-    a = _uniform((config.r, max(one.inputs for one in weights)), own)
-    b = _uniform((max(one.outputs for one in weights), config.r), own)
+    a = uniform((config.r, max(one.inputs for one in weights)), own)
+    b = uniform((max(one.outputs for one in weights), config.r), own)
     like = next(iter(sites.values())).stored
     return {SHARED: {"vera_A": like_weight(a, like, dtype), "vera_B": like_weight(b, like, dtype)}}
 
 
-def _uniform(shape: Shape, generator: torch.Generator) -> Tensor:
+def uniform(shape: Shape, generator: torch.Generator) -> Tensor:
+    """Numbers between plus and minus Kaiming's bound, as PEFT draws them for VeRA."""
     # Kaiming's bound for a gain of √2.
     bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
     return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
@@ -161,7 +162,8 @@ def delta(config: VeraConfig, leaf: Mapping[str, Tensor], weight: WeightShape) -
 def forward(config: VeraConfig, leaf: Mapping[str, Tensor], site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """What the layer computes, and b ∘ B·(d ∘ A·drop(x))."""
     y: Tensor = site(x, *args, **kwargs)
-    a, b = leaf["vera_A"][:, : x.shape[-1]], leaf["vera_B"][: y.shape[-1]]
+    wide = leaf["vera_lambda_d"].dtype  # of a half-precision base the others may have fewer bits in PEFT's file
+    a, b = leaf["vera_A"][:, : x.shape[-1]].to(wide), leaf["vera_B"][: y.shape[-1]].to(wide)
     seen = F.dropout(x.to(a.dtype), config.vera_dropout, site.training)
     change = leaf["vera_lambda_b"] * F.linear(leaf["vera_lambda_d"] * F.linear(seen, a), b)
     return (y + change).to(y.dtype)

@@ -106,7 +106,7 @@ def _of_method(
             for path, leaf in method.sharing.init(resolved, found, generator, dtype).items():
                 for name, tensor in leaf.items():
                     (buffers if method.is_held(name) else params).setdefault(path, {})[name] = tensor
-            homes = method.sharing.homes(resolved, list(sites))
+            homes = method.sharing.homes(resolved, list(sites), found)
             sites = {path: info._replace(shares=homes[path]) for path, info in sites.items()}
     params = {path: _detached(leaf) for path, leaf in params.items()}
     _add_replaced(model, resolved, heads, places, params, buffers)

@@ -10,7 +10,18 @@ from torch import Tensor
 
 from peftfn import methods
 from peftfn.core import stack_slices
-from peftfn.core.adapter import PRESENT, UNKNOWN, Adapter, Leaf, Members, SiteInfo, Tree, as_tuple, sorted_tree
+from peftfn.core.adapter import (
+    PRESENT,
+    UNKNOWN,
+    Adapter,
+    Leaf,
+    Members,
+    SiteInfo,
+    Tree,
+    as_tuple,
+    is_shared,
+    sorted_tree,
+)
 from peftfn.core.config import LayeredConfig
 from peftfn.methods import Method
 from peftfn.models import layers
@@ -55,7 +66,7 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
     params, buffers = sorted_tree(params), sorted_tree(buffers)
     members = Members(
         configs=tuple(adapter.config for adapter in adapters),
-        paths=tuple(tuple(adapter.params) for adapter in adapters),
+        paths=tuple((*adapter.params, *_shared_constants(adapter)) for adapter in adapters),
         sites=tuple(adapter.sites for adapter in adapters),
         axes=_first(params).dim(),
         buffer_axes=_first(buffers).dim() if buffers else 0,
@@ -162,6 +173,11 @@ def _present(
     return one.new_tensor([float(leaf is not None) for leaf in found])
 
 
+def _shared_constants(adapter: Adapter) -> list[str]:
+    """The paths of what its sites have in common where none of that is trained."""
+    return [path for path in adapter.buffers if is_shared(path) and path not in adapter.params]
+
+
 def _own(method: Method, adapter: Adapter, path: str) -> Leaf:
     """The method's tensors of an adapter at one site, params and buffers together."""
     both = {**adapter.params.get(path, {}), **adapter.buffers.get(path, {})}
@@ -206,7 +222,7 @@ def _slice(stacked: Adapter, members: Members, number: int) -> Adapter:
         {
             path: {name: tensor[number] for name, tensor in leaf.items()}
             for path, leaf in tree.items()
-            if path in paths or path not in stacked.params
+            if path in paths or not (path in stacked.params or is_shared(path))
         }
         for tree in (stacked.params, stacked.buffers)
     )
@@ -216,7 +232,8 @@ def _slice(stacked: Adapter, members: Members, number: int) -> Adapter:
             there = [c for c, has in zip(members.configs, members.paths, strict=True) if path in has]
             own = method.trim(config, there, layers.pattern_path(path, set(stacked.params)), own)
             own = common_sites.on_own_rows(method, own, sites.get(path, UNKNOWN), stacked.sites.get(path, UNKNOWN))
-            params[path].update({name: tensor for name, tensor in own.items() if name in method.names})
+            trained = {name: tensor for name, tensor in own.items() if name in method.names}
+            params.setdefault(path, {}).update(trained)
             rest = {name: tensor for name, tensor in buffers.get(path, {}).items() if method.replaces(name)}
             buffers[path] = rest | {name: tensor for name, tensor in own.items() if method.is_held(name)}
     return Adapter(sorted_tree(params), sorted_tree(buffers), config, sites)

@@ -113,6 +113,7 @@ VIEW = "'view size is not compatible with input tensor's size and stride'"
 FOLDED = {"outputs": "patches are added up where they overlap"}
 SWAPPED = {"gradients": "those of hada_w1_a and hada_w2_a are made with the other factor's; the laws have the slope"}
 MATRICES = ("linear", "transposed-square")
+SEED_3: Options = {"projection_prng_key": 3, "fan_in_fan_out": True}
 SUM_OF_POWERS = {"in_old": False}  # before 0.18 peft's sum of powers was another one
 
 METHODS = [
@@ -528,6 +529,50 @@ METHODS = [
             AgainstPeft("another seed", "linear", {"projection_prng_key": 3, "r": 2}, in_old=False),
             AgainstPeft("as it is", "transposed", {"r": 1, "fan_in_fan_out": True}, in_old=False),
         ],
+    ),
+    Method(
+        "pvera",
+        "PVeRA",
+        "PveraConfig",
+        {"r": 4},
+        kinds=MATRICES,
+        exceptions={
+            "randomness": "its vectors begin as constants, and A and B are of the config's own seed",
+            "draws": "in training mode it draws from torch's generator, as dropout",
+        },
+        peft=[
+            AgainstPeft("as it is", "linear", in_old=False),
+            AgainstPeft("another seed", "transposed", {**SEED_3, "d_initial": 1.0}, in_old=False),
+        ],
+    ),
+    Method(
+        "randlora",
+        "RandLoRA",
+        "RandLoraConfig",
+        {"r": 3, "randlora_alpha": 6},
+        kinds=MATRICES,
+        exceptions={"randomness": "its numbers begin as constants, and A and B are of the config's own seed"},
+        peft=[
+            AgainstPeft("as it is", "linear", in_old=False),
+            AgainstPeft("sparse", "linear", {"sparse": True, "projection_prng_key": 3}, in_old=False),
+            AgainstPeft("as it is", "transposed", {"r": 20, "fan_in_fan_out": True}, in_old=False),
+        ],
+    ),
+    Method(
+        "frod",
+        "FRoD",
+        "FrodConfig",
+        {"sparse_rate": 0.1},
+        kinds=MATRICES,
+        exceptions={
+            "randomness": "it begins as the base's own parts, whatever the generator",
+            "alone": "a file lacks U, which is made of the base's weight and of V",
+        },
+        peft=[
+            AgainstPeft("as it is", "linear", in_old=False, in_float32=True),
+            AgainstPeft("as it is", "transposed", {"fan_in_fan_out": True}, in_old=False, in_float32=True),
+        ],
+        packed=False,  # it reads the weight when it starts
     ),
     Method(
         "vblora",

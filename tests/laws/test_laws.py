@@ -106,7 +106,10 @@ def test_base_is_the_same_after_init_apply_backward_and_merge(case: Case, train:
     loss(pf.apply(model, adapter, batch)).backward()
     if "merge" not in case.exceptions:
         pf.merge(every_name(model), adapter, model=model)
-    assert snapshot(model) == before
+    after = snapshot(model)
+    if train and "draws" in case.exceptions:  # from torch's generator, as dropout does
+        assert after.pop("rng") != before.pop("rng")
+    assert after == before
     assert all(tensor.grad is not None for tensor in pf.leaves(adapter))
 
 
@@ -262,7 +265,7 @@ def test_saved_adapter_loads_bit_for_bit(case: Case, tmp_path: Any) -> None:
     model = case.base()
     adapter = trained(pf.init(model, case.config))
     needs_base = methods.of(adapter.config).files.derived is not Files().derived  # files lack what is made of it
-    alone = () if needs_base else (pf.load(pf.save(adapter, tmp_path)),)
+    alone = () if needs_base or "alone" in case.exceptions else (pf.load(pf.save(adapter, tmp_path)),)
     for loaded in (*alone, pf.load(pf.save(adapter, tmp_path), model)):
         assert loaded.config == adapter.config
         assert_same(loaded, adapter)

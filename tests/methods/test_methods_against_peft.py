@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftfn as pf
 from peftfn import methods
-from peftfn.core.adapter import is_shared
+from peftfn.core.adapter import SHARED, is_shared
 
 Build = tuple[Callable[[], nn.Module], Callable[[], Tensor]]
 LINEAR: Build = (lambda: nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 6)), lambda: torch.randn(3, 5, 12))
@@ -84,10 +84,14 @@ def keyed(tensors: Mapping[str, Mapping[str, Any]], config: pf.PeftConfig) -> di
     names = methods.of(config).names
     first = next(path for path in tensors if not is_shared(path))  # there peft's model has what all of its layers share
     return {
-        f"base_model.model.{first if is_shared(path) else path}.{names[name].removesuffix('.weight')}": one
+        f"base_model.model.{_in_peft(path, first, names[name].removesuffix('.weight'))}": one
         for path, leaf in tensors.items()
         for name, one in leaf.items()
     }
+
+
+def _in_peft(path: str, first: str, name: str) -> str:
+    return f"{first}.{name}{path.removeprefix(SHARED)}" if is_shared(path) else f"{path}.{name}"
 
 
 def fresh(case: Case, **more: Any) -> tuple[nn.Module, Tensor, pf.Adapter]:
