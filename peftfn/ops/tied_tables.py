@@ -58,7 +58,7 @@ def followed(
     params: Mapping[str, Tensor],
     changed: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """The same change of other holders of a table: of their own weight, which an adapter before may have parted from it.
+    """The same change of other holders of a table: of their own weight, which an adapter before may have parted.
 
     Args:
         names: the others, from `followers`.
