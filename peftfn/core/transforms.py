@@ -249,6 +249,10 @@ def _untraced(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return run(*args, **kwargs)
 
 
+TORCHS_OWN = ("torch._dynamo", "torch._C")
+"""Where classes of torch's compiler and of its C library are: objects that nobody makes anew."""
+
+
 def constant_result(function: F) -> F:
     """The function, marked as `torch.compiler.assume_constant_result` does: Dynamo calls it and keeps what it gives.
 

@@ -49,18 +49,10 @@ def shared(model: nn.Module, same: Iterable[Any] = ()) -> Any:
 
 def give_slots(other: nn.Module, module: nn.Module, led: Callable[[Any], Any] | None = None) -> None:
     """Give another object of a module's class what the module holds outside of its `__dict__`."""
-    for name in _slots_of(type(module)):
+    for name in references.slots(type(module)):
         if hasattr(module, name):
             value = getattr(module, name)
             object.__setattr__(other, name, value if led is None else led(value))
-
-
-@transforms.constant_result
-def _slots_of(cls: type[object]) -> tuple[str, ...]:
-    """The attributes of a class's objects that are not in their `__dict__`."""
-    every = [vars(one).get("__slots__", ()) for one in cls.__mro__]
-    found = [name for names in every for name in ((names,) if isinstance(names, str) else names)]
-    return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
 
 
 def loose(tensor: Tensor, known: Mapping[int, Tensor], *, copied: bool) -> Tensor:
@@ -144,7 +136,7 @@ def refilled(value: Any, led: Callable[[Any], Any], memo: Memo) -> Any:
     if isinstance(value, set):
         return set(cast("set[Any]", value))
     if isinstance(value, tuple):
-        return tuple(led(one) for one in cast("tuple[Any, ...]", value))
+        return tuple([led(one) for one in cast("tuple[Any, ...]", value)])
     if key in memo:
         return memo[key]
     made: Any = {} if isinstance(value, dict) else []
@@ -152,7 +144,7 @@ def refilled(value: Any, led: Callable[[Any], Any], memo: Memo) -> Any:
     if isinstance(value, dict):
         made.update({key: led(one) for key, one in cast("dict[Any, Any]", value).items()})
     else:
-        made.extend(led(one) for one in value)
+        made.extend([led(one) for one in value])
     return made
 
 

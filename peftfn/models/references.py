@@ -17,6 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from peftfn.core import transforms
+
 Memo = dict[int, Any]
 """What stands for an object, by the object's id."""
 StandIn = Callable[[Any], Any]
@@ -27,7 +29,7 @@ _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 _CODE = (types.FunctionType, types.MethodType, functools.partial, weakref.ref)
 _PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
 # Objects of these hold values alone, or belong to a library that has its own ways with a copy.
-_CLOSED = ("torch._dynamo", "torch._C", "torch.jit", "torch.distributed", "threading", "logging", "tokenizers")
+_CLOSED = (*transforms.TORCHS_OWN, "torch.jit", "torch.distributed", "threading", "logging", "tokenizers")
 _VALUES = ("PreTrainedConfig", "PretrainedConfig", "GenerationConfig", "PreTrainedTokenizerBase")
 
 
@@ -88,6 +90,10 @@ class _Walk:
                 self.leading.add(one)
                 hits += parents.get(one, ())
 
+    def is_changed(self, value: Any) -> bool:
+        """Whether another object stands for this one, or it leads to one for which another stands."""
+        return id(value) in self.leading or self.stand_ins.get(id(value), value) is not value
+
     def _changes(self, target: Any) -> bool:
         if id(target) not in self.stand_ins:
             self.stand_ins[id(target)] = self._stand_in(target)
@@ -109,10 +115,18 @@ def is_followed(kind: type[object]) -> bool:
 _HEAP = 1 << 9  # a class that Python code made: what C made cannot be made again attribute by attribute
 
 
-@functools.cache
-def _slots(kind: type[object]) -> tuple[str, ...]:
+def slots(kind: type[object]) -> tuple[str, ...]:
+    """The attributes of a class's objects that are not in their `__dict__`."""
+    return _slots_of(kind) if torch.compiler.is_compiling() else _slots(kind)
+
+
+@transforms.constant_result
+def _slots_of(kind: type[object]) -> tuple[str, ...]:
     own = [vars(one) for one in kind.__mro__ if "__slots__" in vars(one)]
     return tuple(name for held in own for name in held if isinstance(held[name], types.MemberDescriptorType))
+
+
+_slots = functools.cache(_slots_of)
 
 
 def _children(value: Any) -> Iterable[Any]:
@@ -169,17 +183,18 @@ def _made(value: Any, found: _Walk, memo: Memo) -> Any:
         return memo.get(id(value), value)
     made = functools.partial(_made, found=found, memo=memo)
     try:
-        new = (_code if issubclass(cast("type[object]", type(value)), _CODE) else _filled)(value, made, memo)
+        if isinstance(value, types.FunctionType):
+            new = _function(value, found.is_changed, made, memo)
+        else:
+            new = (_code if issubclass(cast("type[object]", type(value)), _CODE) else _filled)(value, made, memo)
     except TypeError:  # its class cannot be made so
         new = value
     return memo.setdefault(id(value), new)
 
 
-def _code(value: Any, made: Callable[[Any], Any], memo: Memo) -> Any:
-    """Another function, method or weak reference, to what stands for what this one leads to."""
+def _code(value: Any, made: Callable[[Any], Any], _: Memo) -> Any:
+    """Another method, partial function or weak reference, to what stands for what this one leads to."""
     kind = cast("type[Any]", type(value))
-    if isinstance(value, types.FunctionType):
-        return _function(value, made, memo)
     if isinstance(value, types.MethodType):
         return types.MethodType(made(value.__func__), made(value.__self__))
     if isinstance(value, functools.partial):
@@ -193,13 +208,17 @@ def _code(value: Any, made: Callable[[Any], Any], memo: Memo) -> Any:
     return kind(made(value()), *((value.key,) if isinstance(value, weakref.KeyedRef) else ()))
 
 
-def _function(value: types.FunctionType, made: Callable[[Any], Any], memo: Memo) -> types.FunctionType:
-    fresh = tuple(types.CellType() for _ in value.__closure__ or ())
-    new = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, fresh)
+def _function(
+    value: types.FunctionType, is_changed: Callable[[Any], bool], made: Callable[[Any], Any], memo: Memo
+) -> types.FunctionType:
+    """Another function. A variable that leads to no module is the same one: what is written to it (a count) is kept."""
+    old = value.__closure__ or ()
+    cells = tuple(types.CellType() if any(map(is_changed, _contents([cell]))) else cell for cell in old)
+    new = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, cells)
     memo[id(value)] = new
-    for cell, old in zip(fresh, value.__closure__ or (), strict=True):
-        for held in _contents([old]):
-            cell.cell_contents = made(held)
+    for cell, before in zip(cells, old, strict=True):
+        if cell is not before:
+            cell.cell_contents = made(before.cell_contents)
     new.__defaults__ = None if value.__defaults__ is None else tuple(map(made, value.__defaults__))
     given = value.__kwdefaults__
     new.__kwdefaults__ = None if given is None else {name: made(one) for name, one in given.items()}

@@ -75,7 +75,8 @@ class Twins:
         self._to_rebind: list[nn.Module] = []
         if params:
             self._tie(model, params)
-        self._hooked, self._packed = list[nn.Module](), set[int]()
+        self._hooked: list[nn.Module] = []
+        self._packed: set[int] = set()
         self.root = self._make(model, "")
         for twin in self._to_rebind:
             self._rebind(twin)
@@ -123,7 +124,6 @@ class Twins:
         own["_compiled_call_impl"] = None  # of `module.compile()`: it runs the base's own object
         if "_hf_hook" in own:
             own["_hf_hook"] = offloaded.own(own["_hf_hook"])
-        copies.give_slots(twin, module)
         if self._tracing:
             if "forward" in own:
                 own[_SET] = True
@@ -136,6 +136,7 @@ class Twins:
             self.tables.append(twin)
         if type(module).__module__ not in _PLAIN or "forward" in own:
             self._to_rebind.append(twin)
+            copies.give_slots(twin, module)
         if hooked and not self._tracing:
             self._hooked.append(twin)
         return twin

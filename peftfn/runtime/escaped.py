@@ -16,13 +16,21 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from peftfn.core import transforms
 from peftfn.models.surgery import Plan
 
 
 def can_watch(twins: Mapping[str, nn.Module]) -> bool:
-    """Whether no part of the model is compiled: Dynamo has no way with a mode of another's."""
-    compiled = any(type(twin).__module__.startswith("torch._dynamo") for twin in twins.values())
-    return not compiled and not torch.compiler.is_compiling()
+    """Whether a mode around the call changes nothing of it.
+
+    Dynamo has no way with one, so no part of the model may be compiled. And torch's attention takes another kernel in
+    evaluation where a mode is active, which rounds otherwise.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    every = twins.values()
+    fused = any(isinstance(twin, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) for twin in every)
+    return not fused and not any(type(twin).__module__.startswith(transforms.TORCHS_OWN) for twin in every)
 
 
 class Watch(TorchFunctionMode):

@@ -170,7 +170,8 @@ def test_generate_takes_types_and_needs_none() -> None:
 def test_what_makes_no_sense_is_refused() -> None:
     base = BASES["llama"].make()
     with pytest.raises(ValueError, match="expected 'CAUSAL_LM'"):
-        pf.CPTConfig(cpt_token_ids=[1])
+        pf.CPTConfig(cpt_token_ids=[1], task_type="SEQ_CLS")
+    assert pf.CPTConfig(cpt_token_ids=[1]).task_type == "CAUSAL_LM"
     with pytest.raises(ValueError, match="expected as many of each"):
         config(pf, types=[1, 2])
     with pytest.raises(ValueError, match="for 5 virtual tokens"):

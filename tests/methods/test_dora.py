@@ -55,9 +55,9 @@ def test_two_dora_adapters_are_the_second_one_on_the_first_ones_weights() -> Non
 def test_a_lora_and_a_dora_adapter_are_two_methods() -> None:
     model, _ = model_and_batch()
     plain, dora = pf.init(model, config(use_dora=False)), pf.init(model, config())
-    with pytest.raises(ValueError, match=r"\['LoraConfig', 'LoraConfig\(use_dora=True\)'\]; expected single adapters"):
+    with pytest.raises(ValueError, match=r"\['LoraConfig', 'LoraConfig with use_dora'\]; expected single adapters"):
         pf.stack([plain, dora])
-    with pytest.raises(ValueError, match=r"LoraConfig\(use_dora=True\) has no weighted combination"):
+    with pytest.raises(ValueError, match=r"LoraConfig with use_dora has no weighted combination"):
         pf.combine([dora, dora], [0.5, 0.5], method="linear")
 
 

@@ -61,7 +61,7 @@ def test_each_place_is_merged_by_itself(tmp_path: Path) -> None:
     view = pf.replicate_layers(model, RANGES)
     adapter = oracle.randomised(pf.init(view, pf.LoraConfig(**OPTIONS)))
     expected = pf.apply(view, adapter, batch).logits
-    merged = pf.merge(dict(view.named_parameters()), adapter)
+    merged = pf.merge(dict(view.named_parameters()), adapter, model=view)
     assert off(functional_call(view, merged, (), batch).logits, expected) < EXACT
     with quiet_peft():
         theirs_merged = theirs(model, pf.save(adapter, tmp_path)).merge_and_unload()

@@ -113,11 +113,16 @@ def embedded(model: Any, adapter: pf.Adapter, ids: Tensor) -> Tensor:
     return model(inputs_embeds=torch.cat([prompt, model.get_input_embeddings()(ids)], 1)).logits
 
 
-def test_prefixes_of_unlike_length_by_row_are_refused_where_angles_are_those_of_places() -> None:
+def test_prefixes_of_unlike_length_by_row_are_each_the_row_alone_where_angles_are_those_of_places() -> None:
     model = roformer()
-    prefixes = [pf.init(model, pf.PrefixTuningConfig(num_virtual_tokens=tokens)) for tokens in (2, 3)]
-    with pytest.raises(ValueError, match="RoFormerForCausalLM counts them in its positions"):
-        pf.apply(model, pf.stack(prefixes), {"input_ids": IDS}, index=INDEX)
+    drawn = [pf.init(model, pf.PrefixTuningConfig(num_virtual_tokens=tokens)) for tokens in (2, 3)]
+    prefixes = [oracle.randomised(one, seed) for seed, one in enumerate(drawn)]
+    with torch.no_grad():
+        found = pf.apply(model, pf.stack(prefixes), {"input_ids": IDS}, index=INDEX).logits
+        for row, number in enumerate(INDEX):
+            alone = () if number < 0 else prefixes[number]
+            expected = pf.apply(model, alone, {"input_ids": IDS[row : row + 1]}).logits
+            assert distance(found[row], expected[0]) < ANGLES, f"row {row}"
 
 
 def test_reformer_says_by_its_hashes_what_it_says_by_hand() -> None:

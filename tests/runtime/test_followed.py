@@ -171,3 +171,20 @@ def test_a_call_in_which_no_site_runs_is_an_error() -> None:
     adapter = pf.init(base, CONFIG)
     with pytest.raises(ValueError, match="no site of the adapter ran or was read in this call: linear"):
         pf.apply(base, adapter, X)
+
+
+def test_what_a_hook_writes_to_a_variable_of_its_own_is_kept() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
+    adapter = pf.init(model, pf.LoraConfig(r=2, target_modules=["0"]))
+    calls, sizes = 0, []
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        sizes.append(len(list(model.parameters())))  # so that it leads to the base
+
+    model[0].register_forward_pre_hook(count)
+    for _ in range(3):
+        pf.apply(model, adapter, x)
+    assert calls == 3
+    assert sizes == [2, 2, 2]
