@@ -99,7 +99,7 @@ def test_base_and_adapter_are_the_same_when_the_forward_raises(error: BaseExcept
     calls: list[Callable[[], Any]] = [
         lambda: pf.apply(model, plain, x),
         lambda: pf.apply(model, plain, x, params=pf.merge(dict(model.named_parameters()), adapter)),
-        lambda: pf.apply(model, pf.stack([plain, plain]), x, index=[0, 1, -1]),
+        lambda: pf.apply(model.eval(), pf.stack([plain, plain]), x, index=[0, 1, -1]),
         lambda: grad(lambda p: pf.apply(model.eval(), adapter.replace(params=p), x).sum())(adapter.params),
         lambda: torch.vmap(lambda row: pf.apply(model.eval(), adapter, row[None]))(x),
         lambda: pf.bind(model, adapter)(x),
