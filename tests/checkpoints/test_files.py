@@ -91,8 +91,8 @@ def kind_of(folder: Path) -> str:
     return json.loads((folder / "adapter_config.json").read_text())["peft_type"]
 
 
-# Calls of these have arguments of their own, or labels, or their files lack what the base gives; their own tests read what
-# peft writes of them.
+# Calls of these have arguments of their own, or labels, or their files lack what the base gives; their own tests read
+# what peft writes of them.
 ELSEWHERE = {"MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE", "PVERA", "RANDLORA", "FROD"}
 KINDS = {method.config.peft_type for method in methods.TABLE} - ELSEWHERE
 CASES = [

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftfn.core import transforms
 from peftfn.weights.codecs import packed_linear
 from peftfn.weights.codecs.packed_linear import Format, Packed, Product, Tensors
 from peftfn.weights.codecs.state_dict_entry import Entry
@@ -55,12 +56,17 @@ class Spec:
     dtype: torch.dtype
 
 
+@transforms.constant_result
+def _is_of_a_library(cls: type[nn.Module]) -> bool:
+    return any(one.__module__.partition(".")[0] in _LIBRARIES for one in cls.__mro__)
+
+
 def matches(module: nn.Module) -> bool:
     """Whether the module is a linear layer whose weight is no plain tensor of numbers."""
     weight = module._parameters.get("weight")
     if isinstance(module, nn.Linear):
         return _is_subclass(weight)
-    if _LIBRARIES.isdisjoint(one.__module__.partition(".")[0] for one in type(module).__mro__):
+    if not _is_of_a_library(type(module)):
         return False
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     held = [*module._parameters.values(), *module._buffers.values()]
