@@ -133,9 +133,10 @@ test-gpu: $(VENV)/dev.stamp  ## laws, dropout, bitsandbytes, autocast and compil
 test-transformers4: $(TF4)/dev.stamp  ## the tests with transformers 4.57 and peft 0.17
 	$(TF4)/bin/python $(call RECORD,transformers4)
 
-# Of those what a transformers or a peft could change: not layers alone, devices, dtypes, formats, training and torch's compiler.
-SAME_WITH_ANY := $(addprefix --ignore=tests/,core training weights laws/test_laws.py laws/test_compile.py \
-	laws/test_devices.py laws/test_dtypes.py)
+# Of those what a transformers or a peft could change: not layers alone, devices, dtypes, formats, training, the command line,
+# the pages and torch's compiler.
+SAME_WITH_ANY := $(addprefix --ignore=tests/,core ops training analysis weights cli project laws/test_laws.py \
+	laws/test_compile.py laws/test_devices.py laws/test_dtypes.py)
 
 test-transformers4-part: $(TF4)/dev.stamp  ## of those the part that an old transformers or peft is likely to break
 	$(TF4)/bin/python $(PYTEST) $(SAME_WITH_ANY) $(ARGS)
