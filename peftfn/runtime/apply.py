@@ -98,7 +98,7 @@ def _once(
     call = (*keywords, len(arguments), model.training, params is None)
     known = tracing or not (adapters or params) or remembered_checks.is_known_call(model, call, made.led_by)
     plan = attach.attach(made.root, made.by_path, found, wants_grad, check=check, apart=not tracing)
-    watch = escaped.Watch(plan) if (check or not known) and escaped.can_watch(made.by_path) else None
+    watch = escaped.Watch(plan, made.by_path) if (check or not known) and escaped.can_watch(made.by_path) else None
     surgery.install(plan, made.by_path, _put, apart=not tracing)
     if check and not tracing:
         remembered_checks.remember(model, adapters, made.by_path)

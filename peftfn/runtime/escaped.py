@@ -33,20 +33,34 @@ def can_watch(twins: Mapping[str, nn.Module]) -> bool:
     return not fused and not any(type(twin).__module__.startswith(transforms.TORCHS_OWN) for twin in every)
 
 
+def _around(path: str, twins: Mapping[str, nn.Module]) -> str:
+    """The nearest module around one that runs: no list of modules."""
+    around = path.rpartition(".")[0]
+    while isinstance(twins.get(around), (nn.ModuleList, nn.ModuleDict)):
+        around = around.rpartition(".")[0]
+    return around
+
+
 class Watch(TorchFunctionMode):
     """A context that refuses functions of the base's own tensors, and notes whether a site has run or was read.
 
     Args:
         plan: what the adapters change, before it is carried out: its sites say from now on when they run.
+        twins: the private modules, by path.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, twins: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self._put = [(path, name) for path, name in (*plan.tensors, *plan.computed)]
         self._sites = [*filter(None, plan.forwards), *(f"{path}.{name}" for path, name in self._put)]
         self._has_run = not self._sites or "" in plan.forwards
-        for path in filter(None, plan.forwards):
+        # Where the modules around the sites do not run either, the base has skipped them: no image, no such branch.
+        homes = {_around(path, twins) for path in plan.forwards} | {path for path, _ in self._put}
+        self._is_reached = "" in homes
+        for path in filter(None, [*plan.forwards]):
             plan.then(path, lambda _, run: functools.partial(self._noting, run))
+        for path in homes - {""}:
+            plan.then(path, lambda _, run: functools.partial(self._reaching, run))
         for key, compute in plan.reads.items():
             plan.reads[key] = functools.partial(self._noting, compute)
         self._names: dict[int, str] = {}
@@ -85,10 +99,14 @@ class Watch(TorchFunctionMode):
         self._has_run = True
         return run(*args, **kwargs)
 
+    def _reaching(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._is_reached = True
+        return run(*args, **kwargs)
+
     def __exit__(self, *raised: Any) -> None:
-        """Leave the context; refuse a call in which the adapters had no part."""
+        """Leave the context; refuse a call that came to where the sites are, and in which the adapters had no part."""
         super().__exit__(*raised)
-        if raised[0] is None and not self._has_run:
+        if raised[0] is None and self._is_reached and not self._has_run:
             raise ValueError(
                 f"no site of the adapter ran or was read in this call: {', '.join(self._sites[:3])}"
                 f"{', ...' if len(self._sites) > 3 else ''}. The model's forward does not come to them, or has code of "

@@ -173,6 +173,32 @@ def test_a_call_in_which_no_site_runs_is_an_error() -> None:
         pf.apply(base, adapter, X)
 
 
+def test_a_call_that_skips_the_part_where_the_sites_are_is_right() -> None:
+    class TwoParts(nn.Module):
+        def __init__(self, blocks: int) -> None:
+            super().__init__()
+            self.text, self.images = nn.Linear(4, 4), nn.ModuleList(Block() for _ in range(blocks))
+
+        def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
+            """(rows, 4), maybe with images -> (rows, 4)."""
+            x = self.text(x)
+            if image is not None:
+                for block in self.images:
+                    x = x + block(image)
+            return x
+
+    base = TwoParts(2)
+    adapter = pf.init(base, CONFIG)
+    torch.testing.assert_close(pf.apply(base, adapter, {"x": X}), base(X), atol=CLOSE, rtol=0)
+    merged = torch.func.functional_call(base, pf.merge(dict(base.named_parameters()), adapter), (X, X))
+    torch.testing.assert_close(pf.apply(base, adapter, {"x": X, "image": X}), merged, atol=CLOSE, rtol=0)
+
+    listed = TwoParts(0)
+    listed.images.append(nn.ModuleDict({"linear": nn.Linear(4, 4)}))
+    with pytest.raises(ValueError, match="no site of the adapter ran"):
+        pf.apply(listed, pf.init(listed, CONFIG), X)
+
+
 def test_what_a_hook_writes_to_a_variable_of_its_own_is_kept() -> None:
     model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
     adapter = pf.init(model, pf.LoraConfig(r=2, target_modules=["0"]))
