@@ -8,7 +8,7 @@ word. So the first call of its kind is watched: every function of torch is asked
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -33,6 +33,33 @@ def can_watch(twins: Mapping[str, nn.Module]) -> bool:
     return not fused and not any(type(twin).__module__.startswith(transforms.TORCHS_OWN) for twin in every)
 
 
+def _several(value: Any) -> Iterable[Any]:
+    return cast("Iterable[Any]", value) if isinstance(value, (list, tuple)) else (value,)
+
+
+_ABOUT = frozenset(("requires_grad_", "detach_", "share_memory_", "rename_", "retain_grad"))
+"""Functions with the name of one that writes, which change what is known of a tensor and not its numbers."""
+_SETS = frozenset(("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__ipow__"))
+
+
+def _written(called: str, args: Sequence[Any], given: Mapping[str, Any]) -> list[Any]:
+    """The arguments that a function of this name writes to."""
+    found = [*_several(given.get("out"))]
+    writes = called in _SETS or (called.endswith("_") and called[-2:] != "__" and called not in _ABOUT)
+    if args and writes:
+        found += _several(args[0])  # `_foreach_add_` has a list
+    if args and given.get("inplace") is True:
+        found.append(args[0])
+    return found
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a plain tensor's memory is; 0 for others."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or transforms.is_wrapped(tensor):
+        return 0
+    return tensor.untyped_storage().data_ptr()
+
+
 def _around(path: str, twins: Mapping[str, nn.Module]) -> str:
     """The nearest module around one that runs: no list of modules."""
     around = path.rpartition(".")[0]
@@ -42,7 +69,7 @@ def _around(path: str, twins: Mapping[str, nn.Module]) -> str:
 
 
 class Watch(TorchFunctionMode):
-    """A context that refuses functions of the base's own tensors, and notes whether a site has run or was read.
+    """A context that refuses uses of the base's own tensors and writes to their memory, and notes whether a site ran.
 
     Args:
         plan: what the adapters change, before it is carried out: its sites say from now on when they run.
@@ -64,14 +91,16 @@ class Watch(TorchFunctionMode):
         for key, compute in plan.reads.items():
             plan.reads[key] = functools.partial(self._noting, compute)
         self._names: dict[int, str] = {}
+        self._memory: dict[int, str] = {}
         self._read: set[int] = set()
 
     def look_for(self, model: nn.Module, twins: Mapping[str, nn.Module], given: Any) -> None:
         """Know the tensors of the base that are not to be seen: those that neither the twins nor the caller gives."""
         used = {id(one) for twin in twins.values() for one in (*twin._parameters.values(), *twin._buffers.values())}
         used |= {id(one) for one in cast("Iterable[Any]", torch_pytree.tree_leaves(given)) if isinstance(one, Tensor)}
-        named = model.named_parameters(remove_duplicate=False)
+        named = list(model.named_parameters(remove_duplicate=False))
         self._names = {id(one): name for name, one in named if id(one) not in used}
+        self._memory = {address: name for name, one in named if (address := _address(one))}
         put = [(twins[path], name) for path, name in self._put]
         self._read = {id({**twin._buffers, **twin._parameters}[name]) for twin, name in put}
 
@@ -80,10 +109,19 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         """What the function gives, if no tensor of the base's own goes in."""
         given = dict(kwargs or {})
-        if func.__name__ != "__get__":  # of a tensor's shape or dtype
+        called = func.__name__
+        if called != "__get__":  # of a tensor's shape or dtype
             for one in (*args, *given.values()):
-                for tensor in cast("Iterable[Any]", one) if isinstance(one, (list, tuple)) else (one,):
-                    self._look_at(tensor, func.__name__)
+                for tensor in _several(one):
+                    self._look_at(tensor, called)
+        for one in _written(called, args, given):
+            name = self._memory.get(_address(one)) if isinstance(one, Tensor) else None
+            if name is not None:
+                raise ValueError(
+                    f"{name}: the model's forward writes to it (`{called}`), and a base is a constant here. Let the "
+                    "forward compute with a copy (weight = self.weight.clone()), or keep what changes in a buffer, "
+                    "which each call has of its own."
+                )
         return func(*args, **given)
 
     def _look_at(self, tensor: Any, called: str) -> None:

@@ -214,3 +214,32 @@ def test_what_a_hook_writes_to_a_variable_of_its_own_is_kept() -> None:
         pf.apply(model, adapter, x)
     assert calls == 3
     assert sizes == [2, 2, 2]
+
+
+WRITES: dict[str, Callable[[nn.Parameter], Any]] = {
+    "mul_": lambda scale: scale.data.mul_(2),
+    "*=": lambda scale: scale.data.__imul__(2),
+    "a view": lambda scale: scale.detach()[:2].zero_(),
+    "a slice": lambda scale: scale.data.__setitem__(0, 5.0),
+    "out=": lambda scale: torch.add(scale.data, 1, out=scale.data),
+    "nn.init": nn.init.zeros_,
+    "several": lambda scale: torch._foreach_add_([scale.data], 1.0),
+    "inplace=": lambda scale: nn.functional.elu(scale.data, inplace=True),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_forward_that_writes_to_a_parameter_is_an_error_that_names_it(write: str) -> None:
+    class Writing(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(-torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            WRITES[write](self.scale)
+            return super().forward(x) * self.scale
+
+    base = Writing()
+    with pytest.raises(ValueError, match=r"^scale: the model's forward writes to it"):
+        pf.apply(base, pf.init(base, CONFIG), X)
+    assert torch.equal(base.scale, -torch.ones(4))
