@@ -56,6 +56,29 @@ def test_with_the_model_every_set_of_names_gives_what_apply_does(end: str) -> No
             assert any(merged[kept] is params[name] for name in (embedding, head) if name in params)
 
 
+TOKENS = {"token_indices": [3, 7]}
+
+
+@pytest.mark.parametrize("order", ["lora, then tokens", "tokens, then lora", "one config"])
+def test_trained_tokens_follow_a_tied_weight_that_a_lora_has_parted(order: str) -> None:
+    model, lora = made("embedding")
+    tokens = oracle.randomised(pf.init(model, pf.TrainableTokensConfig(**TOKENS)))
+    both = LoraConfig(r=2, **ENDS["embedding"], trainable_token_indices=TOKENS["token_indices"])
+    several: dict[str, Any] = {
+        "lora, then tokens": (lora, tokens),
+        "tokens, then lora": (tokens, lora),
+        "one config": oracle.randomised(pf.init(model, both)),
+    }
+    expected = pf.apply(model, several[order], {"input_ids": IDS}).logits
+    for params in (dict(model.named_parameters()), model.state_dict()):
+        merged = pf.merge(params, several[order], model=model)
+        assert off(pf.apply(model, (), {"input_ids": IDS}, params=merged).logits, expected) < EXACT
+    if order == "lora, then tokens":
+        head, table = merged["lm_head.weight"], merged["model.embed_tokens.weight"]
+        assert torch.equal(head[[3, 7]], table[[3, 7]])
+        assert torch.equal(head[0], model.lm_head.weight[0]) and not torch.equal(head[0], table[0])
+
+
 def test_a_weight_that_stays_tied_gets_no_name_that_was_not_given() -> None:
     model = BASES["llama tied"].make()
     params = dict(model.named_parameters())
