@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftfn.core.adapter import Leaf
 from peftfn.core.config import TargetedConfig
@@ -20,8 +20,8 @@ from peftfn.methods.action import OnWeights
 from peftfn.methods.lora_config import described
 from peftfn.methods.method import Method, like_weight
 from peftfn.methods.slots import Shape, Slot
-from peftfn.methods.traits import Stacking, Targets
-from peftfn.models import layers, layouts, targets
+from peftfn.methods.traits import Stacking, Targets, by_type
+from peftfn.models import layers, layouts
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape
 
@@ -55,11 +55,6 @@ class BeftConfig(TargetedConfig):
     init_weights: bool = dataclasses.field(
         default=True, metadata=described("True (zeros), or False (normal numbers, not the identity).")
     )
-
-
-def resolve(model: nn.Module, config: BeftConfig) -> BeftConfig:
-    """The config with the value projections that PEFT takes for the model, and its heads, filled in."""
-    return targets.resolved(model, config, TARGETS)
 
 
 def _shape(config: BeftConfig, weight: WeightShape, r: int) -> Shape:
@@ -97,6 +92,6 @@ METHOD = Method(
     slots=SLOTS,
     init=init,
     action=OnWeights((*builders.MATRICES, layers.CONVOLUTION), forward, merge),
-    targets=Targets(resolve),
+    targets=Targets(by_type(TARGETS)),
     stacking=Stacking(varies=("init_weights",)),
 )

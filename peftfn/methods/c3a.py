@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftfn.core.adapter import Leaf
 from peftfn.core.config import LayeredConfig
@@ -27,8 +27,8 @@ from peftfn.methods.lora_config import check_positive, described
 from peftfn.methods.lora_targets import DENSE_TARGETS
 from peftfn.methods.method import Method, like_weight
 from peftfn.methods.slots import Shape, Slot
-from peftfn.methods.traits import Stacking, Targets
-from peftfn.models import layouts, matching, targets
+from peftfn.methods.traits import Stacking, Targets, by_type
+from peftfn.models import layouts, matching
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape
 
@@ -79,11 +79,6 @@ class C3AConfig(LayeredConfig):
             raise ValueError(
                 f"init_weights={self.init_weights!r}; expected True, 'xavier_uniform', 'kaiming_uniform' or 'gaussian'."
             )
-
-
-def resolve(model: nn.Module, config: C3AConfig) -> C3AConfig:
-    """The config with PEFT's default targets for the model, and its heads."""
-    return targets.without_exclusions(model, targets.resolved(model, config, DENSE_TARGETS))
 
 
 def block_size(config: C3AConfig, path: str) -> int:
@@ -147,6 +142,6 @@ METHOD = Method(
     slots=SLOTS,
     init=init,
     action=builders.additive(delta, forward=forward, kinds=builders.MATRICES),
-    targets=Targets(resolve, lora.sites),
+    targets=Targets(by_type(DENSE_TARGETS, has_exclusions=False), lora.sites),
     stacking=Stacking(block_size, varies=("bias", "init_weights")),
 )

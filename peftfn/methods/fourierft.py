@@ -15,14 +15,13 @@ from collections.abc import Mapping
 from typing import ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftfn.methods import builders, coefficients, lora
 from peftfn.methods.coefficients import CoefficientsConfig
 from peftfn.methods.lora_targets import DENSE_TARGETS
 from peftfn.methods.method import Method
-from peftfn.methods.traits import Files, Targets
-from peftfn.models import targets
+from peftfn.methods.traits import Files, Targets, by_type
 from peftfn.models.layouts import WeightShape
 
 
@@ -55,11 +54,6 @@ class FourierFTConfig(CoefficientsConfig):
 NAME = "fourierft_spectrum"
 
 
-def resolve(model: nn.Module, config: FourierFTConfig) -> FourierFTConfig:
-    """The config with PEFT's default targets for the model, and its heads."""
-    return targets.resolved(model, config, DENSE_TARGETS)
-
-
 def delta(config: FourierFTConfig, leaf: Mapping[str, Tensor], weight: WeightShape) -> Tensor:
     """s·Re F⁻¹(S), (out, in)."""
     spectrum = coefficients.dense(config, leaf[NAME], leaf["scaling"], weight)
@@ -73,7 +67,7 @@ METHOD = Method(
     init=coefficients.init(NAME, 1.0),
     constants=coefficients.constants,
     action=builders.additive(delta, kinds=builders.MATRICES),
-    targets=Targets(resolve, lora.sites),
+    targets=Targets(by_type(DENSE_TARGETS), lora.sites),
     stacking=coefficients.STACKING,
     files=Files(coefficients.check_file),
 )

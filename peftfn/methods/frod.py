@@ -18,7 +18,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftfn.core.adapter import SHARED, Leaf, Tree
 from peftfn.core.config import LayeredConfig
@@ -26,8 +26,8 @@ from peftfn.methods import builders, slots, vera
 from peftfn.methods.lora_config import check_bias, check_probability, described
 from peftfn.methods.method import Method, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
-from peftfn.methods.traits import Sharing, Stacking, Targets
-from peftfn.models import layouts, targets
+from peftfn.methods.traits import Sharing, Stacking, Targets, by_type
+from peftfn.models import layouts
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape
 
@@ -272,10 +272,6 @@ def forward(config: FrodConfig, leaf: Mapping[str, Tensor], site: Site, x: Tenso
     return (y + F.linear(F.linear(seen @ v, inner), u)).to(y.dtype)
 
 
-def _resolve(model: nn.Module, config: FrodConfig) -> FrodConfig:
-    return targets.resolved(model, config, DEFAULTS)
-
-
 DEFAULTS = {**vera.DEFAULTS, "vit": ("query", "value")}
 
 _FREE = ("projection_prng_key", "save_projection", "init_weights", "regularization_alpha")
@@ -287,6 +283,6 @@ METHOD = Method(
     constants=constants,
     action=builders.additive(delta, forward=forward, kinds=builders.MATRICES),
     sharing=Sharing(joint, _homes, derived),
-    targets=Targets(_resolve),
+    targets=Targets(by_type(DEFAULTS)),
     stacking=Stacking(varies=(*_FREE, "progressbar", "runtime_offload_base_weight")),
 )

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftfn.core.adapter import Leaf
 from peftfn.core.config import TargetedConfig
@@ -29,8 +29,8 @@ from peftfn.methods.lora_config import check_positive, described
 from peftfn.methods.lora_targets import TARGETS
 from peftfn.methods.method import Method, like_weight
 from peftfn.methods.slots import Shape, Slot, always
-from peftfn.methods.traits import Files, Stacking, Targets
-from peftfn.models import layouts, targets
+from peftfn.methods.traits import Files, Stacking, Targets, by_type
+from peftfn.models import layouts
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape
 
@@ -92,11 +92,6 @@ FORMS = {
 }
 
 
-def resolve(model: nn.Module, config: GloraConfig) -> GloraConfig:
-    """The config with PEFT's default targets for the model, which are LoRA's, and its heads."""
-    return targets.without_exclusions(model, targets.resolved(model, config, TARGETS))
-
-
 # --- its tensors ------------------------------------------------------------------------------------------------------
 
 
@@ -118,11 +113,7 @@ def _shapes(config: GloraConfig, weight: WeightShape, r: int) -> dict[str, Shape
 
 def _slot(which: str, own: str) -> Slot:
     name = f"glora_{which}_{own}"
-
-    def shape(config: GloraConfig, weight: WeightShape, r: int) -> Shape | None:
-        return _shapes(config, weight, r).get(name)
-
-    return Slot(shape, f"glora_{which}.{own}", rank={"Xd": 1, "Xu": 0}.get(own), off=0.0)
+    return Slot(slots.among_shapes(_shapes, name), f"glora_{which}.{own}", rank={"Xd": 1, "Xu": 0}.get(own), off=0.0)
 
 
 def _not_kept(config: GloraConfig, weight: WeightShape, r: int) -> None:
@@ -279,7 +270,7 @@ METHOD = Method(
     slots=SLOTS,
     init=init,
     action=OnWeights(builders.MATRICES, forward, merge),
-    targets=Targets(resolve),
+    targets=Targets(by_type(TARGETS, has_exclusions=False)),
     files=Files(check_file, write=to_file, read=from_file),
     stacking=Stacking(_rank, varies=("r", "bias", "init_weights")),
 )

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftfn.core.adapter import Leaf
 from peftfn.core.config import LayeredConfig
@@ -23,8 +23,8 @@ from peftfn.methods.lora_config import check_positive, described
 from peftfn.methods.lora_targets import TARGETS
 from peftfn.methods.method import Method, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
-from peftfn.methods.traits import Files, Stacking, Targets
-from peftfn.models import layouts, targets
+from peftfn.methods.traits import Files, Stacking, Targets, by_type
+from peftfn.models import layouts
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape
 
@@ -81,11 +81,6 @@ class GraloraConfig(LayeredConfig):
             raise ValueError(f"gralora_dropout={self.gralora_dropout!r}; expected at least 0, below 1.")
         if self.bias not in ("none", "all", "gralora_only"):
             raise ValueError(f"bias={self.bias!r}; expected 'none', 'all' or 'gralora_only'.")
-
-
-def resolve(model: nn.Module, config: GraloraConfig) -> GraloraConfig:
-    """The config with PEFT's default targets for the model, and its heads."""
-    return targets.without_exclusions(model, targets.resolved(model, config, TARGETS))
 
 
 # --- its tensors ------------------------------------------------------------------------------------------------------
@@ -204,7 +199,7 @@ METHOD = Method(
     init=init,
     constants=constants,
     action=builders.additive(delta, forward=forward, kinds=builders.MATRICES),
-    targets=Targets(resolve),
+    targets=Targets(by_type(TARGETS, has_exclusions=False)),
     stacking=Stacking(_rank, _resized, varies=("r", "alpha", "bias", "init_weights")),
     files=Files(check_file),
 )

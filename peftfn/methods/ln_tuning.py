@@ -18,7 +18,7 @@ from peftfn.core.adapter import Leaf
 from peftfn.core.config import TargetedConfig
 from peftfn.methods.action import OnWeights
 from peftfn.methods.method import Method
-from peftfn.methods.traits import Files, Targets
+from peftfn.methods.traits import Files, Targets, by_type
 from peftfn.models import layers, targets
 from peftfn.models.layers import Place, Site
 from peftfn.models.layouts import WeightShape
@@ -58,11 +58,6 @@ class LNTuningConfig(TargetedConfig):
     peft_type: ClassVar[str] = "LN_TUNING"
 
 
-def resolve(model: nn.Module, config: LNTuningConfig) -> LNTuningConfig:
-    """The config with the norms that PEFT takes for the model, and its heads, filled in."""
-    return targets.resolved(model, config, TARGETS)
-
-
 def sites(model: nn.Module, config: LNTuningConfig) -> dict[str, Place]:
     """The modules that the config names, and those inside them, that have tensors."""
     return targets.sites(model, config, layers.modules_with_tensors, "a module with tensors of its own or inside it")
@@ -90,6 +85,6 @@ METHOD = Method(
     slots={},
     init=init,
     action=OnWeights((layers.MODULE,), forward, merge, ()),
-    targets=Targets(resolve, sites),
+    targets=Targets(by_type(TARGETS), sites),
     files=Files(copies="ln_tuning_layers"),
 )

@@ -111,10 +111,7 @@ def _shapes(config: LoKrConfig, weight: WeightShape, r: int) -> dict[str, Shape]
 
 
 def _slot(name: str, rank: int | None = None) -> Slot:
-    def shape(config: LoKrConfig, weight: WeightShape, r: int) -> Shape | None:
-        return _shapes(config, weight, r).get(name)
-
-    return Slot(shape, rank=rank)
+    return Slot(slots.among_shapes(_shapes, name), rank=rank)
 
 
 SLOTS = {

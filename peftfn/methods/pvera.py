@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftfn.core.adapter import SHARED, Leaf, Tree
 from peftfn.core.config import LayeredConfig
@@ -21,8 +21,8 @@ from peftfn.methods import builders, slots, vera
 from peftfn.methods.lora_config import check_bias, check_positive, check_probability, described
 from peftfn.methods.method import Method, like_weight
 from peftfn.methods.slots import Shape, Slot
-from peftfn.methods.traits import Sharing, Stacking, Targets
-from peftfn.models import layouts, targets
+from peftfn.methods.traits import Sharing, Stacking, Targets, by_type
+from peftfn.models import layouts
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape
 
@@ -179,10 +179,6 @@ def _refuse_seed(config: PveraConfig) -> None:
         )
 
 
-def _resolve(model: nn.Module, config: PveraConfig) -> PveraConfig:
-    return targets.resolved(model, config, DEFAULTS)
-
-
 DEFAULTS = {**vera.DEFAULTS, "dinov2": ("query", "value")}
 
 METHOD = Method(
@@ -191,6 +187,6 @@ METHOD = Method(
     init=init,
     action=builders.additive(delta, forward=forward, kinds=builders.MATRICES),
     sharing=Sharing(projections, derived=derived),
-    targets=Targets(_resolve),
+    targets=Targets(by_type(DEFAULTS)),
     stacking=Stacking(varies=("projection_prng_key", "save_projection", "d_initial", "init_weights")),
 )

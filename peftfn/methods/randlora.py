@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftfn.core.adapter import SHARED, Leaf, Tree
 from peftfn.core.config import LayeredConfig
@@ -28,8 +28,8 @@ from peftfn.methods.lora_config import check_bias, check_positive, check_probabi
 from peftfn.methods.lora_targets import TARGETS
 from peftfn.methods.method import Method, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
-from peftfn.methods.traits import Sharing, Stacking, Targets
-from peftfn.models import layouts, targets
+from peftfn.methods.traits import Sharing, Stacking, Targets, by_type
+from peftfn.models import layouts
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape
 
@@ -211,10 +211,6 @@ def forward(
     return (y + leaf["scaling"] * F.linear(F.linear(seen, first), second)).to(y.dtype)
 
 
-def _resolve(model: nn.Module, config: RandLoraConfig) -> RandLoraConfig:
-    return targets.resolved(model, config, TARGETS)
-
-
 METHOD = Method(
     config=RandLoraConfig,
     slots=SLOTS,
@@ -222,7 +218,7 @@ METHOD = Method(
     constants=constants,
     action=builders.additive(delta, forward=forward, kinds=builders.MATRICES),
     sharing=Sharing(projections, derived=derived),
-    targets=Targets(_resolve),
+    targets=Targets(by_type(TARGETS)),
     stacking=Stacking(
         varies=("projection_prng_key", "save_projection", "sparse", "very_sparse", "randlora_alpha", "init_weights")
     ),

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftfn.core.adapter import Leaf
 from peftfn.core.config import TargetedConfig
@@ -26,8 +26,8 @@ from peftfn.methods.lora_config import described
 from peftfn.methods.lora_targets import TARGETS
 from peftfn.methods.method import Method, like_weight
 from peftfn.methods.slots import Shape, Slot
-from peftfn.methods.traits import Stacking, Targets
-from peftfn.models import layouts, targets
+from peftfn.methods.traits import Stacking, Targets, by_type
+from peftfn.models import layouts
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape
 
@@ -76,11 +76,6 @@ class RoadConfig(TargetedConfig):
             raise ValueError(f"variant={self.variant!r}; expected one of {', '.join(HALVES_OF)}.")
         if self.group_size <= 0 or self.group_size % 2:
             raise ValueError(f"group_size={self.group_size!r}; expected an even number above 0.")
-
-
-def resolve(model: nn.Module, config: RoadConfig) -> RoadConfig:
-    """The config with PEFT's default targets for the model, which are LoRA's, and its heads."""
-    return targets.without_exclusions(model, targets.resolved(model, config, TARGETS))
 
 
 def _shape(config: RoadConfig, weight: WeightShape, r: int) -> Shape:
@@ -137,6 +132,6 @@ METHOD = Method(
     slots=SLOTS,
     init=init,
     action=builders.reweighted(_weight, bias=_bias, forward=forward, kinds=builders.MATRICES),
-    targets=Targets(resolve),
+    targets=Targets(by_type(TARGETS, has_exclusions=False)),
     stacking=Stacking(varies=("init_weights",)),
 )

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftfn.core.adapter import Adapter, Leaf
 from peftfn.core.config import TargetedConfig
@@ -23,8 +23,8 @@ from peftfn.methods.lora_config import check_positive, described
 from peftfn.methods.lora_targets import TARGETS
 from peftfn.methods.method import Method, like_weight
 from peftfn.methods.slots import Shape, Slot
-from peftfn.methods.traits import Files, Stacking, Targets
-from peftfn.models import layouts, targets
+from peftfn.methods.traits import Files, Stacking, Targets, by_type
+from peftfn.models import layouts
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape
 
@@ -68,11 +68,6 @@ class ShiraConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive("r", self.r)
-
-
-def resolve(model: nn.Module, config: ShiraConfig) -> ShiraConfig:
-    """The config with PEFT's default targets for the model, and its heads."""
-    return targets.without_exclusions(model, targets.resolved(model, config, DEFAULTS))
 
 
 def _count(config: ShiraConfig, weight: WeightShape, r: int) -> Shape:
@@ -174,7 +169,7 @@ METHOD = Method(
     slots=SLOTS,
     init=init,
     action=builders.additive(delta, kinds=builders.MATRICES),
-    targets=Targets(resolve),
+    targets=Targets(by_type(DEFAULTS, has_exclusions=False)),
     stacking=Stacking(varies=("random_seed", "mask_type", "init_weights")),
     files=Files(check_file, read=_read),
 )

@@ -81,6 +81,15 @@ class Slot(NamedTuple):
         return all(has >= wants if axis in longer else has == wants for axis, (has, wants) in axes)
 
 
+def among_shapes(shapes: Callable[..., Mapping[str, Shape]], name: str) -> Callable[..., Shape | None]:
+    """A `Slot.shape` of a method that says all of its shapes at once: `shapes(config, weight, rank)`, by name."""
+
+    def shape(config: Any, weight: WeightShape, rank: int) -> Shape | None:
+        return shapes(config, weight, rank).get(name)
+
+    return shape
+
+
 Slots = Mapping[str, Slot]
 
 

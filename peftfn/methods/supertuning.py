@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftfn.core.adapter import Leaf
 from peftfn.core.config import TargetedConfig
@@ -25,8 +25,8 @@ from peftfn.methods.lora_config import check_positive, described
 from peftfn.methods.lora_targets import TARGETS
 from peftfn.methods.method import Method, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
-from peftfn.methods.traits import Files, Stacking, Targets
-from peftfn.models import layouts, targets
+from peftfn.methods.traits import Files, Stacking, Targets, by_type
+from peftfn.models import layouts
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape
 
@@ -88,11 +88,6 @@ class SupertuningConfig(TargetedConfig):
                 object.__setattr__(self, "lora_alpha", 2 * self.r)
         elif self.lora_alpha is not None:
             raise ValueError(f"lora_alpha={self.lora_alpha!r} needs r beside it, the rank of the LoRA that it scales.")
-
-
-def resolve(model: nn.Module, config: SupertuningConfig) -> SupertuningConfig:
-    """The config with PEFT's default targets for the model, and its heads."""
-    return targets.without_exclusions(model, targets.resolved(model, config, TARGETS))
 
 
 # --- its tensors ------------------------------------------------------------------------------------------------------
@@ -228,7 +223,7 @@ METHOD = Method(
     init=init,
     constants=constants,
     action=builders.additive(delta, forward=forward, kinds=builders.MATRICES),
-    targets=Targets(resolve),
+    targets=Targets(by_type(TARGETS, has_exclusions=False)),
     stacking=Stacking(_rank, varies=("r", "lora_alpha", "init_weights", "select_top", "save_precomputed_indices")),
     files=Files(check_file, derived=derived),
 )

@@ -17,8 +17,21 @@ from peftfn.models.layers import Place, Site
 Padded = Callable[[Sequence[Any], str, Sequence[Leaf | None]], list[Leaf]]
 
 
-def _resolve(model: nn.Module, config: Any) -> Any:
-    return targets.resolved(model, config, {})
+def by_type(
+    table: Mapping[str, Sequence[str] | str], *, has_exclusions: bool = True
+) -> Callable[[nn.Module, Any], Any]:
+    """A `Targets.resolve` that fills in what the model decides, with these default targets by the model's type.
+
+    Args:
+        table: the type -> names, or a regex.
+        has_exclusions: whether PEFT's config has `exclude_modules`; else what is left becomes a regex of paths.
+    """
+
+    def resolve(model: nn.Module, config: Any) -> Any:
+        found = targets.resolved(model, config, table)
+        return found if has_exclusions else targets.without_exclusions(model, found)
+
+    return resolve
 
 
 class Targets(NamedTuple):
@@ -31,7 +44,7 @@ class Targets(NamedTuple):
             else `None`, and it acts on outputs.
     """
 
-    resolve: Callable[[nn.Module, Any], Any] = _resolve
+    resolve: Callable[[nn.Module, Any], Any] = by_type({})
     sites: Callable[[nn.Module, Any], dict[str, Place]] = targets.sites
     input_side: Callable[[Any, str], bool] | None = None
 

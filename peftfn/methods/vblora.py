@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftfn.core.adapter import SHARED, Leaf, Tree
 from peftfn.core.config import LayeredConfig
@@ -25,8 +25,8 @@ from peftfn.methods import builders, slots
 from peftfn.methods.lora_config import check_positive, described
 from peftfn.methods.method import Method, constant, like_weight
 from peftfn.methods.slots import Shape, Slot
-from peftfn.methods.traits import Files, Sharing, Stacking, Targets
-from peftfn.models import layouts, targets
+from peftfn.methods.traits import Files, Sharing, Stacking, Targets, by_type
+from peftfn.models import layouts
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape
 
@@ -232,10 +232,6 @@ DEFAULTS = {
 }
 
 
-def _resolve(model: nn.Module, config: VBLoRAConfig) -> VBLoRAConfig:
-    return targets.resolved(model, config, DEFAULTS)
-
-
 METHOD = Method(
     config=VBLoRAConfig,
     slots=SLOTS,
@@ -244,6 +240,6 @@ METHOD = Method(
     action=builders.additive(delta, forward=forward, kinds=builders.MATRICES),
     files=Files(write=to_file, read=from_file),
     sharing=Sharing(bank),
-    targets=Targets(_resolve),
+    targets=Targets(by_type(DEFAULTS)),
     stacking=Stacking(varies=("save_only_topk_weights", "init_vector_bank_bound", "init_logits_std")),
 )

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftfn.core.adapter import SHARED, Leaf, Tree
 from peftfn.core.config import LayeredConfig
@@ -23,8 +23,8 @@ from peftfn.methods.lora_config import check_positive, described
 from peftfn.methods.lora_targets import TARGETS
 from peftfn.methods.method import Method, like_weight
 from peftfn.methods.slots import Shape, Slot
-from peftfn.methods.traits import Sharing, Stacking, Targets
-from peftfn.models import layouts, targets
+from peftfn.methods.traits import Sharing, Stacking, Targets, by_type
+from peftfn.models import layouts
 from peftfn.models.layers import Site
 from peftfn.models.layouts import WeightShape
 
@@ -173,10 +173,6 @@ def _rank(config: VeraConfig, path: str) -> int:
     return config.r
 
 
-def _resolve(model: nn.Module, config: VeraConfig) -> VeraConfig:
-    return targets.resolved(model, config, DEFAULTS)
-
-
 DEFAULTS = {**TARGETS, "phi": ("q_proj", "v_proj")}
 
 METHOD = Method(
@@ -185,6 +181,6 @@ METHOD = Method(
     init=init,
     action=builders.additive(delta, forward=forward, kinds=builders.MATRICES),
     sharing=Sharing(projections, derived=derived),
-    targets=Targets(_resolve),
+    targets=Targets(by_type(DEFAULTS)),
     stacking=Stacking(_rank, varies=("r", "projection_prng_key", "save_projection", "d_initial", "init_weights")),
 )
